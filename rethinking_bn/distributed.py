@@ -1,0 +1,94 @@
+"""The few collectives the package uses; every one is the identity without a process group.
+
+``group=None`` means the default process group. All ranks of the group must call these in the
+same order with tensors of the same shape and dtype, whatever data they hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_initialized() -> bool:
+    """Return whether a default process group exists in this process."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Return the number of ranks W of ``group``; 1 without a process group."""
+    return dist.get_world_size(group) if is_initialized() else 1
+
+
+def get_rank(group: dist.ProcessGroup | None = None) -> int:
+    """Return this process's rank within ``group``; 0 without a process group."""
+    return dist.get_rank(group) if is_initialized() else 0
+
+
+def collective_device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Return the device on which a small tensor of ours must live to travel through ``group``."""
+    if is_initialized() and dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Gather equally shaped tensors: one collective, no host synchronisation, no gradient.
+
+    Args:
+        x: any shape, the same shape and dtype on every rank.
+
+    Returns:
+        (W, *x.shape), rank r's tensor at index r.
+    """
+    world = get_world_size(group)
+    x = x.detach().contiguous()
+    if world == 1:
+        return x.unsqueeze(0)
+    out = x.new_empty((world * x.numel(),))
+    dist.all_gather_into_tensor(out, x.view(-1), group=group)
+    return out.view(world, *x.shape)
+
+
+def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum equally shaped tensors over the ranks into a new tensor; ``x`` is left as it was.
+
+    The copy matters: an incoming gradient may be an expanded tensor, and reducing one in place
+    writes through overlapping memory.
+    """
+    out = x.detach().clone(memory_format=torch.contiguous_format)
+    if get_world_size(group) > 1:
+        dist.all_reduce(out, group=group)
+    return out
+
+
+def all_gather_object(obj: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Gather one picklable object per rank (host memory, synchronises: never in a hot path)."""
+    world = get_world_size(group)
+    if world == 1:
+        return [obj]
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, obj, group=group)
+    return gathered
+
+
+def raise_together(error: BaseException | None, group: dist.ProcessGroup | None = None) -> None:
+    """Let a failure of one rank fail all of them: a collective that every rank must reach.
+
+    Args:
+        error: what went wrong on this rank, or None.
+
+    Raises:
+        BaseException: ``error`` itself where it happened.
+        RuntimeError: on the other ranks, naming the failing ranks and their messages.
+    """
+    message = None if error is None else f"{type(error).__name__}: {error}"
+    failures = {r: m for r, m in enumerate(all_gather_object(message, group)) if m is not None}
+    if error is not None:
+        raise error
+    if failures:
+        said = "; ".join(f"rank {rank}: {message}" for rank, message in failures.items())
+        raise RuntimeError(f"another rank failed, so this one stops too ({said})")
