@@ -1,0 +1,31 @@
+"""BatchNorm in detectors where the batch is a choice (Wu and Johnson, arXiv 2105.07576).
+
+Importing the package registers its heads, backbones and data sets with detectron2. Without
+detectron2, ``rethinking_bn.layers`` and ``rethinking_bn.population`` work all the same, and
+whatever needs detectron2 raises an ImportError that says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rethinking_bn._detectron2 import detectron2_installed, require_detectron2
+from rethinking_bn.config_files import get_config_file
+from rethinking_bn.version import __version__
+
+if detectron2_installed():
+    from rethinking_bn import modeling  # registers heads and backbones
+    from rethinking_bn.config import add_rethinking_bn_config
+
+__all__ = ["__version__", "add_rethinking_bn_config", "get_config_file", "modeling"]
+
+
+def __getattr__(name: str) -> Any:
+    """Explain a missing detectron2 instead of a missing attribute; import the engine on demand."""
+    if name in ("add_rethinking_bn_config", "engine", "modeling"):
+        require_detectron2(f"rethinking_bn.{name}")
+    if name == "engine":
+        import rethinking_bn.engine
+
+        return rethinking_bn.engine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,87 @@
+"""Every config key of the project, once; keys that detectron2 has keep detectron2's meaning.
+
+"Section" is a section of "Rethinking 'Batch' in BatchNorm" (arXiv 2105.07576) unless it says
+MABN (arXiv 2001.06838).
+"""
+
+from __future__ import annotations
+
+from rethinking_bn._detectron2 import require_detectron2
+
+require_detectron2("rethinking_bn.config")
+
+from detectron2.config import CfgNode  # noqa: E402
+
+
+def _our_keys() -> CfgNode:
+    c = CfgNode()
+    c.MODEL = CfgNode()
+    c.TEST = CfgNode()
+
+    # --- RetinaNet's head (META_ARCHITECTURE: ConfigurableHeadRetinaNet) ---------- section 5
+    c.MODEL.RETINANET = CfgNode()
+    # Which head, by its name in RETINANET_HEAD. Ours read MODEL.RETINANET.NORM as "BN" (statistics
+    # of this rank), "SyncBN" (pooled over ranks) or any other name of rethinking_bn.layers.get_norm.
+    c.MODEL.RETINANET.HEAD_NAME = "RetinaNetHead"
+    c.MODEL.RETINANET.BN = CfgNode()
+    # The next three are each "shared" (one set for all feature levels), "domain_specific" (one set
+    # per level) or "" (the head's own choice; MultiDomainBNRetinaNetHead's is "shared").
+    # The statistics that a layer normalises by during SGD training. Table 5, "SGD statistics".
+    c.MODEL.RETINANET.BN.TRAIN_STATS = ""
+    # The statistics that it normalises by at inference. Table 5, "population statistics".
+    c.MODEL.RETINANET.BN.POPULATION_STATS = ""
+    # The scale and shift after the normalisation. Table 5, "affine".
+    c.MODEL.RETINANET.BN.AFFINE = ""
+
+    # --- Norms in Mask R-CNN's heads ----------------------------------------------- section 6
+    c.MODEL.ROI_HEADS = CfgNode()
+    # Images whose RoIs are normalised together by a BN of this rank, in training and in population
+    # training; must divide the images per rank. 0: all images on the rank. Tables 3 and 6.
+    c.MODEL.ROI_HEADS.NORM_IMAGES = 0
+
+    # --- Moving Average Batch Normalization (norm "MABN") -------------------------- MABN, section 4
+    c.MODEL.MABN = CfgNode()
+    # Images whose statistics the backward pass averages over time; a multiple of BATCH_SIZE.
+    c.MODEL.MABN.SIMULATED_BATCH_SIZE = 32
+    # Images in one forward of a rank. 0: SOLVER.IMS_PER_BATCH divided by the number of ranks.
+    c.MODEL.MABN.BATCH_SIZE = 0
+    # Fraction of the new value in the running mean square (torch's meaning of momentum).
+    c.MODEL.MABN.MOMENTUM = 0.02
+    # Iterations that use the statistics of the mini-batch before the moving averages take over.
+    c.MODEL.MABN.WARMUP_ITERS = 100
+    # The correction r is clipped to [1 / R_MAX, R_MAX].
+    c.MODEL.MABN.R_MAX = 5.0
+
+    # --- Population training; ENABLED and NUM_ITER are detectron2's ----------------- section 3
+    c.TEST.PRECISE_BN = CfgNode()
+    # Names of registered data sets, labelled or not. Empty: DATASETS.TRAIN. Another domain's images
+    # give that domain's statistics (Table 4).
+    c.TEST.PRECISE_BN.DATASETS = ()
+    # Images per iteration on all ranks together. 0: SOLVER.IMS_PER_BATCH. Table 2.
+    c.TEST.PRECISE_BN.IMS_PER_BATCH = 0
+    # Worker processes of its loader, per rank.
+    c.TEST.PRECISE_BN.NUM_WORKERS = 0
+    return c
+
+
+def add_rethinking_bn_config(cfg: CfgNode) -> None:
+    """Add the project's keys to ``cfg``, in place.
+
+    A key that ``cfg`` has already keeps its value, so calling this twice, or after a value was set,
+    changes nothing.
+
+    Args:
+        cfg: detectron2's config node, as :func:`detectron2.config.get_cfg` returns it.
+
+    Raises:
+        AttributeError: when ``cfg`` is frozen and lacks a key.
+    """
+    _add_missing(_our_keys(), cfg)
+
+
+def _add_missing(source: CfgNode, target: CfgNode) -> None:
+    for key, value in source.items():
+        if key not in target:
+            setattr(target, key, value)
+        elif isinstance(value, CfgNode):
+            _add_missing(value, target[key])

@@ -1,0 +1,54 @@
+"""Packaging; the settings of the tools (pytest, ruff, mypy) are in pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """Return ``__version__`` without importing the package, whose imports are not built yet."""
+    text = (ROOT / "rethinking_bn" / "version.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("rethinking_bn/version.py has no __version__ line")
+    return found.group(1)
+
+
+def read_readme() -> str:
+    """Return README.md, the description shown by package indexes."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+setup(
+    name="rethinking-bn",
+    version=read_version(),
+    description="BatchNorm in detectors where the batch is a choice: heads, statistics, training",
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # configs/ lives at the root, where people look for it; in a wheel it becomes package data.
+    packages=[*find_packages(include=["rethinking_bn", "rethinking_bn.*"]), "rethinking_bn.configs"],
+    package_dir={"rethinking_bn.configs": "configs"},
+    package_data={"rethinking_bn.configs": ["*.yaml", "*/*.yaml"], "rethinking_bn": ["py.typed"]},
+    install_requires=[
+        "torch>=2.4",
+        "torchvision",
+        "fvcore",
+        "pycocotools",
+        "opencv-python",
+        "matplotlib",
+        "scikit-learn",
+        "tqdm",
+    ],
+    extras_require={
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy"],
+    },
+    zip_safe=False,
+)
