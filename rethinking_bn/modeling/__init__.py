@@ -5,3 +5,23 @@ from __future__ import annotations
 from rethinking_bn._detectron2 import require_detectron2
 
 require_detectron2("rethinking_bn.modeling")
+
+from rethinking_bn.modeling.retinanet import ConfigurableHeadRetinaNet  # noqa: E402
+from rethinking_bn.modeling.retinanet_head import (  # noqa: E402
+    RETINANET_HEAD,
+    CycleBNRetinaNetHead,
+    DomainBNRetinaNetHead,
+    MultiDomainBNRetinaNetHead,
+    SharedBNRetinaNetHead,
+    build_retinanet_head,
+)
+
+__all__ = [
+    "RETINANET_HEAD",
+    "ConfigurableHeadRetinaNet",
+    "CycleBNRetinaNetHead",
+    "DomainBNRetinaNetHead",
+    "MultiDomainBNRetinaNetHead",
+    "SharedBNRetinaNetHead",
+    "build_retinanet_head",
+]

@@ -1,0 +1,45 @@
+"""RetinaNet with a head chosen by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.meta_arch import RetinaNet
+
+from rethinking_bn.modeling.retinanet_head import build_retinanet_head
+
+
+@META_ARCH_REGISTRY.register()
+class ConfigurableHeadRetinaNet(RetinaNet):
+    """detectron2's RetinaNet with the head that ``MODEL.RETINANET.HEAD_NAME`` names.
+
+    With ``HEAD_NAME: RetinaNetHead``, detectron2's own, the model is detectron2's RetinaNet bit for
+    bit, and so is the random state after building it. Any other head is built from the random state
+    that detectron2's would have been built from. The constructor is RetinaNet's: from LazyConfig,
+    pass any head as ``head``.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Return RetinaNet's arguments.
+
+        Raises:
+            ValueError: when no head of that name is registered, or the head refuses its keys.
+        """
+        if cfg.MODEL.RETINANET.HEAD_NAME == "RetinaNetHead":
+            return super().from_config(cfg)
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        head = build_retinanet_head(cfg, [shapes[f] for f in cfg.MODEL.RETINANET.IN_FEATURES])
+        # The other arguments are read by detectron2, which builds a backbone and a head on the way;
+        # both are dropped, and their draws from the random state undone.
+        stock = cfg.clone()
+        stock.defrost()
+        stock.MODEL.RETINANET.NORM = ""
+        stock.MODEL.RETINANET.NUM_CONVS = 1
+        with torch.random.fork_rng(devices=[]):
+            arguments = super().from_config(stock)
+        return {**arguments, "backbone": backbone, "head": head}

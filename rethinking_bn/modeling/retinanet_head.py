@@ -1,0 +1,256 @@
+"""RetinaNet heads whose BatchNorm says what a batch is (arXiv 2105.07576, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from rethinking_bn.checkpoint import missing_statistics
+from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, get_norm
+
+RETINANET_HEAD = Registry("RETINANET_HEAD")
+RETINANET_HEAD.__doc__ = """
+Registry of heads for RetinaNet, which predict class logits and box deltas from feature maps.
+
+The registered object will be called with `obj(cfg, input_shape)`, where `input_shape` is a list of
+:class:`detectron2.layers.ShapeSpec`, one per feature level, high resolution first. It returns an
+nn.Module whose forward maps L feature maps (N, C, H_l, W_l) to a list of L logits
+(N, A * K, H_l, W_l) and a list of L deltas (N, A * 4, H_l, W_l).
+"""
+RETINANET_HEAD.register(RetinaNetHead)
+
+_CHOICES = ("shared", "domain_specific")
+_BN_NAMES = ("BN", "SyncBN")
+
+NormFactory = Callable[[int], nn.Module]
+
+
+def build_retinanet_head(cfg: CfgNode, input_shape: list[ShapeSpec]) -> nn.Module:
+    """Build the head that ``cfg.MODEL.RETINANET.HEAD_NAME`` names.
+
+    Raises:
+        ValueError: when RETINANET_HEAD has no head of that name.
+    """
+    name = cfg.MODEL.RETINANET.HEAD_NAME
+    known = [registered for registered, _ in RETINANET_HEAD]
+    if name not in known:
+        raise ValueError(
+            f"MODEL.RETINANET.HEAD_NAME is {name!r}; registered heads: {', '.join(sorted(known))}"
+        )
+    return RETINANET_HEAD.get(name)(cfg, input_shape)
+
+
+@RETINANET_HEAD.register()
+class MultiDomainBNRetinaNetHead(RetinaNetHead):
+    """detectron2's RetinaNet head with a BatchNorm over all feature levels, layer by layer.
+
+    The L levels are the domains. Parameters, their names and their initialisation are those of
+    detectron2's head (same draws from the same random state); each norm layer sees all levels at
+    once, so that a synchronised one takes one collective per pass.
+
+    Loading weights of this head without the statistics of one of its norm layers is an error: a
+    head trained with another norm, or without, would otherwise start from mean 0 and variance 1.
+    """
+
+    #: the choices when none is given
+    choices: Mapping[str, str] = {
+        "train_stats": "shared",
+        "population_stats": "shared",
+        "affine": "shared",
+    }
+    #: whether other choices than these are refused
+    is_preset: bool = False
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[ShapeSpec],
+        num_classes: int,
+        num_anchors: int,
+        conv_dims: Sequence[int],
+        norm: str | NormFactory | None = "SyncBN",
+        train_stats: str = "",
+        population_stats: str = "",
+        affine: str = "",
+        prior_prob: float = 0.01,
+    ) -> None:
+        """
+        Args:
+            input_shape: one per feature level, all with the same channels.
+            num_classes: foreground classes K.
+            num_anchors: anchors per location A.
+            conv_dims: output channels of each convolution of the two subnets, at least one.
+            norm: "BN" (statistics of this rank) or "SyncBN" (pooled over ranks). The general head
+                also takes any other name that :func:`rethinking_bn.layers.get_norm` knows, or a
+                callable from channels to a layer; those know no domains, so the three choices
+                must stay unset.
+            train_stats, population_stats, affine: "shared" (one set for all levels),
+                "domain_specific" (one per level) or "" (this class's own choice); the columns of
+                Table 5.
+            prior_prob: initial foreground probability of every anchor.
+
+        Raises:
+            ValueError: for an unknown value, or one that contradicts the class or the norm.
+        """
+        if not conv_dims:
+            raise ValueError("conv_dims (MODEL.RETINANET.NUM_CONVS) must name at least one layer")
+        given = {
+            "train_stats": train_stats,
+            "population_stats": population_stats,
+            "affine": affine,
+        }
+        super().__init__(
+            input_shape=list(input_shape),
+            num_classes=num_classes,
+            num_anchors=num_anchors,
+            conv_dims=list(conv_dims),
+            norm=self._norm_factory(norm, len(input_shape), given) or "",
+            prior_prob=prior_prob,
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
+        """Read MODEL.RETINANET, with the three choices from MODEL.RETINANET.BN."""
+        arguments = super().from_config(cfg, input_shape)
+        choices = cfg.MODEL.RETINANET.BN
+        arguments["train_stats"] = choices.TRAIN_STATS
+        arguments["population_stats"] = choices.POPULATION_STATS
+        arguments["affine"] = choices.AFFINE
+        return arguments
+
+    @classmethod
+    def _norm_factory(
+        cls, norm: str | NormFactory | None, num_domains: int, given: Mapping[str, str]
+    ) -> NormFactory | None:
+        """Return channels -> layer for the requested norm, or None for no norm."""
+        if norm in _BN_NAMES:
+            choices = cls._resolve(given)
+            return lambda channels: cls._norm_layer(
+                channels, num_domains, sync=norm == "SyncBN", **choices
+            )
+        chosen = [f"{name}={value!r}" for name, value in given.items() if value]
+        if cls.is_preset or chosen:
+            raise ValueError(
+                f"{cls.__name__}{f' with {chosen[0]}' if chosen else ''} needs the norm "
+                f"(MODEL.RETINANET.NORM) to be one of {', '.join(_BN_NAMES)}; got {norm!r}"
+            )
+        if norm is None or norm == "":
+            return None
+        return norm if callable(norm) else lambda channels: get_norm(norm, channels)
+
+    @classmethod
+    def _resolve(cls, given: Mapping[str, str]) -> dict[str, str]:
+        """Return the three choices, the class's own where none is given."""
+        resolved = dict(cls.choices)
+        for name, value in given.items():
+            allowed = (cls.choices[name],) if cls.is_preset else _CHOICES
+            if value and value not in allowed:
+                listed = " or ".join(repr(choice) for choice in (*allowed, ""))
+                raise ValueError(
+                    f"{cls.__name__}: {name} (MODEL.RETINANET.BN.{name.upper()}) must be "
+                    f"{listed}, got {value!r}"
+                )
+            resolved[name] = value or resolved[name]
+        return resolved
+
+    @classmethod
+    def _norm_layer(
+        cls, channels: int, num_domains: int, *, sync: bool, **choices: str
+    ) -> nn.Module:
+        return MultiDomainBatchNorm2d(channels, num_domains, sync=sync, **choices)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """
+        Args:
+            features: L tensors (N, C, H_l, W_l), in the order of ``input_shape``.
+
+        Returns:
+            L logits (N, A * K, H_l, W_l) and L box deltas (N, A * 4, H_l, W_l).
+
+        Raises:
+            ValueError: when the number of levels is another.
+        """
+        if len(features) != self._num_features:
+            raise ValueError(
+                f"the head was built for {self._num_features} feature levels, got {len(features)}"
+            )
+        logits = _layer_by_layer([*self.cls_subnet, self.cls_score], features)
+        deltas = _layer_by_layer([*self.bbox_subnet, self.bbox_pred], features)
+        return logits, deltas
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        error_msgs.extend(missing_statistics(self, state_dict, prefix))
+
+
+def _layer_by_layer(layers: Sequence[nn.Module], features: list[Tensor]) -> list[Tensor]:
+    for layer in layers:
+        if isinstance(layer, MultiDomainBatchNorm2d):
+            features = layer(features)
+            continue
+        # a layer that counts its calls must know where a pass over the levels ends
+        one_pass = layer.cycle() if isinstance(layer, CycleBatchNorm2d) else nullcontext()
+        with one_pass:
+            features = [layer(feature) for feature in features]
+    return features
+
+
+@RETINANET_HEAD.register()
+class SharedBNRetinaNetHead(MultiDomainBNRetinaNetHead):
+    """Row 1 of Table 5: one BatchNorm whose batch is all levels together, in every phase."""
+
+    is_preset = True
+
+
+@RETINANET_HEAD.register()
+class DomainBNRetinaNetHead(MultiDomainBNRetinaNetHead):
+    """Row 6 of Table 5: a BatchNorm of its own for every level, affine included."""
+
+    choices = {
+        "train_stats": "domain_specific",
+        "population_stats": "domain_specific",
+        "affine": "domain_specific",
+    }
+    is_preset = True
+
+
+@RETINANET_HEAD.register()
+class CycleBNRetinaNetHead(MultiDomainBNRetinaNetHead):
+    """Row 4 of Table 5: statistics of its own for every level, one affine.
+
+    Built of layers that are called once per level, as detectron2's ``CycleBatchNormList`` is (its
+    checkpoints load). A synchronised layer takes one collective per level; the general head with
+    the same choices takes one for all.
+    """
+
+    choices = {
+        "train_stats": "domain_specific",
+        "population_stats": "domain_specific",
+        "affine": "shared",
+    }
+    is_preset = True
+
+    @classmethod
+    def _norm_layer(
+        cls, channels: int, num_domains: int, *, sync: bool, **choices: str
+    ) -> nn.Module:
+        return CycleBatchNorm2d(channels, num_domains, sync=sync)
