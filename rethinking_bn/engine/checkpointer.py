@@ -1,0 +1,73 @@
+"""Checkpoint files that are either complete or not there, and need not be the last one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import IO, Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+
+
+class Checkpointer(DetectionCheckpointer):
+    """detectron2's checkpointer, writing every file aside and renaming it.
+
+    A run killed while it saves leaves the previous checkpoint and ``last_checkpoint`` as they
+    were. (fvcore's writes to the final path.)
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Save the model, the checkpointables and ``kwargs``, and tag the file as the last one.
+
+        Args:
+            name: file name without folder and ".pth".
+
+        Raises:
+            ValueError: if ``name`` names a folder too.
+        """
+        if self._writes():
+            self.save_untagged(name, **kwargs)
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_untagged(self, name: str, **kwargs: Any) -> None:
+        """Save like :meth:`save`, but leave ``last_checkpoint`` alone.
+
+        For files that no training should resume from, such as re-estimated statistics.
+        """
+        if not self._writes():
+            return
+        if os.path.basename(name) != name:
+            raise ValueError(f"a checkpoint's name must not hold a folder, but got {name!r}")
+        state = {"model": self.model.state_dict()}
+        state.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
+        state.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        self._replace_file(path, lambda file: torch.save(state, file))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Let ``last_checkpoint`` name this file."""
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        self._replace_file(path, lambda file: file.write(last_filename_basename.encode()))
+
+    def _writes(self) -> bool:
+        return bool(self.save_dir) and self.save_to_disk
+
+    def _replace_file(self, path: str, write: Callable[[IO[bytes]], Any]) -> None:
+        """Write a file aside and rename it; on an exception there is no new file at all."""
+        if "://" in path:  # an object store has no rename, and shows no half-written file either
+            with self.path_manager.open(path, "wb") as file:
+                write(file)
+            return
+        aside = os.path.join(self.save_dir, f".{os.path.basename(path)}.partial")
+        try:
+            with open(aside, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())  # the name must not become visible before the contents
+            os.replace(aside, path)
+        except BaseException:
+            if os.path.exists(aside):
+                os.unlink(aside)
+            raise

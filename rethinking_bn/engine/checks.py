@@ -1,0 +1,132 @@
+"""What can be found wrong with a run before it starts, each a one-line ValueError or OSError."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from difflib import get_close_matches
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+
+from rethinking_bn.engine.load_config import load_config, use_available_device
+
+
+def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode:
+    """Check a command line, without starting a process or building what takes long.
+
+    Args:
+        args: as :func:`rethinking_bn.engine.launch.argument_parser` reads them.
+        local_ranks: processes on this machine.
+        ranks: processes on all machines.
+
+    Returns:
+        the config, not frozen, with ``MODEL.DEVICE`` cpu if no GPU is visible.
+
+    Raises:
+        ValueError, OSError: naming what is wrong and what is allowed, in one line.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    use_available_device(cfg)
+    gpus = torch.cuda.device_count()
+    if cfg.MODEL.DEVICE.startswith("cuda") and local_ranks > gpus:
+        raise ValueError(f"{local_ranks} GPUs asked for, but this machine has {gpus}")
+    check_batch_size(cfg, ranks, training=not args.eval_only)
+    check_weights(cfg, resume=args.resume)
+    check_data_sets(cfg, training=not args.eval_only)
+    check_model(cfg)
+    return cfg
+
+
+def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:
+    """Raise a ValueError unless the images of an iteration can be divided among the ranks."""
+    try:
+        cfg = DefaultTrainer.auto_scale_workers(cfg, ranks)
+    except AssertionError as error:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be divided by "
+            f"SOLVER.REFERENCE_WORLD_SIZE {cfg.SOLVER.REFERENCE_WORLD_SIZE}"
+        ) from error
+    sizes = {}
+    if training:
+        sizes["SOLVER.IMS_PER_BATCH"] = cfg.SOLVER.IMS_PER_BATCH
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        if cfg.TEST.PRECISE_BN.IMS_PER_BATCH:
+            sizes["TEST.PRECISE_BN.IMS_PER_BATCH"] = cfg.TEST.PRECISE_BN.IMS_PER_BATCH
+        else:
+            sizes["SOLVER.IMS_PER_BATCH"] = cfg.SOLVER.IMS_PER_BATCH
+    for key, size in sizes.items():
+        if size < 1 or size % ranks:
+            raise ValueError(f"{key} {size} cannot be divided among {ranks} process(es)")
+
+
+def check_weights(cfg: CfgNode, *, resume: bool = False) -> None:
+    """Raise a FileNotFoundError if a file that the run starts from is not there.
+
+    Weights behind a URL or another scheme ("detectron2://") are not looked up.
+    """
+    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    if resume and PathManager.isfile(last):
+        with PathManager.open(last) as file:
+            path = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+        if not PathManager.isfile(path):
+            raise FileNotFoundError(f"{last} names {path}, which does not exist")
+        return
+    path = cfg.MODEL.WEIGHTS.partition("?")[0]  # "?matching_heuristics=True" may follow
+    if path and "://" not in path and not os.path.isfile(path):
+        raise FileNotFoundError(f"MODEL.WEIGHTS {path!r} does not exist")
+
+
+def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
+    """Check that the data sets of a run are registered, and on disk unless they are generated.
+
+    Raises:
+        ValueError: for a name that is not registered; close names are listed.
+        FileNotFoundError: saying where the data set was looked for, and what moves that place.
+    """
+    names = list(cfg.DATASETS.TEST)
+    if training:
+        if not cfg.DATASETS.TRAIN:
+            raise ValueError("DATASETS.TRAIN is empty")
+        names += cfg.DATASETS.TRAIN
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        names += cfg.TEST.PRECISE_BN.DATASETS or cfg.DATASETS.TRAIN
+    for name in names:
+        known = DatasetCatalog.list()
+        if name not in known:
+            close = get_close_matches(name, known, n=5)
+            hint = f"; close names: {', '.join(close)}" if close else ""
+            raise ValueError(f"no data set is registered as {name!r}{hint}")
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("generated", False):  # it will be there on first use
+            continue
+        for attribute in ("json_file", "image_root"):
+            path = metadata.get(attribute, "")
+            if path and "://" not in path and not os.path.exists(path):
+                folder = os.environ.get("DETECTRON2_DATASETS", "datasets")
+                raise FileNotFoundError(
+                    f"data set {name!r} is missing: looked for {os.path.abspath(path)}; the "
+                    f"variable DETECTRON2_DATASETS (now {folder!r}) says where data sets are"
+                )
+
+
+def check_model(cfg: CfgNode) -> None:
+    """Raise a ValueError if the model's keys contradict each other or name what is not there.
+
+    The model is built for that, on torch's meta device: without memory or initialisation.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            build_model(cfg)
+    except (ValueError, KeyError) as error:
+        raise ValueError(" ".join(str(error.args[0] if error.args else error).split())) from error
+    except (NotImplementedError, RuntimeError):
+        # a model that computes with values while it is built cannot be checked this way
+        pass

@@ -1,0 +1,132 @@
+"""From a command line to running processes: arguments, checks, spawning, torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from rethinking_bn.engine.checks import check_run
+from rethinking_bn.engine.load_config import load_config, use_available_device
+
+Main = Callable[[argparse.Namespace], Any]
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """Return detectron2's parser; ``--dist-url`` is found by itself on a single machine."""
+    parser = default_argument_parser(epilog="")
+    parser.description = description
+    parser.set_defaults(dist_url="auto")
+    return parser
+
+
+def run(main: Main, description: str, argv: Sequence[str] | None = None) -> Any:
+    """Read and check the command line, then call ``main(args)`` on every rank.
+
+    Ranks are ``--num-gpus`` spawned processes per machine (gloo on the CPU, NCCL on GPUs), or the
+    processes that torchrun started. Bad input is one line on stderr and exit status 1, before any
+    process is spawned.
+
+    Args:
+        main: a module-level function.
+        description: for ``--help``.
+        argv: default ``sys.argv[1:]``.
+
+    Returns:
+        what ``main`` returned, if there is one rank only; otherwise None.
+    """
+    args = argument_parser(description).parse_args(argv)
+    try:
+        cfg = check_arguments(args)
+    except (ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
+    if _under_torchrun():
+        return _run_under_torchrun(main, args, on_gpu)
+    if not on_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else detectron2 starts NCCL, for GPUs alone
+    if args.num_gpus * args.num_machines == 1:
+        return main(args)
+    detectron2_launch(
+        _run_rank,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(main, args, on_gpu),
+    )
+    return None
+
+
+def check_arguments(args: argparse.Namespace) -> CfgNode:
+    """Check the command line in the process that will start the others.
+
+    Returns:
+        the config, not frozen.
+
+    Raises:
+        ValueError, OSError: one line that says what is wrong.
+    """
+    if _under_torchrun():
+        local_ranks, ranks = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        if args.num_gpus not in (1, local_ranks) or args.num_machines != 1:
+            raise ValueError("torchrun sets the number of processes: leave out --num-gpus and "
+                             "--num-machines")
+        return check_run(args, local_ranks, ranks)
+    if args.num_gpus < 1 or args.num_machines < 1:
+        raise ValueError("--num-gpus and --num-machines must be at least 1")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise ValueError(
+            f"--machine-rank {args.machine_rank} is not in [0, {args.num_machines})"
+        )
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ValueError("several machines need the same --dist-url, such as tcp://HOST:PORT")
+    return check_run(args, args.num_gpus, args.num_gpus * args.num_machines)
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Return the frozen config on this rank, with logging, seed and output folder set up."""
+    cfg = load_config(args.config_file, args.opts)
+    falls_back = use_available_device(cfg)
+    cfg.freeze()
+    logger = setup_logger(
+        cfg.OUTPUT_DIR, comm.get_rank(), name="rethinking_bn", abbrev_name="rethinking_bn"
+    )
+    default_setup(cfg, args)
+    if falls_back:
+        logger.warning("No GPU is visible: MODEL.DEVICE is cpu, not cuda.")
+    return cfg
+
+
+def _under_torchrun() -> bool:
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+
+def _run_under_torchrun(main: Main, args: argparse.Namespace, on_gpu: bool) -> Any:
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo", init_method="env://")
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    return _run_rank(main, args, on_gpu)
+
+
+def _run_rank(main: Main, args: argparse.Namespace, on_gpu: bool) -> Any:
+    """Run one rank of several, with its share of the CPU's cores."""
+    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, (cores or 1) // comm.get_local_size()))
+    result = main(args)
+    dist.destroy_process_group()
+    return result

@@ -1,0 +1,107 @@
+"""Config files as data: merged with their bases and overrides, never executed."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
+
+from rethinking_bn.config import add_rethinking_bn_config
+
+
+def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
+    """Return detectron2's defaults and ours, with a YAML file and overrides merged in.
+
+    YAML tags are refused, in the file and in its ``_BASE_`` files: a tag such as
+    ``!!python/object/apply:eval`` (detectron2's own Base-RetinaNet.yaml holds one) runs code.
+
+    Args:
+        config_file: path of a YAML file; "" for the defaults alone.
+        opts: KEY VALUE pairs, one after the other.
+
+    Returns:
+        a config that is not frozen.
+
+    Raises:
+        FileNotFoundError: if the file or a base of it does not exist.
+        ValueError: for a tag, other bad YAML, an unknown key (close keys are named) or a value of
+            the wrong type. The message is one line.
+    """
+    cfg = get_cfg()
+    add_rethinking_bn_config(cfg)
+    if config_file:
+        if not PathManager.isfile(config_file):
+            raise FileNotFoundError(f"config file {config_file!r} does not exist")
+        _merge_file(cfg, config_file)
+    if len(opts) % 2:
+        raise ValueError(f"overrides must be KEY VALUE pairs, but got {' '.join(opts)!r}")
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        _check_key(cfg, key)
+        try:
+            cfg.merge_from_list([key, value])
+        except (AssertionError, ValueError) as error:
+            raise ValueError(f"{key} {value}: {_one_line(error)}") from error
+    return cfg
+
+
+def use_available_device(cfg: CfgNode) -> bool:
+    """Set ``MODEL.DEVICE`` to the CPU, in place, if it is CUDA and there is no GPU.
+
+    Returns:
+        whether that happened, for the caller to log.
+    """
+    falls_back = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if falls_back:
+        cfg.MODEL.DEVICE = "cpu"
+    return falls_back
+
+
+def _merge_file(cfg: CfgNode, config_file: str) -> None:
+    try:
+        cfg.merge_from_file(config_file, allow_unsafe=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{config_file}: its _BASE_ {error.filename!r} does not exist"
+        ) from error
+    except yaml.constructor.ConstructorError as error:
+        where = error.problem_mark
+        place = f"{where.name}, line {where.line + 1}" if where else config_file
+        raise ValueError(
+            f"{place}: {error.problem}; YAML tags are not loaded because they can execute code"
+        ) from error
+    except KeyError as error:
+        unknown = str(error.args[0]).rpartition(" ")[2]
+        raise ValueError(f"{config_file}: {_unknown_key(cfg, unknown)}") from error
+    except (AttributeError, TypeError) as error:  # an empty file, a list, a bare word
+        raise ValueError(f"{config_file}: not a mapping of config keys to values") from error
+    except (yaml.YAMLError, AssertionError, ValueError) as error:
+        raise ValueError(f"{config_file}: {_one_line(error)}") from error
+
+
+def _check_key(cfg: CfgNode, key: str) -> None:
+    node = cfg
+    for name in key.split("."):
+        if not isinstance(node, CfgNode) or name not in node:
+            raise ValueError(_unknown_key(cfg, key))
+        node = node[name]
+
+
+def _unknown_key(cfg: CfgNode, key: str) -> str:
+    close = get_close_matches(key, list(_keys(cfg)), n=3, cutoff=0.6)
+    return f"unknown config key {key!r}" + (f"; close keys: {', '.join(close)}" if close else "")
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for name, value in cfg.items():
+        yield prefix + name
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def _one_line(error: BaseException) -> str:
+    return textwrap.shorten(str(error), 300, placeholder=" ...")  # joins lines, too

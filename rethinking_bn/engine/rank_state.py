@@ -1,0 +1,111 @@
+"""State that every rank has its own of, and that a checkpoint of rank 0's model leaves out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from rethinking_bn.layers import PopulationLayer
+
+RankState = dict[str, Any]  # {"normalizers": {module: float}, "buffers": {name: Tensor}}
+
+
+def gather_rank_state(model: nn.Module) -> list[RankState]:
+    """Return every rank's own state, rank 0 first: what a bit-exact resume needs beside the model.
+
+    It holds the loss normalisers of detectron2's dense detectors (a float attribute that appears
+    with the first training step), every buffer that differs between ranks, and the buffers that
+    layers of ours keep out of the state dict. A collective: every rank must call it.
+    """
+    buffers = dict(model.named_buffers())
+    names = set(_unsaved_buffers(model)) | _differing(buffers)
+    own: RankState = {
+        "normalizers": {
+            name: float(module.loss_normalizer) for name, module in _normalized(model)
+        },
+        "buffers": {name: buffers[name].detach().cpu().clone() for name in sorted(names)},
+    }
+    return comm.all_gather(own)
+
+
+def load_rank_state(model: nn.Module, states: list[RankState]) -> None:
+    """Give this rank its own part of :func:`gather_rank_state`'s result.
+
+    For another number of ranks there is no own part: every rank then takes the mean over the
+    ranks there were, and the log says so.
+    """
+    world = comm.get_world_size()
+    if len(states) == world:
+        state = states[comm.get_rank()]
+    else:
+        logging.getLogger(__name__).warning(
+            "The checkpoint was saved by %d process(es) and is resumed by %d: loss normalisers and "
+            "rank-local buffers are set to their mean, so this continues another run.",
+            len(states),
+            world,
+        )
+        state = _mean(states)
+    modules = dict(model.named_modules())
+    for name, value in state["normalizers"].items():
+        if name in modules:
+            modules[name].loss_normalizer = value  # type: ignore[assignment]
+    buffers = dict(model.named_buffers())
+    with torch.no_grad():
+        for name, value in state["buffers"].items():
+            if name in buffers and buffers[name].shape == value.shape:
+                buffers[name].copy_(value)
+
+
+def _normalized(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules with a moving loss normaliser (the keypoint head's is a constant)."""
+    for name, module in model.named_modules():
+        if hasattr(type(module), "_ema_update") and "loss_normalizer" in vars(module):
+            yield name, module
+
+
+def _unsaved_buffers(model: nn.Module) -> Iterator[str]:
+    """Yield the names of buffers that layers of ours keep out of the state dict."""
+    for prefix, layer in model.named_modules():
+        if not isinstance(layer, PopulationLayer):
+            continue
+        for name, module in layer.named_modules(prefix=prefix):
+            for buffer in module._non_persistent_buffers_set:
+                if isinstance(getattr(module, buffer), Tensor):
+                    yield f"{name}.{buffer}" if name else buffer
+
+
+def _differing(buffers: dict[str, Tensor]) -> set[str]:
+    """Return the names of the buffers that are not the same, bit for bit, on all ranks."""
+    if comm.get_world_size() == 1:
+        return set()
+    digests = {
+        name: hashlib.sha1(
+            buffer.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        ).digest()
+        for name, buffer in buffers.items()
+    }
+    ranks = comm.all_gather(digests)
+    return {name for name in digests if any(rank.get(name) != digests[name] for rank in ranks)}
+
+
+def _mean(states: list[RankState]) -> RankState:
+    """Return the mean over ranks; of what cannot be averaged, rank 0's."""
+    first = states[0]
+    normalizers = {
+        name: sum(state["normalizers"][name] for state in states) / len(states)
+        for name in first["normalizers"]
+        if all(name in state["normalizers"] for state in states)
+    }
+    buffers = {}
+    for name, value in first["buffers"].items():
+        if value.is_floating_point():
+            ranks = torch.stack([state["buffers"][name].double() for state in states])
+            value = ranks.mean(0).to(value.dtype)
+        buffers[name] = value
+    return {"normalizers": normalizers, "buffers": buffers}
