@@ -1,0 +1,205 @@
+"""Population training within detectron2: a hook, and a function for ``--eval-only``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, HookBase, hooks
+from torch import nn
+
+from rethinking_bn.engine.autocast import CPUAutocastTrainer
+from rethinking_bn.engine.population_loader import build_population_loader
+from rethinking_bn.engine.statistics import MergeStatistics
+from rethinking_bn.population import PopulationReport, estimate_population_statistics
+from rethinking_bn.population_observers import find_population_layers
+
+__all__ = [
+    "PreciseBN",
+    "build_population_loader",
+    "run_population_training",
+    "with_precise_bn",
+]
+
+logger = logging.getLogger(__name__)
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+# what reads the statistics, and so comes after their training
+_READERS = (
+    MergeStatistics,
+    hooks.PeriodicCheckpointer,
+    hooks.BestCheckpointer,
+    hooks.EvalHook,
+    hooks.PeriodicWriter,
+)
+
+
+class PreciseBN(HookBase):
+    """Estimate population statistics every ``period`` iterations and after the last one.
+
+    In place of detectron2's hook of the same name, with the same constructor. See
+    :func:`rethinking_bn.population.estimate_population_statistics` for what is estimated; the
+    loader is started anew each time, so the data are the same if the loader is seeded. Runs on
+    every rank, under the mixed precision of the trainer.
+
+    State read: the model, the trainer's precision. State changed: the population statistics, and
+    four scalars in the trainer's storage: ``precise_bn/seconds``, ``precise_bn/drift_mean`` and
+    ``precise_bn/drift_max`` (how far the moving averages were off, in standard deviations) and
+    ``precise_bn/unreached`` (sets of statistics that saw no value). Must come before the hooks that
+    checkpoint, evaluate and write.
+    """
+
+    def __init__(
+        self, period: int, model: nn.Module, data_loader: Iterable[Any], num_iter: int
+    ) -> None:
+        """
+        Args:
+            period: in iterations; 0: only after the last one.
+            model: its BN-like layers in training mode are estimated. Without any, the hook does
+                nothing and says so.
+            data_loader: yields the model's inputs. Without ground truth in them, the model runs in
+                eval mode with only those layers on mini-batch statistics.
+            num_iter: batches per rank, equal on all ranks.
+
+        Raises:
+            ValueError: if ``num_iter`` is not positive.
+        """
+        if num_iter < 1:
+            raise ValueError(f"num_iter must be a positive integer, got {num_iter!r}")
+        self._period, self._model = period, model
+        self._data_loader, self._num_iter = data_loader, num_iter
+        self.last_report: PopulationReport | None = None
+        self._has_layers()
+
+    def after_step(self) -> None:
+        """Estimate if it is time to."""
+        next_iter = self.trainer.iter + 1
+        is_final = next_iter == self.trainer.max_iter
+        if is_final or (self._period > 0 and next_iter % self._period == 0):
+            self.update_stats()
+
+    def update_stats(self) -> PopulationReport | None:
+        """Estimate now, with or without a trainer; return the report, None without layers."""
+        if not self._has_layers():
+            return None
+        report = estimate_population_statistics(
+            self._model,
+            self._data_loader,
+            self._num_iter,
+            autocast=_autocast_of(self.trainer, self._model),
+            seed=0,
+        )
+        self.last_report = report
+        storage = getattr(self.trainer, "storage", None)
+        if storage is not None:
+            for name, value in {
+                "seconds": report.seconds,
+                "drift_mean": report.drift_mean,
+                "drift_max": report.drift,
+                "unreached": len(report.unreached),
+            }.items():
+                storage.put_scalar(f"precise_bn/{name}", value, smoothing_hint=False)
+        return report
+
+    def _has_layers(self) -> bool:
+        found = bool(find_population_layers(self._model)[0])
+        if not found:
+            logger.info("PreciseBN is disabled: no BN-like layer of the model is in training mode.")
+        return found
+
+
+def with_precise_bn(
+    hooks_: Sequence[HookBase | None], cfg: CfgNode, model: nn.Module
+) -> list[HookBase | None]:
+    """Put our PreciseBN into a list of hooks, in place of detectron2's.
+
+    For ``build_hooks`` of any DefaultTrainer::
+
+        def build_hooks(self):
+            return with_precise_bn(super().build_hooks(), self.cfg, self.model)
+
+    Args:
+        hooks_: in their order; ours goes where detectron2's was, in any case before the hooks that
+            merge, checkpoint, evaluate or write.
+        cfg: TEST.PRECISE_BN says whether (ENABLED), on what and for how long (NUM_ITER);
+            TEST.EVAL_PERIOD how often.
+        model: the trainer's.
+
+    Returns:
+        a new list; without a change if TEST.PRECISE_BN.ENABLED is False, without any PreciseBN if
+        the model has no BN-like layer in training mode.
+
+    Raises:
+        ValueError: see :func:`build_population_loader`.
+    """
+    result = list(hooks_)
+    if not cfg.TEST.PRECISE_BN.ENABLED:
+        return result
+    replaced = (hooks.PreciseBN, PreciseBN)
+    place = next(
+        (i for i, hook in enumerate(result) if isinstance(hook, (*replaced, *_READERS))),
+        len(result),
+    )
+    # nothing before `place` is removed
+    result = [hook for hook in result if not isinstance(hook, replaced)]
+    if not find_population_layers(model)[0]:
+        logger.info("PreciseBN is disabled: no BN-like layer of the model is in training mode.")
+        return result
+    loader = build_population_loader(cfg)
+    hook = PreciseBN(cfg.TEST.EVAL_PERIOD, model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+    result.insert(place, hook)
+    return result
+
+
+def run_population_training(cfg: CfgNode, model: nn.Module) -> PopulationReport:
+    """Estimate the population statistics of a loaded model, as the hook does while training.
+
+    Args:
+        cfg: see :func:`build_population_loader`; SOLVER.AMP.ENABLED stands for the autocast that
+            training with it uses (float16 on CUDA, bfloat16 on the CPU).
+        model: estimated are the layers that are in training mode after ``model.train()``; its
+            modes are put back.
+
+    Raises:
+        ValueError: see :func:`build_population_loader`.
+    """
+    loader = build_population_loader(cfg)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        report = estimate_population_statistics(
+            model,
+            loader,
+            cfg.TEST.PRECISE_BN.NUM_ITER,
+            autocast=_autocast(model) if cfg.SOLVER.AMP.ENABLED else None,
+            seed=0,
+        )
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    logger.info("%s", report)
+    return report
+
+
+def _autocast(model: nn.Module, dtype: torch.dtype | None = None) -> Autocast:
+    """Return what makes the autocast context that training ``model`` in mixed precision uses."""
+    device = next((tensor.device.type for tensor in model.parameters()), "cpu")
+    if dtype is None:
+        dtype = torch.bfloat16 if device == "cpu" else torch.float16
+    return partial(torch.autocast, device, dtype=dtype)
+
+
+def _autocast_of(trainer: Any, model: nn.Module) -> Autocast | None:
+    """Return the autocast of a mixed-precision trainer; None: whatever is active."""
+    for candidate in (trainer, getattr(trainer, "_trainer", None)):
+        if isinstance(candidate, AMPTrainer):
+            return _autocast(model, candidate.precision)
+        if isinstance(candidate, CPUAutocastTrainer):
+            return _autocast(model, torch.bfloat16)
+    return None

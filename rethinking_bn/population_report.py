@@ -1,0 +1,141 @@
+"""What population training did: samples seen per layer and domain, and how far statistics moved."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One set of population statistics.
+
+    Attributes:
+        name: of the layer in the model.
+        domain: "" when the layer has one set for all, else the domain, such as "3".
+        samples: values per channel that were seen on all ranks together. With 0 the statistics
+            were kept, so the next three are 0, 0 and 1.
+        drift_mean, drift_max: |old mean - new mean| in units of the new standard deviation
+            √(var + eps), averaged over the channels and at its largest. A layer that normalises by
+            a mean square alone: |√old - √new| / √(new + eps). Infinite for statistics that were
+            not finite.
+        variance_ratio: old / new variance (plus eps each), geometric mean over the channels.
+    """
+
+    name: str
+    domain: str
+    samples: int
+    drift_mean: float
+    drift_max: float
+    variance_ratio: float
+
+    @property
+    def label(self) -> str:
+        """The layer's name, with the domain in brackets where there are several."""
+        return f"{self.name}[{self.domain}]" if self.domain else self.name
+
+
+@dataclass(frozen=True)
+class PopulationReport:
+    """The outcome of :func:`rethinking_bn.population.estimate_population_statistics`.
+
+    Attributes:
+        layers: one entry per layer and domain, in the model's order.
+        frozen: names of BN-like layers that were in eval mode, hence left alone.
+        num_batches: forwards on each rank.
+        world_size: ranks W.
+        labelled: whether the model ran on labelled data, as in training.
+        seconds: wall-clock time on this rank.
+    """
+
+    layers: tuple[LayerReport, ...]
+    frozen: tuple[str, ...]
+    num_batches: int
+    world_size: int
+    labelled: bool
+    seconds: float
+
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """Labels of the statistics that no forward reached with a single value: kept as before."""
+        return tuple(layer.label for layer in self.layers if layer.samples == 0)
+
+    @property
+    def drift(self) -> float:
+        """The largest drift of any channel, in standard deviations; 0 with nothing estimated."""
+        return max((layer.drift_max for layer in self.layers), default=0.0)
+
+    @property
+    def drift_mean(self) -> float:
+        """The layers' and domains' mean drift, averaged over those that were estimated."""
+        drifts = [layer.drift_mean for layer in self.layers if layer.samples]
+        return sum(drifts) / len(drifts) if drifts else 0.0
+
+    def summary(self) -> str:
+        """Return one line."""
+        done = sum(1 for layer in self.layers if layer.samples)
+        return (
+            f"population statistics: {done} sets from {self.num_batches} "
+            f"{'labelled' if self.labelled else 'unlabelled'} batches on each of "
+            f"{self.world_size} rank(s) in {self.seconds:.1f} s; old means were off by "
+            f"{self.drift_mean:.3g} standard deviations on average, {self.drift:.3g} at most"
+        )
+
+    def __str__(self) -> str:
+        """Return the summary and a table, one row per layer and domain."""
+        head = ("layer", "domain", "samples", "drift mean", "drift max", "old/new var")
+        rows = [
+            (
+                layer.name,
+                layer.domain or "-",
+                str(layer.samples),
+                f"{layer.drift_mean:.3g}",
+                f"{layer.drift_max:.3g}",
+                f"{layer.variance_ratio:.3g}",
+            )
+            for layer in self.layers
+        ]
+        widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+        lines = [self.summary()]
+        for row in (head, *rows) if rows else ():
+            name, *numbers = (cell for cell in row)
+            cells = [number.rjust(w) for number, w in zip(numbers, widths[1:], strict=True)]
+            lines.append("  ".join([name.ljust(widths[0]), *cells]))
+        for title, names in (
+            ("frozen (eval mode), left alone", self.frozen),
+            ("no value seen, kept", self.unreached),
+        ):
+            if names:
+                lines.append(f"{title}: {', '.join(names)}")
+        return "\n".join(lines)
+
+
+def compare(
+    name: str,
+    domain: str,
+    samples: int,
+    old: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    *,
+    eps: float,
+    mean_square: bool = False,
+) -> LayerReport:
+    """Measure how far one set of statistics moved.
+
+    Args:
+        old, new: (mean (C,), variance (C,)) in float64; (mean square (C,), anything) for a layer
+            that normalises by the mean square alone.
+        eps: what the layer adds under the root.
+        mean_square: whether it is such a layer.
+    """
+    if samples == 0:
+        return LayerReport(name, domain, 0, 0.0, 0.0, 1.0)
+    power = [statistics[0] if mean_square else statistics[1] for statistics in (old, new)]
+    scale = (power[1] + eps).sqrt()
+    moved = power[0].sqrt() - power[1].sqrt() if mean_square else old[0] - new[0]
+    drift = torch.nan_to_num(moved.abs() / scale, nan=math.inf, posinf=math.inf)
+    ratio = ((power[0] + eps) / (power[1] + eps)).log().mean().exp()
+    return LayerReport(name, domain, samples, drift.mean().item(), drift.max().item(), ratio.item())
