@@ -1,0 +1,26 @@
+"""Normalisation layers that treat the batch in BatchNorm as a choice; torch only."""
+
+from .batch_norm import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d
+from .cycle import CycleBatchNorm2d
+from .get_norm import get_norm, norm_names
+from .moments import Moments, local_moments, merge_moments, mix_statistics
+from .multi_domain import MultiDomainBatchNorm2d
+from .population_layer import PopulationLayer
+from .shuffle import shuffle_rows, unshuffle_rows
+
+__all__ = [
+    "BatchNorm2d",
+    "BatchStatNorm2d",
+    "CycleBatchNorm2d",
+    "Moments",
+    "MultiDomainBatchNorm2d",
+    "PopulationLayer",
+    "SyncBatchNorm2d",
+    "get_norm",
+    "local_moments",
+    "merge_moments",
+    "mix_statistics",
+    "norm_names",
+    "shuffle_rows",
+    "unshuffle_rows",
+]

@@ -1,0 +1,177 @@
+"""Drop-in replacements for nn.BatchNorm2d on the package's numeric core."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from ..distributed import get_world_size
+from .core import affine_normalize, normalize
+from .moments import Moments, merge_moments
+from .population_layer import PopulationLayer
+from .running import update_running_statistics, write_statistics
+
+logger = logging.getLogger(__name__)
+
+
+class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
+    """nn.BatchNorm2d that bears what detection heads feed it, with the same state dict.
+
+    It takes an empty batch (statistics stay as they were) and a single value per channel
+    (variance 0, running_var stays), and can be told which rows form a normalisation batch, see
+    :meth:`row_groups`. Otherwise values, gradients and buffers equal nn.BatchNorm2d's.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats: as nn.BatchNorm2d.
+
+    Shape:
+        (N, C, H, W) -> (N, C, H, W), in the input's type; float32 statistics for half types.
+
+    Raises:
+        ValueError: for an input of another shape.
+    """
+
+    sync = False
+    batch_stats_at_inference = False
+    process_group: ProcessGroup | None = None
+    _groups: tuple[int, ...] | None = None
+
+    @contextmanager
+    def row_groups(self, sizes: Sequence[int] | None) -> Iterator[None]:
+        """Normalise consecutive groups of rows apart, such as the RoIs of one image each.
+
+        The normalisation batch size (NBS) of section 4 of arXiv 2105.07576. The groups share
+        population statistics: the EMA takes one step per group that has a row.
+
+        Args:
+            sizes: rows of each group, their sum the batch size; None: all rows together.
+        """
+        before = self._groups
+        self._groups = None if sizes is None else tuple(sizes)
+        try:
+            yield
+        finally:
+            self._groups = before
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 4 or input.shape[1] != self.num_features:
+            raise ValueError(f"expected (N, {self.num_features}, H, W), got {tuple(input.shape)}")
+        mean, var = self.running_mean, self.running_var
+        population = mean is not None and not self.batch_stats_at_inference
+        if self.training or not population:
+            return self._normalize_batch(input)
+        assert mean is not None and var is not None  # by `population`, for the type checker
+        return affine_normalize(input, mean, var, self.weight, self.bias, self.eps)
+
+    def _normalize_batch(self, x: Tensor) -> Tensor:
+        xs = self._split(x)
+        observed = self._observer is not None
+        each = list(range(len(xs)))
+        outputs, local, pooled = normalize(
+            xs,
+            None if self.weight is None else self.weight[None],
+            None if self.bias is None else self.bias[None],
+            parts=each,
+            pools=each,
+            eps=self.eps,
+            sync=self.sync and self.training,
+            group=self.process_group,
+        )
+        if self._observer is not None:
+            self._observer(Moments(*(v[None] for v in merge_moments(*local))))
+        elif self.training and self.track_running_stats and not observed:
+            update_running_statistics([self], pooled, self.momentum)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _split(self, x: Tensor) -> list[Tensor]:
+        if self._groups is None or len(self._groups) == 1:
+            return [x]
+        if sum(self._groups) != len(x):
+            raise ValueError(f"row groups {self._groups} do not sum up to the {len(x)} rows given")
+        return list(x.split(self._groups))
+
+    def read_population(self) -> tuple[Tensor, Tensor]:
+        if self.running_mean is None or self.running_var is None:
+            raise ValueError("a layer with track_running_stats=False has no population statistics")
+        return self.running_mean.clone()[None], self.running_var.clone()[None]
+
+    def write_population(self, moments: Moments) -> None:
+        write_statistics([self], moments)
+
+
+class SyncBatchNorm2d(BatchNorm2d):
+    """BatchNorm whose train statistics are pooled over ranks, weighted by count.
+
+    Equals BatchNorm on all ranks' data at once whatever each rank holds, nothing included; the
+    affine's gradients are rank-local sums. On CPU and GPU, over any backend, one all_gather in
+    the forward and one all_reduce in the backward. With one process it is plain BatchNorm, so
+    that a SyncBN config runs unchanged (a log line says so).
+
+    Args:
+        process_group: the ranks to pool over; None: the default group.
+        num_features, eps, momentum, affine, track_running_stats: as nn.BatchNorm2d.
+
+    Shape:
+        (N, C, H, W) -> (N, C, H, W); N may be 0. Every rank must call it equally often.
+    """
+
+    sync = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.process_group = process_group
+
+    @contextmanager
+    def row_groups(self, sizes: Sequence[int] | None) -> Iterator[None]:
+        """Refuse groups: pooled over ranks, rows cannot also be kept apart.
+
+        Raises:
+            ValueError: for more than one group.
+        """
+        if sizes is not None and len(sizes) > 1:
+            raise ValueError("SyncBatchNorm2d pools all rows of all ranks, row groups do not apply")
+        yield
+
+    def _normalize_batch(self, x: Tensor) -> Tensor:
+        if self.training and get_world_size(self.process_group) == 1:
+            _say_once("SyncBN in one process: normalising by its own batch, as BN does")
+        return super()._normalize_batch(x)
+
+
+class BatchStatNorm2d(BatchNorm2d):
+    """BatchNorm that normalises by the mini-batch at inference too.
+
+    Table 3 and Figure 5 of arXiv 2105.07576: at small normalisation batch sizes, mini-batch
+    statistics at inference agree with training where population statistics do not. Buffers are
+    kept up in training, so checkpoints are those of nn.BatchNorm2d in both directions.
+
+    Shape:
+        (N, C, H, W) -> (N, C, H, W). An empty batch gives an empty result; a single value per
+        channel has variance 0 and gives the bias.
+    """
+
+    batch_stats_at_inference = True
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.info(message)

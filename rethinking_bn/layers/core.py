@@ -1,0 +1,243 @@
+"""The numeric core: normalise tensors by moments pooled over a chosen set of (tensors x ranks).
+
+Every BN variant of the package is a choice of that set. Each tensor belongs to a *part*, whose
+moments the caller gets back (for its population statistics), and each part to a *pool*, by whose
+moments its tensors are normalised. Shared BN puts all levels into one pool, domain-specific BN
+each into its own, and SyncBN pools every part over the ranks as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from ..distributed import all_gather, all_reduce_sum, get_world_size
+from .moments import Moments, local_moments, merge_moments, stack_moments, statistics_dtype
+
+
+class Normalized(NamedTuple):
+    """What :func:`normalize` returns.
+
+    Attributes:
+        outputs: L tensors, shaped and typed as the inputs.
+        local: this rank's moments, one row per part.
+        pooled: the same over all ranks taking part (``local`` itself when not synchronised).
+    """
+
+    outputs: list[Tensor]
+    local: Moments
+    pooled: Moments
+
+
+def normalize(
+    xs: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    parts: Sequence[int],
+    pools: Sequence[int],
+    eps: float,
+    sync: bool = False,
+    group: ProcessGroup | None = None,
+) -> Normalized:
+    """Normalise each tensor by its pool's mean and biased variance, then apply its affine.
+
+    y = weight · (x - mean) / sqrt(var + eps) + bias. The gradient is the true one, through the
+    mean and the variance, over everything in the pool; the affine's gradient is this rank's sum.
+    Synchronised, the forward and the backward take one collective each, however many tensors
+    there are, and every rank takes both whatever it holds. Differentiable once.
+
+    Args:
+        xs: L tensors (N, C, *) of one type; any of them may be empty. Not copied.
+        weight, bias: both (1, C) for all tensors, (L, C) for one row each, or None.
+        parts: the part of each tensor, in 0..K-1: either all 0, or 0, 1, ..., L-1.
+        pools: the pool of each of the K parts, likewise.
+        eps: added to the variance.
+        sync: pool over the ranks of ``group`` (None: the default group).
+    """
+    sync = sync and get_world_size(group) > 1
+    with torch.no_grad():
+        per_tensor = stack_moments([local_moments(x) for x in xs])
+        local = _merge_rows(per_tensor, parts)
+        pooled = _merge_ranks(local, group) if sync else local
+        pool = _merge_rows(pooled, pools)
+        count, mean, variance = pool.count, pool.mean, pool.variance()
+    index = [pools[part] for part in parts]
+    outputs = _Normalize.apply(
+        weight, bias, mean, variance, count, index, eps, group if sync else None, sync, *xs
+    )
+    return Normalized(list(outputs), local, pooled)
+
+
+def _merge_rows(rows: Moments, index: Sequence[int]) -> Moments:
+    if all(i == 0 for i in index):
+        return rows if len(index) == 1 else Moments(*(v[None] for v in merge_moments(*rows)))
+    if list(index) != list(range(len(index))):
+        raise ValueError(f"rows are merged into one or not at all, got the index {list(index)}")
+    return rows
+
+
+def _merge_ranks(rows: Moments, group: ProcessGroup | None) -> Moments:
+    packed = torch.cat([rows.count[:, None], rows.mean, rows.m2], dim=1)
+    gathered = all_gather(packed, group)
+    channels = rows.mean.shape[1]
+    return merge_moments(
+        gathered[..., 0], gathered[..., 1 : 1 + channels], gathered[..., 1 + channels :]
+    )
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalisation by given pool statistics whose backward knows they came from the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        count: Tensor,
+        index: list[int],
+        eps: float,
+        group: ProcessGroup | None,
+        sync: bool,
+        *xs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(weight, mean, variance, count, *xs)
+        ctx.index, ctx.eps, ctx.group, ctx.sync = index, eps, group, sync
+        return tuple(
+            affine_normalize(x, mean[p], variance[p], _row(weight, i), _row(bias, i), eps)
+            for i, (x, p) in enumerate(zip(xs, index, strict=True))
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        weight, mean, variance, count, *xs = ctx.saved_tensors
+        index, num_pools = ctx.index, mean.shape[0]
+        invstd = (variance + ctx.eps).rsqrt()
+        # per tensor: Σ dy and Σ dy·x̂, in one pass over dy and x
+        sums = torch.stack(
+            [
+                torch.stack(_gradient_sums(dy, x, mean[p], variance[p], ctx.eps))
+                for dy, x, p in zip(grads, xs, index, strict=True)
+            ]
+        )
+        scaled = sums if weight is None else sums * weight[:, None].to(sums.dtype)
+        if num_pools == 1:
+            scaled = scaled.sum(0, keepdim=True)
+        if ctx.sync:
+            # Reached by every rank, empty or not: the others are waiting in it.
+            scaled = all_reduce_sum(scaled, ctx.group)
+        scaled = scaled / count.clamp(min=1)[:, None, None]
+        grad_x: list[Tensor | None] = []
+        first = len(ctx.needs_input_grad) - len(xs)
+        for i, (dy, x, p) in enumerate(zip(grads, xs, index, strict=True)):
+            if not ctx.needs_input_grad[first + i]:
+                grad_x.append(None)
+                continue
+            # dx = a·dy + b·x + c with per-channel a, b, c: one fused affine, one fused add
+            w = _row(weight, i)
+            a = invstd[p] if w is None else invstd[p] * w.to(invstd.dtype)
+            b = -invstd[p].square() * scaled[p, 1]
+            c = -invstd[p] * scaled[p, 0] - b * mean[p]
+            grad_x.append(_combine(dy, x, a, b, c))
+        grad_weight = grad_bias = None
+        if weight is not None and ctx.needs_input_grad[0]:
+            grad_weight = _affine_gradient(sums[:, 1], weight)
+        if weight is not None and ctx.needs_input_grad[1]:
+            grad_bias = _affine_gradient(sums[:, 0], weight)
+        return grad_weight, grad_bias, None, None, None, None, None, None, None, *grad_x
+
+
+def _affine_gradient(per_tensor: Tensor, parameter: Tensor) -> Tensor:
+    summed = per_tensor.sum(0, keepdim=True) if parameter.shape[0] == 1 else per_tensor
+    return summed.to(parameter.dtype)
+
+
+def _row(parameter: Tensor | None, i: int) -> Tensor | None:
+    return None if parameter is None else parameter[i if parameter.shape[0] > 1 else 0]
+
+
+def _broadcast(channels: Tensor, like: Tensor) -> Tensor:
+    return channels.view(1, -1, *([1] * (like.dim() - 2)))
+
+
+def affine_normalize(
+    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Return weight · (x - mean) / sqrt(variance + eps) + bias in one pass, in x's type.
+
+    Args:
+        x: (N, C, *), may be empty.
+        mean, variance, weight, bias: (C,).
+    """
+    if x.numel() == 0:
+        # batch_norm refuses some empty inputs; this keeps the graph and gives zero gradients
+        out = x * 1.0
+        for parameter in (weight, bias):
+            if parameter is not None:
+                out = out + _broadcast(parameter, x).to(x.dtype) * 0.0
+        return out
+    dtype = statistics_dtype(x.dtype)
+    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+    return F.batch_norm(
+        x, mean.to(dtype), variance.to(dtype), weight, bias, training=False, momentum=0.0, eps=eps
+    )
+
+
+def _combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Return a·dy + b·x + c per channel as a new tensor in x's type: two fused passes."""
+    if x.dtype != a.dtype:
+        # Half types: the terms may nearly cancel, so they are added before anything is rounded.
+        out = torch.addcmul(_broadcast(c, x), x, _broadcast(b, x))
+        return out.addcmul_(dy, _broadcast(a, x)).to(x.dtype)
+    zero, one = torch.zeros_like(b), torch.ones_like(b)
+    return affine_normalize(x, zero, one, b, c, 0.0).addcmul_(dy, _broadcast(a, dy))
+
+
+def _gradient_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return (C,) Σ dy and (C,) Σ dy·x̂ with x̂ = (x - mean) / sqrt(variance + eps)."""
+    dtype = mean.dtype
+    if x.numel() == 0:  # the fused CPU operator ends the process on an empty tensor
+        zeros = torch.zeros_like(mean)
+        return zeros, zeros
+    if x.device.type == "cpu":
+        one = torch.ones_like(mean)
+        dy = _match_memory_format(dy, x)
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, one, mean, variance, None, None, False, eps, [False, True, True]
+        )
+        return grad_bias.to(dtype), grad_weight.to(dtype)
+    invstd = (variance + eps).rsqrt()
+    if x.device.type == "cuda":
+        dy = _match_memory_format(dy, x)
+        sum_dy, sum_dy_centred, _, _ = torch.batch_norm_backward_reduce(
+            dy, x, mean, invstd, None, True, False, False
+        )
+        return sum_dy.to(dtype), sum_dy_centred.to(dtype) * invstd
+    return _plain_gradient_sums(dy, x, mean, invstd)
+
+
+def _plain_gradient_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same in plain operators, for devices without fused ones."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    dy = dy.to(mean.dtype)
+    normalized = (x.to(mean.dtype) - _broadcast(mean, x)) * _broadcast(invstd, x)
+    return dy.sum(dims), (dy * normalized).sum(dims)
+
+
+def _match_memory_format(dy: Tensor, x: Tensor) -> Tensor:
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return dy.contiguous(memory_format=torch.channels_last)
+    return dy.contiguous()

@@ -1,0 +1,161 @@
+"""Domain-specific BatchNorm for code that calls a layer once per level."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .core import affine_normalize, normalize
+from .domain_state import DomainBatchNormBase
+from .moments import Moments
+from .running import update_running_statistics
+
+
+class CycleBatchNorm2d(DomainBatchNormBase):
+    """BatchNorm with statistics of its own for each of L successive calls, and one affine.
+
+    Row 4 of Table 5 (arXiv 2105.07576) as a drop-in for heads that loop over the levels; same
+    state dict as detectron2's CycleBatchNormList. The level is a call counter, so bracket every
+    pass over the levels::
+
+        with layer.cycle():
+            outputs = [layer(x) for x in levels]
+
+    A pass with another number of calls raises at its end; an exception inside leaves the counter
+    at 0. Without the bracket the counter is checked at ``train()``, ``eval()`` and
+    ``state_dict()``: all raise in mid-cycle, so that statistics never shift to another level.
+    Where the caller has all levels at hand, MultiDomainBatchNorm2d needs no counter and with
+    ``sync`` one collective instead of L.
+
+    Args:
+        num_features: C.
+        num_domains: L.
+        sync: pool each call over the ranks of ``process_group``.
+        eps: added to the variance.
+        momentum: fraction of the new value in the EMA; None: cumulative average.
+        process_group: None: the default group.
+
+    Shape:
+        (N, C, H, W) -> (N, C, H, W), in the input's type. May be empty.
+
+    Raises:
+        ValueError: for an input of another shape.
+        RuntimeError: for a pass with a wrong number of calls.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_domains: int,
+        *,
+        sync: bool = False,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        process_group: ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            num_domains,
+            population_stats="domain_specific",
+            affine="shared",
+            eps=eps,
+            momentum=momentum,
+            device=device,
+            dtype=dtype,
+        )
+        self.sync, self.process_group = sync, process_group
+        self._calls = 0
+        self._bracketed = False
+
+    @contextmanager
+    def cycle(self) -> Iterator[None]:
+        """Bracket one pass over the L levels.
+
+        Raises:
+            RuntimeError: when entered in mid-cycle, or left after another number of calls than L.
+        """
+        if self._bracketed:
+            raise RuntimeError("CycleBatchNorm2d.cycle() does not nest: one bracket is one pass")
+        self._check_between_cycles("cycle()")
+        self._bracketed = True
+        try:
+            yield
+            if self._calls != self.num_domains:
+                raise RuntimeError(
+                    f"a cycle is {self.num_domains} calls, one per domain, got {self._calls}"
+                )
+        finally:
+            self._calls, self._bracketed = 0, False
+
+    def reset_cycle(self) -> None:
+        """Start over at level 0, after unbracketed calls were interrupted."""
+        self._calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.num_features:
+            raise ValueError(f"expected (N, {self.num_features}, H, W), got {tuple(x.shape)}")
+        if self._calls == self.num_domains:
+            raise RuntimeError(f"a cycle is {self.num_domains} calls, got one more")
+        level = self._calls
+        stats = self._statistics_of(level)
+        if self.training:
+            weight, bias = self._affine_rows()
+            outputs, local, pooled = normalize(
+                [x],
+                weight,
+                bias,
+                parts=[0],
+                pools=[0],
+                eps=self.eps,
+                sync=self.sync,
+                group=self.process_group,
+            )
+            y = outputs[0]
+            if self._observer is not None:
+                self._observer(self._at(level, local))
+            else:
+                update_running_statistics([stats], pooled, self.momentum)
+        else:
+            y = affine_normalize(
+                x, stats.running_mean, stats.running_var, self.weight, self.bias, self.eps
+            )
+        self._calls += 1
+        if not self._bracketed:
+            self._calls %= self.num_domains
+        return y
+
+    def train(self, mode: bool = True) -> CycleBatchNorm2d:
+        self._check_between_cycles("train()" if mode else "eval()")
+        super().train(mode)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_between_cycles("state_dict()")
+        return super().state_dict(*args, **kwargs)
+
+    def _at(self, level: int, moments: Moments) -> Moments:
+        rows = Moments(*(v.new_zeros(self.num_domains, *v.shape[1:]) for v in moments))
+        for row, value in zip(rows, moments, strict=True):
+            row[level] = value[0]
+        return rows
+
+    def _check_between_cycles(self, where: str) -> None:
+        if self._calls:
+            raise RuntimeError(
+                f"{where} after {self._calls} of {self.num_domains} calls of a CycleBatchNorm2d: "
+                "the next call would use another level's statistics. Bracket each pass with "
+                "`with layer.cycle():`, or call reset_cycle() after an interrupted one"
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, num_domains={self.num_domains}, sync={self.sync}, "
+            f"eps={self.eps}, momentum={self.momentum}"
+        )

@@ -1,0 +1,218 @@
+"""The state of a multi-domain BatchNorm: shared or per-domain statistics and affine.
+
+Shared tensors have the keys of nn.BatchNorm2d (``running_mean``, ``weight``), domain-specific ones
+live in a child per domain (``0.running_mean``, ``0.weight``). As the two layouts share no key, a
+checkpoint of one loads into the other by conversion, under any checkpointer.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .moments import Moments, mix_statistics
+from .population_layer import PopulationLayer
+from .running import write_statistics
+
+Choice = Literal["shared", "domain_specific"]
+CHOICES: tuple[Choice, ...] = ("shared", "domain_specific")
+
+logger = logging.getLogger(__name__)
+
+
+def check_choice(name: str, value: str) -> None:
+    """Raise a ValueError that names the choices unless ``value`` is one of them."""
+    if value not in CHOICES:
+        raise ValueError(f"{name} must be one of {CHOICES}, got {value!r}")
+
+
+class DomainState(nn.Module):
+    """Holder of one domain's tensors; the multi-domain layer computes with them."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+
+def add_affine(module: nn.Module, num_features: int, **factory: Any) -> None:
+    """Give a module the affine of nn.BatchNorm2d: weight 1 and bias 0, each (C,)."""
+    module.weight = nn.Parameter(torch.ones(num_features, **factory))
+    module.bias = nn.Parameter(torch.zeros(num_features, **factory))
+
+
+def add_statistics(module: nn.Module, num_features: int, **factory: Any) -> None:
+    """Give a module the buffers of nn.BatchNorm2d: mean 0 and variance 1, each (C,)."""
+    module.register_buffer("running_mean", torch.zeros(num_features, **factory))
+    module.register_buffer("running_var", torch.ones(num_features, **factory))
+    counter = torch.tensor(0, dtype=torch.long, device=factory.get("device"))
+    module.register_buffer("num_batches_tracked", counter)
+
+
+class DomainBatchNormBase(PopulationLayer, nn.Module):
+    """Parameters, population statistics and checkpoint conversion of multi-domain BatchNorm.
+
+    Args:
+        num_features: C.
+        num_domains: L, how many domains (feature levels) there are.
+        population_stats, affine: "shared" or "domain_specific".
+        momentum: fraction of the new value in the EMA; None: cumulative average.
+
+    Raises:
+        ValueError: for other choices, or fewer than one feature or domain.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_domains: int,
+        *,
+        population_stats: Choice,
+        affine: Choice,
+        eps: float,
+        momentum: float | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("num_features", num_features), ("num_domains", num_domains)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_choice("population_stats", population_stats)
+        check_choice("affine", affine)
+        self.num_features, self.num_domains = num_features, num_domains
+        self.population_stats, self.affine = population_stats, affine
+        self.eps, self.momentum = eps, momentum
+        factory = {"device": device, "dtype": dtype}
+        if "domain_specific" in (population_stats, affine):
+            for level in range(num_domains):
+                self.add_module(str(level), DomainState())
+        for module in self._affine_holders():
+            add_affine(module, num_features, **factory)
+        for module in self._statistics_holders():
+            add_statistics(module, num_features, **factory)
+
+    def _domains(self, choice: Choice) -> list[Any]:
+        if choice == "shared":
+            return [self]
+        return [self._modules[str(level)] for level in range(self.num_domains)]
+
+    def _affine_holders(self) -> list[Any]:
+        return self._domains(self.affine)
+
+    def _statistics_holders(self) -> list[Any]:
+        return self._domains(self.population_stats)
+
+    def _affine_rows(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias as (1, C) when shared, (L, C) when domain-specific."""
+        holders = self._affine_holders()
+        if len(holders) == 1:
+            return holders[0].weight[None], holders[0].bias[None]
+        return torch.stack([h.weight for h in holders]), torch.stack([h.bias for h in holders])
+
+    def _statistics_of(self, level: int) -> Any:
+        return self if self.population_stats == "shared" else self._modules[str(level)]
+
+    def _affine_of(self, level: int) -> Any:
+        return self if self.affine == "shared" else self._modules[str(level)]
+
+    @property
+    def population_domains(self) -> tuple[str, ...]:
+        if self.population_stats == "shared":
+            return ("",)
+        return tuple(str(level) for level in range(self.num_domains))
+
+    def read_population(self) -> tuple[Tensor, Tensor]:
+        holders = self._statistics_holders()
+        mean = torch.stack([h.running_mean for h in holders])
+        return mean, torch.stack([h.running_var for h in holders])
+
+    def write_population(self, moments: Moments) -> None:
+        write_statistics(self._statistics_holders(), moments)
+
+    def reset_running_stats(self) -> None:
+        """Set every population statistic to mean 0, variance 1, as nn.BatchNorm2d does."""
+        for holder in self._statistics_holders():
+            holder.running_mean.zero_()
+            holder.running_var.fill_(1)
+            holder.num_batches_tracked.zero_()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            _convert(self, state_dict, prefix, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _convert(
+    layer: DomainBatchNormBase, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]
+) -> None:
+    """Rewrite the entries under ``prefix`` from the layout they have to the one the layer has."""
+    levels = layer.num_domains
+    per_level = {
+        name: [f"{prefix}{level}.{name}" for level in range(levels)]
+        for name in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
+    }
+    extra = f"{prefix}{levels}.running_mean"
+    if extra in state_dict:
+        error_msgs.append(f"{extra}: the checkpoint has more domains than the layer's {levels}")
+        return
+    for names, choice in (
+        (("running_mean", "running_var"), layer.population_stats),
+        (("weight", "bias"), layer.affine),
+    ):
+        is_affine = names[0] == "weight"
+        shared = [prefix + name for name in names]
+        separate = [key for name in names for key in per_level[name]]
+        wanted, other = (shared, separate) if choice == "shared" else (separate, shared)
+        if all(key in state_dict for key in wanted):
+            continue
+        absent = next(key for key in wanted if key not in state_dict)
+        if not all(key in state_dict for key in other):
+            error_msgs.append(f"{absent} is not in the checkpoint, nor can it be converted")
+        elif choice == "domain_specific":
+            for name in (*names, *(() if is_affine else ("num_batches_tracked",))):
+                _copy_to_levels(state_dict, prefix + name, per_level[name])
+            _log(prefix, "shared", f"copied to {levels} domains", is_affine)
+        elif is_affine:
+            error_msgs.append(f"{absent}: {levels} different affines cannot become a shared one")
+        else:
+            mean, variance = (
+                torch.stack([state_dict.pop(key) for key in per_level[name]]) for name in names
+            )
+            mixed = mix_statistics(mean, variance)
+            state_dict[prefix + names[0]], state_dict[prefix + names[1]] = mixed
+            counters = [state_dict.pop(k, None) for k in per_level["num_batches_tracked"]]
+            if counters[0] is not None:
+                state_dict[prefix + "num_batches_tracked"] = counters[0]
+            _log(prefix, "domain-specific", "mixed with equal weights", is_affine)
+    # counters carry no statistics: a checkpoint without them is complete
+    for level, holder in enumerate(layer._statistics_holders()):
+        name = "" if holder is layer else f"{level}."
+        state_dict.setdefault(f"{prefix}{name}num_batches_tracked", holder.num_batches_tracked)
+
+
+def _copy_to_levels(state_dict: dict[str, Any], source: str, targets: list[str]) -> None:
+    value = state_dict.pop(source, None)
+    if value is not None:
+        state_dict.update((target, value) for target in targets)
+
+
+def _log(prefix: str, source: str, action: str, is_affine: bool) -> None:
+    what = "affine" if is_affine else "statistics"
+    due = "" if is_affine else "; population training is due"
+    logger.info("%s: %s %s of the checkpoint %s%s", prefix.rstrip("."), source, what, action, due)

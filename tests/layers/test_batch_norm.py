@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from rethinking_bn.layers import BatchStatNorm2d, SyncBatchNorm2d, get_norm, norm_names
+from rethinking_bn.layers.batch_norm import BatchNorm2d
+
+from . import reference
+from .reference import CHANNELS
+
+OURS = [BatchNorm2d, SyncBatchNorm2d, BatchStatNorm2d]
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"momentum": None}, {"track_running_stats": False}])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_training_equals_torch(kind: type[BatchNorm2d], options: dict, channels_last: bool) -> None:
+    mine, theirs = kind(CHANNELS, **options), nn.BatchNorm2d(CHANNELS, **options)
+    for step in range(3):
+        x = torch.randn(3, CHANNELS, 5, 4, generator=torch.Generator().manual_seed(step)) + 2
+        if channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, z = mine(a), theirs(b)
+        reference.loss([y]).backward()
+        reference.loss([z]).backward()
+        torch.testing.assert_close(y, z)
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    assert mine.state_dict().keys() == theirs.state_dict().keys()
+    torch.testing.assert_close(dict(mine.state_dict()), dict(theirs.state_dict()))
+    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+    if kind is not BatchStatNorm2d:
+        torch.testing.assert_close(mine.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_empty_batch_in_training_leaves_statistics_alone(kind: type[BatchNorm2d]) -> None:
+    layer = kind(CHANNELS)
+    layer(torch.randn(3, CHANNELS, 2, 2))
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.zeros(0, CHANNELS, 7, 7, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.shape and x.grad is not None
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+    assert torch.isfinite(layer.weight.grad).all()
+    assert layer.eval()(x).shape == x.shape
+
+
+def test_batch_statistics_at_inference() -> None:
+    layer = BatchStatNorm2d(CHANNELS).eval()
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.randn(3, CHANNELS, 5, 4) * 3 + 1
+    torch.testing.assert_close(layer(x), nn.BatchNorm2d(CHANNELS)(x))
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+    layer.load_state_dict(nn.BatchNorm2d(CHANNELS).state_dict())
+    single = layer(torch.randn(1, CHANNELS, 1, 1))
+    torch.testing.assert_close(single, torch.zeros_like(single), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [BatchNorm2d, BatchStatNorm2d])
+def test_row_groups_are_separate_batches(kind: type[BatchNorm2d]) -> None:
+    mine, theirs = kind(CHANNELS), nn.BatchNorm2d(CHANNELS)
+    x = torch.randn(9, CHANNELS, 3, 3) * 2
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    sizes = [4, 0, 2, 3]
+    with mine.row_groups(sizes):
+        y = mine(a)
+    z = torch.cat([theirs(rows) for rows in b.split(sizes) if len(rows)])
+    reference.loss([y]).backward()
+    reference.loss([z]).backward()
+    torch.testing.assert_close(y, z)
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dict(mine.state_dict()), dict(theirs.state_dict()))
+    with pytest.raises(ValueError, match="do not sum up"), mine.row_groups([4, 4]):
+        mine(a)
+    mine(a)  # the bracket left no trace
+    seen = []
+    with mine.observing(seen.append), mine.row_groups(sizes):
+        mine(a)
+    torch.testing.assert_close(seen[0].mean[0], reference.values_per_channel([x]).mean(1))
+    assert seen[0].count.tolist() == [81.0]
+
+
+def test_sync_bn_refuses_row_groups() -> None:
+    with pytest.raises(ValueError, match="row groups"), SyncBatchNorm2d(CHANNELS).row_groups([1, 2]):
+        pass
+
+
+def test_class_hierarchy_lets_torch_tools_find_them_but_not_as_sync_batch_norm() -> None:
+    for kind in OURS:
+        assert issubclass(kind, nn.BatchNorm2d) and not issubclass(kind, nn.SyncBatchNorm)
+
+
+def test_wrong_shape() -> None:
+    with pytest.raises(ValueError, match=r"expected \(N, 4, H, W\)"):
+        BatchNorm2d(CHANNELS)(torch.zeros(2, CHANNELS))
+
+
+@pytest.mark.parametrize("name", norm_names())
+def test_get_norm_by_name(name: str) -> None:
+    layer = get_norm(name, 32)
+    if not name:
+        assert layer is None
+        return
+    assert layer is not None
+    x = torch.randn(2, 32, 4, 4)
+    assert layer(x).shape == x.shape
+
+
+def test_get_norm_classes_and_callables() -> None:
+    assert isinstance(get_norm("SyncBN", 4), SyncBatchNorm2d)
+    assert isinstance(get_norm("BatchStatBN", 4), BatchStatNorm2d)
+    assert isinstance(get_norm("BN", 4), nn.BatchNorm2d)
+    assert isinstance(get_norm(lambda c: nn.InstanceNorm2d(c), 4), nn.InstanceNorm2d)
+    assert get_norm(None, 4) is None
+    assert get_norm("BN", 4, eps=0.1).eps == 0.1
+
+
+def test_get_norm_errors() -> None:
+    with pytest.raises(ValueError, match=r"norm must be one of .*SyncBN.*got 'SyncBn'"):
+        get_norm("SyncBn", 4)
+    with pytest.raises(ValueError, match="do not divide 20 channels"):
+        get_norm("GN", 20)
+
+
+def test_ln_normalises_the_channels_of_each_position() -> None:
+    x = torch.randn(2, 32, 3, 3)
+    y = get_norm("LN", 32)(x)
+    torch.testing.assert_close(y.mean(1), torch.zeros(2, 3, 3), atol=1e-5, rtol=0)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d
+
+from . import reference
+from .reference import CHANNELS, SHAPES
+
+L = len(SHAPES)
+
+
+def test_a_cycle_equals_row_4_of_the_multi_domain_layer() -> None:
+    cycle = CycleBatchNorm2d(CHANNELS, L, dtype=torch.float64)
+    together = MultiDomainBatchNorm2d(
+        CHANNELS, L, train_stats="domain_specific", population_stats="domain_specific", dtype=torch.float64
+    )
+    for step in range(2):
+        mine = [x.requires_grad_() for x in reference.levels(step)]
+        theirs = [x.requires_grad_() for x in reference.levels(step)]
+        with cycle.cycle():
+            ys = [cycle(x) for x in mine]
+        zs = together(theirs)
+        reference.loss(ys).backward()
+        reference.loss(zs).backward()
+        for y, z, x, v in zip(ys, zs, mine, theirs, strict=True):
+            torch.testing.assert_close(y, z)
+            torch.testing.assert_close(x.grad, v.grad)
+    assert cycle.state_dict().keys() == together.state_dict().keys()
+    for key, value in cycle.state_dict().items():
+        torch.testing.assert_close(value, together.state_dict()[key])
+    cycle.eval(), together.eval()
+    with cycle.cycle():
+        ys = [cycle(x) for x in mine]
+    torch.testing.assert_close(ys, together(mine))
+
+
+@pytest.mark.parametrize("calls", [1, L - 1, L + 1])
+def test_a_pass_with_the_wrong_number_of_calls_raises_at_its_end(calls: int) -> None:
+    layer = CycleBatchNorm2d(CHANNELS, L)
+    x = torch.randn(2, CHANNELS, 2, 2)
+    with pytest.raises(RuntimeError, match="a cycle is 4 calls"), layer.cycle():
+        for _ in range(calls):
+            layer(x)
+    layer.eval()  # at level 0 again
+
+
+def test_an_interrupted_forward_does_not_shift_later_statistics() -> None:
+    """Defect 7: after an exception past level 3 every later statistic went one level on."""
+    layer = CycleBatchNorm2d(CHANNELS, L, momentum=1.0)
+    xs = [x.float() for x in reference.levels(shapes=[(6, 8), (3, 4), (2, 2), (2, 1)])]
+    with pytest.raises(ZeroDivisionError), layer.cycle():
+        for x in xs[:3]:
+            layer(x)
+        raise ZeroDivisionError
+    with layer.cycle():
+        for x in xs:
+            layer(x)
+    for level, x in enumerate(xs):
+        torch.testing.assert_close(
+            layer.get_buffer(f"{level}.running_mean"), reference.values_per_channel([x]).mean(1)
+        )
+
+
+@pytest.mark.parametrize("use", ["train", "eval", "state_dict"])
+def test_unbracketed_use_raises_in_mid_cycle(use: str) -> None:
+    layer = CycleBatchNorm2d(CHANNELS, L)
+    model = nn.Sequential(layer)
+    x = torch.randn(2, CHANNELS, 2, 2)
+    for _ in range(L):
+        layer(x)
+    getattr(model, use)()  # a whole cycle: fine
+    layer(x)
+    with pytest.raises(RuntimeError, match=rf"{use}\(\) after 1 of 4 calls"):
+        getattr(model, use)()
+    with pytest.raises(RuntimeError, match="after 1 of 4 calls"), layer.cycle():
+        pass
+    layer.reset_cycle()
+    getattr(model, use)()
+
+
+def test_brackets_do_not_nest() -> None:
+    layer = CycleBatchNorm2d(CHANNELS, 1)
+    with pytest.raises(RuntimeError, match="does not nest"), layer.cycle(), layer.cycle():
+        pass
+
+
+def test_observing_reports_one_level_a_call() -> None:
+    layer = CycleBatchNorm2d(CHANNELS, L, dtype=torch.float64)
+    before = copy.deepcopy(layer.state_dict())
+    seen = []
+    xs = reference.levels()
+    with layer.observing(seen.append), layer.cycle():
+        for x in xs:
+            layer(x)
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+    assert len(seen) == L
+    for level, (moments, x) in enumerate(zip(seen, xs, strict=True)):
+        expected = torch.zeros(L, dtype=torch.float64)
+        expected[level] = x.numel() / CHANNELS
+        torch.testing.assert_close(moments.count, expected)
+        torch.testing.assert_close(moments.mean[level], reference.values_per_channel([x]).mean(1))
+
+
+def test_a_checkpoint_of_a_shared_batch_norm_converts() -> None:
+    source = nn.BatchNorm2d(CHANNELS)
+    source(torch.randn(4, CHANNELS, 3, 3))
+    layer = CycleBatchNorm2d(CHANNELS, L)
+    layer.load_state_dict(source.state_dict())
+    assert torch.equal(layer.get_buffer("3.running_var"), source.running_var)
+
+
+def test_wrong_shape() -> None:
+    with pytest.raises(ValueError, match="expected"):
+        CycleBatchNorm2d(CHANNELS, L)(torch.zeros(1, CHANNELS + 1, 2, 2))
