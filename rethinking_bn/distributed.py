@@ -6,6 +6,7 @@ same order with tensors of the same shape and dtype, whatever data they hold.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,3 +93,34 @@ def raise_together(error: BaseException | None, group: dist.ProcessGroup | None 
     if failures:
         said = "; ".join(f"rank {rank}: {message}" for rank, message in failures.items())
         raise RuntimeError(f"another rank failed, so this one stops too ({said})")
+
+
+def all_to_all_rows(
+    out: Tensor,
+    x: Tensor,
+    received: Sequence[int],
+    sent: Sequence[int],
+    group: dist.ProcessGroup | None = None,
+) -> dist.Work | None:
+    """Start sending rows from every rank to every rank, as bytes: gloo moves few types.
+
+    Neither tensor may be touched before the returned handle's ``wait()``. Without a process group
+    there is nobody to wait for: the rows are copied at once and None is returned.
+
+    Args:
+        out: (S, K) contiguous, S the sum of ``received``; filled with the rows that arrive,
+            ordered by source.
+        x: (R, K) contiguous, of the same type, R the sum of ``sent``; ordered by destination.
+        received, sent: W row counts. What rank a sends to b must be what b receives from a.
+    """
+    if get_world_size(group) == 1:
+        out.copy_(x)
+        return None
+    return dist.all_to_all_single(
+        out.view(torch.uint8),
+        x.view(torch.uint8),
+        list(received),
+        list(sent),
+        group=group,
+        async_op=True,
+    )
