@@ -1,0 +1,223 @@
+"""The heads: what they compute, how they start, and which arguments they refuse."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import LazyCall, instantiate
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import Tensor, nn
+
+from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, SyncBatchNorm2d
+from rethinking_bn.modeling import (
+    CycleBNRetinaNetHead,
+    DomainBNRetinaNetHead,
+    MultiDomainBNRetinaNetHead,
+    SharedBNRetinaNetHead,
+)
+
+from .models import features, head_arguments
+
+CHOICES = list(product(("shared", "domain_specific"), repeat=3))
+NAMES = ("train_stats", "population_stats", "affine")
+HEADS = (
+    MultiDomainBNRetinaNetHead,
+    SharedBNRetinaNetHead,
+    CycleBNRetinaNetHead,
+    DomainBNRetinaNetHead,
+)
+
+
+def randomize(head: nn.Module) -> None:
+    """Make every parameter and statistic different, so that a mixed-up one shows."""
+    for name, tensor in head.state_dict().items():
+        if tensor.is_floating_point():
+            low = 0.5 if name.endswith(("running_var", "weight")) else -0.5
+            scale = 0.1 if tensor.dim() == 4 else 1.0
+            tensor.copy_((torch.rand_like(tensor) + low) * scale)
+
+
+def reference(head: Any, xs: list[Tensor], train_stats: str, affine: str) -> list[Tensor]:
+    """Return the logits in training mode, written out with one concatenation per norm layer."""
+    for layer in [*head.cls_subnet, head.cls_score]:
+        if not isinstance(layer, MultiDomainBatchNorm2d):
+            xs = [layer(x) for x in xs]
+            continue
+        flat = [x.transpose(0, 1).flatten(1) for x in xs]
+        pools = [torch.cat(flat, 1)] * len(xs) if train_stats == "shared" else flat
+        outputs = []
+        for level, (x, pool) in enumerate(zip(xs, pools, strict=True)):
+            own = layer if affine == "shared" else layer.get_submodule(str(level))
+            mean, var = pool.mean(1), pool.var(1, correction=0)
+            shape = (1, -1, 1, 1)
+            y = (x - mean.view(shape)) / (var.view(shape) + layer.eps).sqrt()
+            outputs.append(y * own.weight.view(shape) + own.bias.view(shape))
+        xs = outputs
+    return xs
+
+
+@pytest.mark.parametrize("choices", CHOICES)
+def test_all_eight_combinations_train_and_infer(choices: tuple[str, str, str]) -> None:
+    given = dict(zip(NAMES, choices, strict=True))
+    head = MultiDomainBNRetinaNetHead(**head_arguments(norm="BN", **given)).double()
+    randomize(head)
+    xs = features(dtype=torch.float64)
+    logits, deltas = head(xs)
+    expected = reference(head, xs, given["train_stats"], given["affine"])
+    assert [d.shape[1] for d in deltas] == [12] * 5
+    for got, want in zip(logits, expected, strict=True):
+        torch.testing.assert_close(got, want)
+    norm = head.cls_subnet[1]
+    assert ("0.running_mean" in norm.state_dict()) == (choices[1] == "domain_specific")
+    head.eval()
+    assert all(torch.isfinite(x).all() for x in head(xs)[0])
+
+
+@pytest.mark.parametrize(
+    ("cls", "choices"),
+    [
+        (MultiDomainBNRetinaNetHead, ("shared",) * 3),
+        (SharedBNRetinaNetHead, ("shared",) * 3),
+        (DomainBNRetinaNetHead, ("domain_specific",) * 3),
+    ],
+)
+def test_own_choice_of_each_head(cls: type[nn.Module], choices: tuple[str, str, str]) -> None:
+    norm = cls(**head_arguments(norm="SyncBN")).cls_subnet[1]
+    assert isinstance(norm, MultiDomainBatchNorm2d) and norm.sync
+    assert (norm.train_stats, norm.population_stats, norm.affine) == choices
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_initialisation_draws_and_keys_are_those_of_detectron2(cls: type[nn.Module]) -> None:
+    torch.manual_seed(1)
+    stock = RetinaNetHead(**head_arguments(norm="BN", prior_prob=0.02))
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    head = cls(**head_arguments(norm="BN", prior_prob=0.02))
+    assert torch.equal(torch.get_rng_state(), state)
+    own = dict(head.named_parameters())
+    convolutions = [name for name, p in stock.named_parameters() if p.dim() == 4]
+    for name in (*convolutions, "cls_score.bias", "bbox_pred.bias", "cls_subnet.0.bias"):
+        assert torch.equal(own[name], stock.get_parameter(name)), name
+    if cls is CycleBNRetinaNetHead:
+        assert set(head.state_dict()) == set(stock.state_dict())
+
+
+def row_4_heads() -> list[tuple[type[nn.Module], dict[str, str]]]:
+    row_4 = dict(zip(NAMES, ("domain_specific", "domain_specific", "shared"), strict=True))
+    return [(CycleBNRetinaNetHead, {}), (MultiDomainBNRetinaNetHead, row_4)]
+
+
+@pytest.mark.parametrize(("cls", "choices"), row_4_heads())
+def test_row_4_equals_detectron2s_cycling_head(
+    cls: type[nn.Module], choices: dict[str, str]
+) -> None:
+    stock = RetinaNetHead(**head_arguments(norm="BN")).double()
+    randomize(stock)
+    head = cls(**head_arguments(norm="BN", **choices)).double()
+    head.load_state_dict(stock.state_dict())
+    for training in (True, True, False):
+        results = []
+        xs = features(dtype=torch.float64)
+        for model in (stock, head):
+            model.train(training).zero_grad()
+            inputs = [x.clone().requires_grad_() for x in xs]
+            outputs = [y for group in model(inputs) for y in group]
+            sum((y * y.detach().cos()).sum() for y in outputs).backward()
+            gradients = [x.grad for x in inputs] + [p.grad for p in model.parameters()]
+            results.append(outputs + gradients)
+        torch.testing.assert_close(results[1], results[0])
+        torch.testing.assert_close(dict(head.state_dict()), dict(stock.state_dict()))
+
+
+@pytest.mark.parametrize(("cls", "calls"), [(SharedBNRetinaNetHead, 1), (CycleBNRetinaNetHead, 5)])
+def test_calls_of_a_norm_layer_in_one_pass(cls: type[nn.Module], calls: int) -> None:
+    head = cls(**head_arguments(norm="SyncBN"))
+    seen: list[nn.Module] = []
+    for layer in head.modules():
+        if isinstance(layer, (MultiDomainBatchNorm2d, CycleBatchNorm2d)):
+            layer.register_forward_hook(lambda module, *_: seen.append(module))
+    head(features())
+    assert len(seen) == 4 * calls  # two subnets of two norm layers
+
+
+@pytest.mark.parametrize("norm", ["", "GN", lambda channels: nn.GroupNorm(4, channels)])
+def test_other_norms_compute_what_detectron2s_head_computes(norm: Any) -> None:
+    torch.manual_seed(1)
+    stock = RetinaNetHead(**head_arguments(norm=norm))
+    torch.manual_seed(1)
+    head = MultiDomainBNRetinaNetHead(**head_arguments(norm=norm))
+    xs = features()
+    torch.testing.assert_close(head(xs), stock(xs))
+
+
+def test_a_callable_norm_may_count_its_calls() -> None:
+    head = MultiDomainBNRetinaNetHead(**head_arguments(norm=lambda c: CycleBatchNorm2d(c, 5)))
+    head(features())
+    head.eval()  # would raise in mid-cycle
+    plain = MultiDomainBNRetinaNetHead(**head_arguments(norm=SyncBatchNorm2d))
+    assert len(plain(features())[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments", "words"),
+    [
+        (SharedBNRetinaNetHead, {"train_stats": "domain_specific"}, ["TRAIN_STATS", "'shared'"]),
+        (DomainBNRetinaNetHead, {"affine": "shared"}, ["AFFINE", "'domain_specific'"]),
+        (CycleBNRetinaNetHead, {"population_stats": "shared"}, ["POPULATION_STATS"]),
+        (
+            MultiDomainBNRetinaNetHead,
+            {"train_stats": "domain-specific"},
+            ["'domain-specific'", "'shared'", "'domain_specific'"],
+        ),
+        (SharedBNRetinaNetHead, {"norm": "GN"}, ["'GN'", "BN, SyncBN"]),
+        (SharedBNRetinaNetHead, {"norm": ""}, ["BN, SyncBN"]),
+        (MultiDomainBNRetinaNetHead, {"norm": "GN", "affine": "shared"}, ["affine", "'GN'"]),
+        (MultiDomainBNRetinaNetHead, {"norm": "SynBN"}, ["'SynBN'", "SyncBN"]),
+        (MultiDomainBNRetinaNetHead, {"conv_dims": []}, ["NUM_CONVS"]),
+    ],
+)
+def test_typos_and_contradictions_say_what_is_allowed(
+    cls: type[nn.Module], arguments: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        cls(**head_arguments(**{"norm": "BN", **arguments}))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_agreeing_choices_are_accepted_by_a_preset() -> None:
+    DomainBNRetinaNetHead(**head_arguments(affine="domain_specific"))
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_wrong_number_of_levels(cls: type[nn.Module]) -> None:
+    with pytest.raises(ValueError, match="5 feature levels, got 4"):
+        cls(**head_arguments())(features()[:4])
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_empty_batch_leaves_the_statistics_alone(cls: type[nn.Module]) -> None:
+    head = cls(**head_arguments(norm="BN"))
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    logits, deltas = head(features(images=0))
+    assert [x.shape[0] for x in (*logits, *deltas)] == [0] * 10
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("cls", [SharedBNRetinaNetHead, CycleBNRetinaNetHead])
+def test_inference_exports(cls: type[nn.Module]) -> None:
+    head = cls(**head_arguments(norm="SyncBN")).eval()
+    xs = features()
+    exported = torch.export.export(head, (xs,)).module()
+    torch.testing.assert_close(exported(xs), head(xs))
+
+
+def test_lazy_config_instantiates_a_head() -> None:
+    lazy = LazyCall(DomainBNRetinaNetHead)(**head_arguments(norm="SyncBN"))
+    lazy.num_classes = 4
+    head = instantiate(lazy)
+    assert isinstance(head, DomainBNRetinaNetHead) and head.cls_score.out_channels == 12
