@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from typing import Any
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 from rethinking_bn._detectron2 import detectron2_installed
+
+# Tensors in tests are small, and several processes share the cores: more threads only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 REASON = "needs detectron2, which is not installed"
 
