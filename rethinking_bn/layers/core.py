@@ -210,6 +210,9 @@ def _gradient_sums(
     if x.numel() == 0:  # the fused CPU operator ends the process on an empty tensor
         zeros = torch.zeros_like(mean)
         return zeros, zeros
+    invstd = (variance + eps).rsqrt()
+    if torch.compiler.is_compiling():
+        return _plain_gradient_sums(dy, x, mean, invstd)
     if x.device.type == "cpu":
         one = torch.ones_like(mean)
         dy = _match_memory_format(dy, x)
@@ -217,7 +220,6 @@ def _gradient_sums(
             dy, x, one, mean, variance, None, None, False, eps, [False, True, True]
         )
         return grad_bias.to(dtype), grad_weight.to(dtype)
-    invstd = (variance + eps).rsqrt()
     if x.device.type == "cuda":
         dy = _match_memory_format(dy, x)
         sum_dy, sum_dy_centred, _, _ = torch.batch_norm_backward_reduce(
@@ -230,7 +232,7 @@ def _gradient_sums(
 def _plain_gradient_sums(
     dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain operators, for devices without fused ones."""
+    """The same in plain operators, for compilers and devices without fused ones."""
     dims = [d for d in range(x.dim()) if d != 1]
     dy = dy.to(mean.dtype)
     normalized = (x.to(mean.dtype) - _broadcast(mean, x)) * _broadcast(invstd, x)

@@ -96,7 +96,9 @@ def local_moments(x: Tensor) -> Moments:
     if size == 0:
         zeros = torch.zeros(channels, dtype=dtype, device=x.device)
         return Moments(count, zeros, zeros.clone())
-    if x.device.type == "cpu":
+    if torch.compiler.is_compiling():  # plain operators are what a compiler can fuse
+        mean, variance = _plain_mean_variance(x)
+    elif x.device.type == "cpu":
         # Given float32 buffers it returns float32 statistics for half types too.
         mean, variance = torch.batch_norm_update_stats(
             x, torch.zeros(channels, dtype=dtype), torch.zeros(channels, dtype=dtype), 0.0
@@ -111,7 +113,7 @@ def local_moments(x: Tensor) -> Moments:
 
 
 def _plain_mean_variance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance in plain operators, for devices without fused ones."""
+    """Mean and biased variance in plain operators, for compilers and devices without fused ones."""
     dims = [d for d in range(x.dim()) if d != 1]
     variance, mean = torch.var_mean(x.to(statistics_dtype(x.dtype)), dims, correction=0)
     return mean, variance

@@ -1,0 +1,64 @@
+"""The layers under torch.compile: one graph, whatever the iteration and the image size."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from rethinking_bn.layers import MultiDomainBatchNorm2d
+
+from . import reference
+from .reference import CHANNELS
+
+
+class Head(nn.Module):
+    """A convolution shared by the levels, their norm, ReLU."""
+
+    def __init__(self, *choices: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, dtype=torch.float64)
+        self.norm = MultiDomainBatchNorm2d(
+            CHANNELS,
+            3,
+            train_stats=choices[0],
+            population_stats=choices[1],
+            affine=choices[2],
+            dtype=torch.float64,
+        )
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        return [y.relu() for y in self.norm([self.conv(x) for x in xs])]
+
+
+@pytest.mark.parametrize(
+    "choices", list(itertools.product(("shared", "domain_specific"), repeat=3))[::3]
+)
+def test_one_graph_over_iterations_and_dynamic_sizes(choices: tuple[str, ...]) -> None:
+    torch._dynamo.reset()
+    compiled, eager = Head(*choices), Head(*choices)
+    eager.load_state_dict(compiled.state_dict())
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(compiled, backend=counter, fullgraph=True)
+    for step in range(3):
+        shapes = [(n + step, n + 2 * step) for n in (12, 7, 5)]
+        xs = reference.levels(step, shapes=shapes)
+        for x in xs:
+            torch._dynamo.mark_dynamic(x, 2)
+            torch._dynamo.mark_dynamic(x, 3)
+        compiled.zero_grad()
+        eager.zero_grad()
+        ys, zs = run(xs), eager(xs)
+        reference.loss(ys).backward()
+        reference.loss(zs).backward()
+        torch.testing.assert_close(ys, zs)
+        for p, q in zip(compiled.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        torch.testing.assert_close(dict(compiled.state_dict()), dict(eager.state_dict()))
+    assert counter.frame_count == 1
+    compiled.eval(), eager.eval()
+    torch.testing.assert_close(run(xs), eager(xs))
