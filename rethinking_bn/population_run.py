@@ -31,7 +31,7 @@ _LABELS = ("instances", "sem_seg")  # detectron2's keys of ground truth
 _SECONDS_BETWEEN_LINES = 10.0
 
 Autocast = Callable[[], AbstractContextManager[Any]]
-Forward = Callable[[nn.Module, Any], Any]
+Forward = Callable[[Any, Any], Any]  # (model, batch)
 
 
 def is_labelled(batch: Any) -> bool:

@@ -40,8 +40,8 @@ def build_population_loader(
 
     Args:
         cfg: read are TEST.PRECISE_BN.DATASETS (empty: DATASETS.TRAIN), IMS_PER_BATCH (on all ranks
-            together; 0: SOLVER.IMS_PER_BATCH), NUM_WORKERS (per rank), SEED, INPUT, and DATALOADER's
-            filter and grouping.
+            together; 0: SOLVER.IMS_PER_BATCH), NUM_WORKERS (per rank), SEED, INPUT, and the filter
+            and grouping of DATALOADER.
         mapper: from a dataset dict to the model's input; None: detectron2's DatasetMapper for
             training.
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, HookBase, hooks
+from detectron2.engine import AMPTrainer, HookBase
+from detectron2.engine import hooks as detectron2_hooks
 from torch import nn
 
+from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.autocast import CPUAutocastTrainer
 from rethinking_bn.engine.population_loader import build_population_loader
 from rethinking_bn.engine.statistics import MergeStatistics
@@ -33,10 +35,10 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 # what reads the statistics, and so comes after their training
 _READERS = (
     MergeStatistics,
-    hooks.PeriodicCheckpointer,
-    hooks.BestCheckpointer,
-    hooks.EvalHook,
-    hooks.PeriodicWriter,
+    detectron2_hooks.PeriodicCheckpointer,
+    detectron2_hooks.BestCheckpointer,
+    detectron2_hooks.EvalHook,
+    detectron2_hooks.PeriodicWriter,
 )
 
 
@@ -115,7 +117,7 @@ class PreciseBN(HookBase):
 
 
 def with_precise_bn(
-    hooks_: Sequence[HookBase | None], cfg: CfgNode, model: nn.Module
+    hooks: Sequence[HookBase | None], cfg: CfgNode, model: nn.Module
 ) -> list[HookBase | None]:
     """Put our PreciseBN into a list of hooks, in place of detectron2's.
 
@@ -125,7 +127,7 @@ def with_precise_bn(
             return with_precise_bn(super().build_hooks(), self.cfg, self.model)
 
     Args:
-        hooks_: in their order; ours goes where detectron2's was, in any case before the hooks that
+        hooks: in their order; ours goes where detectron2's was, in any case before the hooks that
             merge, checkpoint, evaluate or write.
         cfg: TEST.PRECISE_BN says whether (ENABLED), on what and for how long (NUM_ITER);
             TEST.EVAL_PERIOD how often.
@@ -138,10 +140,10 @@ def with_precise_bn(
     Raises:
         ValueError: see :func:`build_population_loader`.
     """
-    result = list(hooks_)
+    result = list(hooks)
     if not cfg.TEST.PRECISE_BN.ENABLED:
         return result
-    replaced = (hooks.PreciseBN, PreciseBN)
+    replaced = (detectron2_hooks.PreciseBN, PreciseBN)
     place = next(
         (i for i, hook in enumerate(result) if isinstance(hook, (*replaced, *_READERS))),
         len(result),
@@ -151,7 +153,7 @@ def with_precise_bn(
     if not find_population_layers(model)[0]:
         logger.info("PreciseBN is disabled: no BN-like layer of the model is in training mode.")
         return result
-    loader = build_population_loader(cfg)
+    loader = _build_loader_together(cfg)
     hook = PreciseBN(cfg.TEST.EVAL_PERIOD, model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
     result.insert(place, hook)
     return result
@@ -169,7 +171,7 @@ def run_population_training(cfg: CfgNode, model: nn.Module) -> PopulationReport:
     Raises:
         ValueError: see :func:`build_population_loader`.
     """
-    loader = build_population_loader(cfg)
+    loader = _build_loader_together(cfg)
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.train()
@@ -185,6 +187,18 @@ def run_population_training(cfg: CfgNode, model: nn.Module) -> PopulationReport:
             module.training = mode
     logger.info("%s", report)
     return report
+
+
+def _build_loader_together(cfg: CfgNode) -> Iterable[Any]:
+    """Build the loader on every rank, or on none."""
+    error: Exception | None = None
+    loader: Iterable[Any] = ()
+    try:
+        loader = build_population_loader(cfg)
+    except Exception as raised:
+        error = raised
+    raise_together(error)
+    return loader
 
 
 def _autocast(model: nn.Module, dtype: torch.dtype | None = None) -> Autocast:
