@@ -30,8 +30,6 @@ def test_multi_domain(train_stats: Any, population_stats: Any) -> None:
     layer: Any = MultiDomainBatchNorm2d(
         3, 3, train_stats=train_stats, population_stats=population_stats
     )
-        3, 3, train_stats=train_stats, population_stats=population_stats
-    )
     batches = [images(2, 1, 3, seed=s) for s in range(4)]
     outputs: list[list[Tensor]] = []
     layer.register_forward_hook(lambda m, args, out: outputs.append(out))
