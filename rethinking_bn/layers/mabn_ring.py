@@ -1,0 +1,165 @@
+"""The last m values of a per-channel statistic, kept for their simple moving average."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+class FullPrecisionBuffers(nn.Module):
+    """A module whose buffers move with it but never drop to a half type.
+
+    ``model.half()`` is for weights and activations: a mean square over 65504, which activations
+    of 256 reach, is infinite in float16.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype in _HALF_TYPES:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class ValueRing(FullPrecisionBuffers):
+    """A ring of m values (C,) in the order they were pushed.
+
+    The buffer that holds them is named after m (``last_16``), so checkpoints of different m
+    share no key with different shapes, which some checkpointers would drop unseen. Loading
+    another m keeps the newest values; a longer ring is filled up with their mean, so that its
+    average starts where the shorter one's was. A checkpoint without the values starts an empty
+    ring, with nothing counted.
+
+    How many values were pushed decides branches, so it is kept as a Python integer (reading a
+    tensor would wait for the device) beside the buffer ``count`` of the state dict.
+
+    Args:
+        num_features: C.
+        length: m, or None when :meth:`set_length` will be called later.
+    """
+
+    count: Tensor
+
+    def __init__(
+        self, num_features: int, length: int | None, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.length: int | None = None
+        self.pushed = 0
+        self.register_buffer("count", torch.zeros((), dtype=torch.long, device=device))
+        if length is not None:
+            self.set_length(length, torch.empty(0, device=device, dtype=dtype))
+
+    def set_length(self, length: int, like: Tensor) -> None:
+        """Make the ring m = ``length`` values long, on ``like``'s device and in its type.
+
+        Values it held already are kept as far as they fit (see :func:`resize_ring`).
+        """
+        # an inference tensor could not be written in later training
+        with torch.inference_mode(False), torch.no_grad():
+            values = torch.zeros(length, self.num_features, dtype=like.dtype, device=like.device)
+            if self.length is not None:
+                values.copy_(resize_ring(self.values, self.pushed, length))
+                del self._buffers[_buffer_name(self.length)]
+        self.length = length
+        self.register_buffer(_buffer_name(length), values)
+
+    def clear(self) -> None:
+        """Forget every value and the count."""
+        self.pushed = 0
+        self.count.zero_()
+        if self.length is not None:
+            self.values.zero_()
+
+    @property
+    def values(self) -> Tensor:
+        """(m, C); the i-th value ever pushed (from 0) is or was in row i mod m."""
+        if self.length is None:
+            raise RuntimeError("the ring has no length yet: call set_length first")
+        values = self._buffers[_buffer_name(self.length)]
+        assert values is not None
+        return values
+
+    def push(self, value: Tensor) -> None:
+        """Append a value (C,), without gradient and without waiting for the device.
+
+        Channels in which it is not finite (an overflow under a gradient scaler) repeat the value
+        before, so that one such step does not outlive itself in m averages.
+        """
+        values, m = self.values, len(self.values)
+        with torch.no_grad():
+            previous = values[(self.pushed - 1) % m]
+            value = value.to(values.dtype)
+            values[self.pushed % m] = torch.where(value.isfinite(), value, previous)
+            self.count.add_(1)
+        self.pushed += 1
+
+    def mean(self) -> Tensor:
+        """Return (C,), the mean of the last m values or of the fewer there are, as a copy."""
+        return self.values[: max(1, min(self.pushed, len(self.values)))].mean(0)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        stored = {}
+        for key in list(state_dict):
+            match = re.fullmatch(re.escape(prefix) + r"last_(\d+)", key)
+            if match:
+                stored[int(match[1])] = state_dict.pop(key)
+        count = state_dict.get(prefix + "count")
+        if self.length is None and stored:
+            length, values = next(iter(stored.items()))
+            self.set_length(length, values.new_empty(0, device=self.count.device))
+        pushed = 0
+        if self.length is None:
+            # No values here nor there: a count alone would promise some.
+            state_dict[prefix + "count"] = torch.zeros_like(self.count)
+        else:
+            name = prefix + _buffer_name(self.length)
+            chosen = stored.get(self.length, next(iter(stored.values()), None))
+            if chosen is None or count is None:
+                state_dict[name] = torch.zeros_like(self.values)
+                state_dict[prefix + "count"] = torch.zeros_like(self.count)
+            else:
+                pushed = int(count)
+                state_dict[name] = resize_ring(chosen, pushed, self.length)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.pushed = pushed
+
+
+def _buffer_name(length: int) -> str:
+    return f"last_{length}"
+
+
+def resize_ring(values: Tensor, pushed: int, length: int) -> Tensor:
+    """Return a ring of ``length`` rows that holds the newest values of another one.
+
+    Args:
+        values: (m, C), the i-th value pushed in row i mod m.
+        pushed: how many values were pushed in all.
+        length: rows of the new ring; rows for older values than the m known hold their mean.
+
+    Returns:
+        (length, C), laid out for the same ``pushed``; ``values`` itself when the length is equal.
+    """
+    m = len(values)
+    if m == length:
+        return values
+    known = values.roll(-(pushed % m), 0) if pushed >= m else values[:pushed]
+    known = known[-length:]
+    resized = values.new_zeros(length, *values.shape[1:])
+    wanted = min(pushed, length)
+    if wanted:
+        older = known.mean(0).expand(wanted - len(known), *known.shape[1:])
+        rows = torch.arange(pushed - wanted, pushed, device=values.device) % length
+        resized[rows] = torch.cat([older, known])
+    return resized
