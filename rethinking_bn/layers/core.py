@@ -125,7 +125,7 @@ class _Normalize(torch.autograd.Function):
         # per tensor: Σ dy and Σ dy·x̂, in one pass over dy and x
         sums = torch.stack(
             [
-                torch.stack(_gradient_sums(dy, x, mean[p], variance[p], ctx.eps))
+                torch.stack(gradient_sums(dy, x, mean[p], variance[p], ctx.eps))
                 for dy, x, p in zip(grads, xs, index, strict=True)
             ]
         )
@@ -147,7 +147,7 @@ class _Normalize(torch.autograd.Function):
             a = invstd[p] if w is None else invstd[p] * w.to(invstd.dtype)
             b = -invstd[p].square() * scaled[p, 1]
             c = -invstd[p] * scaled[p, 0] - b * mean[p]
-            grad_x.append(_combine(dy, x, a, b, c))
+            grad_x.append(combine(dy, x, a, b, c))
         grad_weight = grad_bias = None
         if weight is not None and ctx.needs_input_grad[0]:
             grad_weight = _affine_gradient(sums[:, 1], weight)
@@ -170,7 +170,12 @@ def _broadcast(channels: Tensor, like: Tensor) -> Tensor:
 
 
 def affine_normalize(
-    x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
 ) -> Tensor:
     """Return weight · (x - mean) / sqrt(variance + eps) + bias in one pass, in x's type.
 
@@ -192,7 +197,7 @@ def affine_normalize(
     )
 
 
-def _combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Return a·dy + b·x + c per channel as a new tensor in x's type: two fused passes."""
     if x.dtype != a.dtype:
         # Half types: the terms may nearly cancel, so they are added before anything is rounded.
@@ -202,7 +207,7 @@ def _combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return affine_normalize(x, zero, one, b, c, 0.0).addcmul_(dy, _broadcast(a, dy))
 
 
-def _gradient_sums(
+def gradient_sums(
     dy: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return (C,) Σ dy and (C,) Σ dy·x̂ with x̂ = (x - mean) / sqrt(variance + eps)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .core import _combine, _gradient_sums, affine_normalize
+from .core import affine_normalize, combine, gradient_sums
 from .moments import statistics_dtype
 
 
@@ -50,7 +50,7 @@ def mean_square(xs: Sequence[Tensor]) -> tuple[int, Tensor]:
         x = x.detach()
         zero = torch.zeros(x.shape[1], dtype=statistics_dtype(x.dtype), device=x.device)
         # Σ x·x is the weight gradient of an affine with input x and output gradient x.
-        _, squares = _gradient_sums(x, x, zero, torch.ones_like(zero), 0.0)
+        _, squares = gradient_sums(x, x, zero, torch.ones_like(zero), 0.0)
         count += x.numel() // x.shape[1]
         total = squares if total is None else total + squares
     if total is None:
@@ -112,7 +112,7 @@ class _MovingAverageNormalize(torch.autograd.Function):
         smoothed, r = statistics.smoothed, statistics.correction
         zero = torch.zeros_like(smoothed)
         sums = [
-            _gradient_sums(dy, x, zero, smoothed, ctx.eps) for dy, x in zip(grads, xs, strict=True)
+            gradient_sums(dy, x, zero, smoothed, ctx.eps) for dy, x in zip(grads, xs, strict=True)
         ]
         sum_dy = torch.stack([pair[0] for pair in sums]).sum(0)
         sum_dy_z = torch.stack([pair[1] for pair in sums]).sum(0)
@@ -125,7 +125,7 @@ class _MovingAverageNormalize(torch.autograd.Function):
         a, b = scale * inverse, -averaged * inverse.square()
         first = len(ctx.needs_input_grad) - len(xs)
         grad_x = [
-            _combine(dy, x, a, b, zero) if needed else None
+            combine(dy, x, a, b, zero) if needed else None
             for dy, x, needed in zip(grads, xs, ctx.needs_input_grad[first:], strict=True)
         ]
         grad_weight = grad_bias = None
