@@ -34,7 +34,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # configs/ lives at the root, where people look for it; in a wheel it becomes package data.
-    packages=[*find_packages(include=["rethinking_bn", "rethinking_bn.*"]), "rethinking_bn.configs"],
+    packages=[*find_packages(include=["rethinking_bn*"]), "rethinking_bn.configs"],
     package_dir={"rethinking_bn.configs": "configs"},
     package_data={"rethinking_bn.configs": ["*.yaml", "*/*.yaml"], "rethinking_bn": ["py.typed"]},
     install_requires=[

@@ -16,6 +16,9 @@ from rethinking_bn.version import __version__
 if detectron2_installed():
     from rethinking_bn import modeling  # registers heads and backbones
     from rethinking_bn.config import add_rethinking_bn_config
+    from rethinking_bn.data.register import register_shapes
+
+    register_shapes()
 
 __all__ = ["__version__", "add_rethinking_bn_config", "get_config_file", "modeling"]
 

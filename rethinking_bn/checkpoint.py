@@ -38,12 +38,14 @@ class NormLayout(NamedTuple):
     num_features: int
 
 
-def describe_checkpoint(state_dict: Mapping[str, Any], prefix: str = "head.") -> dict[str, NormLayout]:
+def describe_checkpoint(
+    state_dict: Mapping[str, Any], prefix: str = "head."
+) -> dict[str, NormLayout]:
     """Say which norm layers with population statistics a state dict has, and their layouts.
 
-    Statistics ``<layer>.0.running_mean`` ... ``<layer>.<L-1>.running_mean`` with L of at least 2 and
-    equal channels are read as domain-specific: nothing else in a state dict tells them from L layers
-    that directly follow each other.
+    Statistics ``<layer>.0.running_mean`` ... ``<layer>.<L-1>.running_mean`` with L of at least 2
+    and equal channels are read as domain-specific: nothing else in a state dict tells them from L
+    layers that directly follow each other.
 
     Args:
         state_dict: a model's state dict, keys to arrays or tensors.
@@ -134,8 +136,7 @@ def convert_statistics(
             raise ValueError(f"{name}.weight is not in the checkpoint: a layer without an affine")
         below = f"{name}." if name else ""
         own = {
-            key: converted.pop(key)
-            for key in [key for key in converted if key.startswith(below)]
+            key: converted.pop(key) for key in [key for key in converted if key.startswith(below)]
         }
         layer = MultiDomainBatchNorm2d(
             layout.num_features, domains, population_stats=to, affine=layout.affine
@@ -175,7 +176,8 @@ def missing_statistics(
     keys = [key for key in state_dict if key.startswith(prefix)]
     messages = []
     for name, layer in module.named_modules():
-        if not keys or not isinstance(layer, (PopulationLayer, nn.modules.batchnorm._BatchNorm)):
+        is_norm = isinstance(layer, (PopulationLayer, nn.modules.batchnorm._BatchNorm))
+        if not keys or not is_norm:
             continue
         below = f"{prefix}{name}." if name else prefix
         own = [key for key in keys if key.startswith(below)]

@@ -21,7 +21,7 @@ def _our_keys() -> CfgNode:
     # --- RetinaNet's head (META_ARCHITECTURE: ConfigurableHeadRetinaNet) ---------- section 5
     c.MODEL.RETINANET = CfgNode()
     # Which head, by its name in RETINANET_HEAD. Ours read MODEL.RETINANET.NORM as "BN" (statistics
-    # of this rank), "SyncBN" (pooled over ranks) or any other name of rethinking_bn.layers.get_norm.
+    # of this rank), "SyncBN" (pooled over ranks) or another name of rethinking_bn.layers.get_norm.
     c.MODEL.RETINANET.HEAD_NAME = "RetinaNetHead"
     c.MODEL.RETINANET.BN = CfgNode()
     # The next three are each "shared" (one set for all feature levels), "domain_specific" (one set
@@ -39,7 +39,7 @@ def _our_keys() -> CfgNode:
     # training; must divide the images per rank. 0: all images on the rank. Tables 3 and 6.
     c.MODEL.ROI_HEADS.NORM_IMAGES = 0
 
-    # --- Moving Average Batch Normalization (norm "MABN") -------------------------- MABN, section 4
+    # --- Moving Average Batch Normalization (norm "MABN") ------------------------- MABN, section 4
     c.MODEL.MABN = CfgNode()
     # Images whose statistics the backward pass averages over time; a multiple of BATCH_SIZE.
     c.MODEL.MABN.SIMULATED_BATCH_SIZE = 32

@@ -32,7 +32,7 @@ def get_config_file(name: str) -> str:
     """
     known = list_config_files()
     if name not in known:
-        close = get_close_matches(name, known, n=5, cutoff=0.5) or known
+        close = get_close_matches(name, known, n=8, cutoff=0.5) or known
         raise ValueError(
             f"no config file {name!r} in {_config_folder()}; close names: {', '.join(close)}"
         )

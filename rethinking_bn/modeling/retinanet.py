@@ -30,6 +30,7 @@ class ConfigurableHeadRetinaNet(RetinaNet):
             ValueError: when no head of that name is registered, or the head refuses its keys.
         """
         if cfg.MODEL.RETINANET.HEAD_NAME == "RetinaNetHead":
+            _refuse_choices(cfg)
             return super().from_config(cfg)
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
@@ -43,3 +44,14 @@ class ConfigurableHeadRetinaNet(RetinaNet):
         with torch.random.fork_rng(devices=[]):
             arguments = super().from_config(stock)
         return {**arguments, "backbone": backbone, "head": head}
+
+
+def _refuse_choices(cfg: CfgNode) -> None:
+    """Raise a ValueError for keys that detectron2's own head would silently ignore."""
+    for name, value in cfg.MODEL.RETINANET.BN.items():
+        if value:
+            raise ValueError(
+                f"MODEL.RETINANET.BN.{name} is {value!r}, but the head is detectron2's "
+                "RetinaNetHead, which knows no such choice; set MODEL.RETINANET.HEAD_NAME to "
+                "MultiDomainBNRetinaNetHead"
+            )

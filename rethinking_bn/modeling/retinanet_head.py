@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from rethinking_bn.checkpoint import missing_statistics
 from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, get_norm
+from rethinking_bn.layers.domain_state import CHOICES, Choice
 
 RETINANET_HEAD = Registry("RETINANET_HEAD")
 RETINANET_HEAD.__doc__ = """
@@ -26,10 +28,11 @@ nn.Module whose forward maps L feature maps (N, C, H_l, W_l) to a list of L logi
 """
 RETINANET_HEAD.register(RetinaNetHead)
 
-_CHOICES = ("shared", "domain_specific")
+logger = logging.getLogger(__name__)
+
 _BN_NAMES = ("BN", "SyncBN")
 
-NormFactory = Callable[[int], nn.Module]
+NormFactory = Callable[[int], nn.Module | None]
 
 
 def build_retinanet_head(cfg: CfgNode, input_shape: list[ShapeSpec]) -> nn.Module:
@@ -60,7 +63,7 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
     """
 
     #: the choices when none is given
-    choices: Mapping[str, str] = {
+    choices: Mapping[str, Choice] = {
         "train_stats": "shared",
         "population_stats": "shared",
         "affine": "shared",
@@ -133,9 +136,10 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
         """Return channels -> layer for the requested norm, or None for no norm."""
         if norm in _BN_NAMES:
             choices = cls._resolve(given)
-            return lambda channels: cls._norm_layer(
-                channels, num_domains, sync=norm == "SyncBN", **choices
-            )
+            sync = norm == "SyncBN"
+            said = ", ".join(f"{name} {choice}" for name, choice in choices.items())
+            logger.info("%s: %s over %d feature levels, %s", cls.__name__, norm, num_domains, said)
+            return lambda channels: cls._norm_layer(channels, num_domains, sync, choices)
         chosen = [f"{name}={value!r}" for name, value in given.items() if value]
         if cls.is_preset or chosen:
             raise ValueError(
@@ -147,25 +151,33 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
         return norm if callable(norm) else lambda channels: get_norm(norm, channels)
 
     @classmethod
-    def _resolve(cls, given: Mapping[str, str]) -> dict[str, str]:
+    def _resolve(cls, given: Mapping[str, str]) -> dict[str, Choice]:
         """Return the three choices, the class's own where none is given."""
         resolved = dict(cls.choices)
         for name, value in given.items():
-            allowed = (cls.choices[name],) if cls.is_preset else _CHOICES
+            allowed = (cls.choices[name],) if cls.is_preset else CHOICES
             if value and value not in allowed:
                 listed = " or ".join(repr(choice) for choice in (*allowed, ""))
                 raise ValueError(
                     f"{cls.__name__}: {name} (MODEL.RETINANET.BN.{name.upper()}) must be "
                     f"{listed}, got {value!r}"
                 )
-            resolved[name] = value or resolved[name]
+            if value:
+                resolved[name] = value
         return resolved
 
     @classmethod
     def _norm_layer(
-        cls, channels: int, num_domains: int, *, sync: bool, **choices: str
+        cls, channels: int, num_domains: int, sync: bool, choices: Mapping[str, Choice]
     ) -> nn.Module:
-        return MultiDomainBatchNorm2d(channels, num_domains, sync=sync, **choices)
+        return MultiDomainBatchNorm2d(
+            channels,
+            num_domains,
+            train_stats=choices["train_stats"],
+            population_stats=choices["population_stats"],
+            affine=choices["affine"],
+            sync=sync,
+        )
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """
@@ -251,6 +263,6 @@ class CycleBNRetinaNetHead(MultiDomainBNRetinaNetHead):
 
     @classmethod
     def _norm_layer(
-        cls, channels: int, num_domains: int, *, sync: bool, **choices: str
+        cls, channels: int, num_domains: int, sync: bool, choices: Mapping[str, Choice]
     ) -> nn.Module:
         return CycleBatchNorm2d(channels, num_domains, sync=sync)

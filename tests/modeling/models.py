@@ -41,7 +41,9 @@ def head_arguments(**overrides: Any) -> dict[str, Any]:
     }
 
 
-def features(images: int = 2, channels: int = 32, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def features(
+    images: int = 2, channels: int = 32, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """Return five levels whose statistics differ."""
     return [
         torch.randn(images, channels, *size, dtype=dtype) * (level + 1) + level

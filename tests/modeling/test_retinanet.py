@@ -37,9 +37,7 @@ def losses(model: nn.Module, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("norm", ["", "GN", "BN", "SyncBN"])
 def test_with_detectron2s_head_the_model_is_detectron2s(norm: str) -> None:
     ours = retinanet_config(MODEL__RETINANET__NORM=norm)
-    stock = retinanet_config(
-        MODEL__RETINANET__NORM=norm, MODEL__META_ARCHITECTURE="RetinaNet"
-    )
+    stock = retinanet_config(MODEL__RETINANET__NORM=norm, MODEL__META_ARCHITECTURE="RetinaNet")
     (model, state), (expected, expected_state) = build(ours), build(stock)
     assert isinstance(model, ConfigurableHeadRetinaNet)
     assert type(model.head) is type(expected.head)
@@ -103,6 +101,12 @@ def test_choices_come_from_cfg() -> None:
 def test_an_unknown_head_is_refused_with_the_list_of_heads() -> None:
     cfg = retinanet_config(MODEL__RETINANET__HEAD_NAME="SharedBNHead")
     with pytest.raises(ValueError, match="'SharedBNHead'.*MultiDomainBNRetinaNetHead"):
+        build(cfg)
+
+
+def test_choices_that_detectron2s_head_would_ignore_are_refused() -> None:
+    cfg = retinanet_config(MODEL__RETINANET__BN__AFFINE="shared")
+    with pytest.raises(ValueError, match="BN.AFFINE is 'shared'.*MultiDomainBNRetinaNetHead"):
         build(cfg)
 
 

@@ -1,0 +1,212 @@
+"""Statistics of one row's checkpoint in another row's model."""
+
+from __future__ import annotations
+
+import logging
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import Tensor, nn
+
+from rethinking_bn.checkpoint import (
+    NormLayout,
+    convert_statistics,
+    describe_checkpoint,
+    missing_statistics,
+)
+from rethinking_bn.layers import SyncBatchNorm2d
+from rethinking_bn.modeling import (
+    CycleBNRetinaNetHead,
+    MultiDomainBNRetinaNetHead,
+    SharedBNRetinaNetHead,
+)
+from tests.modeling.models import features, head_arguments
+
+SHARED, SEPARATE = "shared", "domain_specific"
+ROWS = {
+    1: (SHARED, SHARED, SHARED),
+    2: (SHARED, SEPARATE, SHARED),
+    3: (SEPARATE, SHARED, SHARED),
+    4: (SEPARATE, SEPARATE, SHARED),
+    5: (SEPARATE, SHARED, SEPARATE),
+    6: (SEPARATE, SEPARATE, SEPARATE),
+}
+NORM = "head.cls_subnet.1."
+
+
+class Model(nn.Module):
+    """A head where detectron2's models have it, beside something from ImageNet."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = nn.Conv2d(3, 4, 1)
+        self.head = head
+
+
+def row_model(row: int) -> Model:
+    train_stats, population_stats, affine = ROWS[row]
+    return trained(
+        MultiDomainBNRetinaNetHead(
+            **head_arguments(norm="SyncBN"),
+            train_stats=train_stats,
+            population_stats=population_stats,
+            affine=affine,
+        )
+    )
+
+
+def trained(head: nn.Module) -> Model:
+    """Give every parameter and statistic a value of its own, as training would."""
+    for tensor in head.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) + 0.5)
+    return Model(head)
+
+
+def load_file(model: nn.Module, state_dict: dict[str, Any], folder: Path) -> None:
+    """Load by way of detectron2's checkpointer, which drops keys of other shapes."""
+    torch.save({"model": state_dict}, folder / "model.pth")
+    DetectionCheckpointer(model).load(str(folder / "model.pth"))
+
+
+def expected_statistics(state: dict[str, Tensor], row: int, prefix: str) -> dict[str, Tensor]:
+    """Write out what row's layer holds after loading a checkpoint of any row."""
+    separate = f"{prefix}0.running_mean" in state
+    names = ("running_mean", "running_var")
+    means, variances = (
+        [state[f"{prefix}{level}.{n}"] if separate else state[prefix + n] for level in range(5)]
+        for n in names
+    )
+    if ROWS[row][1] == SEPARATE:
+        return {
+            f"{prefix}{level}.{name}": values[level]
+            for name, values in zip(names, (means, variances), strict=True)
+            for level in range(5)
+        }
+    mean = sum(means) / 5
+    spread = sum((m - mean) ** 2 for m in means) / 5
+    return {f"{prefix}running_mean": mean, f"{prefix}running_var": sum(variances) / 5 + spread}
+
+
+@pytest.mark.parametrize(("source", "target"), list(product(ROWS, ROWS)))
+def test_every_row_into_every_row(
+    source: int, target: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = row_model(source).state_dict()
+    model = row_model(target)
+    if ROWS[source][2] == SEPARATE and ROWS[target][2] == SHARED:
+        with pytest.raises(RuntimeError, match=r"head\.cls_subnet\.1\.weight"):
+            load_file(model, state, tmp_path)
+        return
+    with caplog.at_level(logging.INFO, "rethinking_bn"):
+        load_file(model, state, tmp_path)
+    loaded = model.state_dict()
+    for norm in (NORM, "head.bbox_subnet.4."):
+        for key, value in expected_statistics(state, target, norm).items():
+            torch.testing.assert_close(loaded[key], value)
+    weight = state.get(f"{NORM}weight", state.get(f"{NORM}3.weight"))
+    own = f"{NORM}3.weight" if ROWS[target][2] == SEPARATE else f"{NORM}weight"
+    torch.testing.assert_close(loaded[own], weight)
+    converted = ROWS[source][1] != ROWS[target][1]
+    assert ("population training is due" in caplog.text) == converted
+    assert (NORM.rstrip(".") in caplog.text) == (ROWS[source][1:] != ROWS[target][1:])
+
+
+@pytest.mark.parametrize("row", [4, None])
+def test_checkpoints_of_detectron2s_cycling_head_load(row: int | None, tmp_path: Path) -> None:
+    stock = trained(RetinaNetHead(**head_arguments(norm="BN"))).eval()
+    model = Model(CycleBNRetinaNetHead(**head_arguments())) if row is None else row_model(row)
+    load_file(model, stock.state_dict(), tmp_path)
+    xs = features()
+    torch.testing.assert_close(model.eval().head(xs), stock.head(xs))
+
+
+def test_checkpoints_of_the_upstream_shared_head_load(tmp_path: Path) -> None:
+    # its layers are plain BatchNorm layers, applied to all levels
+    stock = trained(RetinaNetHead(**head_arguments(norm=nn.BatchNorm2d))).eval()
+    model = Model(SharedBNRetinaNetHead(**head_arguments()))
+    load_file(model, stock.state_dict(), tmp_path)
+    xs = features()
+    torch.testing.assert_close(model.eval().head(xs), stock.head(xs))
+
+
+@pytest.mark.parametrize("norm", ["", "GN", lambda c: nn.BatchNorm2d(c, track_running_stats=False)])
+@pytest.mark.parametrize("row", [1, 4])
+def test_a_head_trained_without_statistics_is_refused(norm: Any, row: int, tmp_path: Path) -> None:
+    stock = Model(RetinaNetHead(**head_arguments(norm=norm)))
+    with pytest.raises(RuntimeError, match=r"head\.cls_subnet\.1\.(0\.)?running_mean"):
+        load_file(row_model(row), stock.state_dict(), tmp_path)
+
+
+def test_statistics_of_other_channels_are_refused(tmp_path: Path) -> None:
+    narrow = Model(SharedBNRetinaNetHead(**head_arguments(conv_dims=[16, 16])))
+    with pytest.raises(RuntimeError, match="running_mean"):
+        load_file(row_model(1), narrow.state_dict(), tmp_path)
+
+
+def test_a_backbone_checkpoint_without_a_head_loads(tmp_path: Path) -> None:
+    model, source = row_model(1), row_model(1)
+    before = {key: value.clone() for key, value in model.head.state_dict().items()}
+    state = {k: v for k, v in source.state_dict().items() if k.startswith("backbone.")}
+    load_file(model, state, tmp_path)
+    assert torch.equal(model.backbone.weight, source.backbone.weight)
+    for key, value in model.head.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("norm", [SyncBatchNorm2d, nn.BatchNorm2d])
+def test_missing_statistics_of_single_domain_layers(norm: type[nn.Module]) -> None:
+    layers = nn.Sequential(nn.Conv2d(2, 2, 1), norm(2))
+    state = {f"head.{key}": value for key, value in layers.state_dict().items()}
+    assert missing_statistics(layers, state, "head.") == []
+    stripped = {key: value for key, value in state.items() if "running_var" not in key}
+    messages = missing_statistics(layers, stripped, "head.")
+    assert len(messages) == 1 and messages[0].startswith("head.1.running_var")
+    assert missing_statistics(layers, {"backbone.weight": torch.ones(1)}, "head.") == []
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_describe(row: int) -> None:
+    layouts = describe_checkpoint(row_model(row).state_dict())
+    _, statistics, affine = ROWS[row]
+    domains = 5 if SEPARATE in (statistics, affine) else 1
+    assert list(layouts) == [
+        f"head.{subnet}.{layer}" for subnet in ("cls_subnet", "bbox_subnet") for layer in (1, 4)
+    ]
+    assert set(layouts.values()) == {NormLayout(statistics, affine, domains, 32)}
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("to", [SHARED, SEPARATE])
+def test_convert_equals_loading(row: int, to: str) -> None:
+    source = row_model(row).state_dict()
+    before = dict(source)
+    converted = convert_statistics(source, to=to, num_domains=5)
+    assert source.keys() == before.keys()
+    assert {layout.statistics for layout in describe_checkpoint(converted).values()} == {to}
+    target = next(r for r, (_, s, a) in ROWS.items() if (s, a) == (to, ROWS[row][2]))
+    model = row_model(target)
+    model.load_state_dict(converted)
+    for key, value in expected_statistics(source, target, NORM).items():
+        torch.testing.assert_close(model.state_dict()[key], value)
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "message"),
+    [
+        (1, {"to": SEPARATE}, r"head\.cls_subnet\.1: num_domains"),
+        (4, {"to": SHARED, "num_domains": 3}, r"head\.cls_subnet\.1 has 5 domains, not 3"),
+        (4, {"to": "separate"}, "'separate'"),
+        (1, {"to": SHARED, "prefix": "neck."}, r"neck\.\*\.running_mean"),
+    ],
+)
+def test_what_cannot_be_converted_is_named(
+    row: int, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert_statistics(row_model(row).state_dict(), **arguments)

@@ -1,0 +1,138 @@
+"""The package as installed: its wheel, and what is left of it without detectron2."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import rethinking_bn
+from rethinking_bn.config_files import list_config_files
+
+ROOT = Path(__file__).parent.parent
+GUIDE = "https://detectron2.readthedocs.io/tutorials/install.html"
+
+
+def run(code: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=cwd or ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def without_detectron2(code: str) -> str:
+    """Run code in a process that cannot import detectron2, and return what it printed."""
+    result = run(f"import sys; sys.modules['detectron2'] = None\n{code}")
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_layers_and_population_work_without_detectron2() -> None:
+    printed = without_detectron2(
+        "import torch, rethinking_bn\n"
+        "import rethinking_bn.population, rethinking_bn.checkpoint, rethinking_bn.data.shapes\n"
+        "from rethinking_bn.layers import MultiDomainBatchNorm2d\n"
+        "print(rethinking_bn.__version__, rethinking_bn.get_config_file('retinanet_gn.yaml'))\n"
+        "print(len(MultiDomainBatchNorm2d(4, 2)([torch.randn(2, 4, 3, 3)] * 2)))\n"
+        "print([name for name in sys.modules if name.startswith('detectron2')])\n"
+    )
+    assert rethinking_bn.__version__ in printed and "retinanet_gn.yaml" in printed
+    assert printed.splitlines()[1:] == ["2", "['detectron2']"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from rethinking_bn import add_rethinking_bn_config",
+        "import rethinking_bn; rethinking_bn.add_rethinking_bn_config",
+        "import rethinking_bn.modeling",
+        "import rethinking_bn.engine",
+        "import rethinking_bn; rethinking_bn.engine",
+        "from rethinking_bn import modeling",
+        "from rethinking_bn.engine import PreciseBN",
+    ],
+)
+def test_names_bound_to_detectron2_say_what_to_install(statement: str) -> None:
+    printed = without_detectron2(
+        f"try:\n    {statement}\n"
+        "except ImportError as error:\n    print(error.name, error)\n"
+        "else:\n    print('no error')"
+    )
+    assert printed.startswith("detectron2 rethinking_bn") and GUIDE in printed, printed
+    assert "pip install" not in printed and "git+" not in printed
+
+
+def test_a_missing_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'heads'"):
+        rethinking_bn.heads  # noqa: B018
+
+
+def test_a_broken_detectron2_is_not_hidden(tmp_path: Path) -> None:
+    (tmp_path / "detectron2").mkdir()
+    (tmp_path / "detectron2" / "__init__.py").write_text("import a_library_it_needs\n")
+    result = run("import rethinking_bn", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert result.returncode != 0
+    assert "No module named 'a_library_it_needs'" in result.stderr
+    assert GUIDE not in result.stderr
+
+
+def test_one_import_registers_the_components() -> None:
+    pytest.importorskip("detectron2", reason="needs detectron2, which is not installed")
+    result = run(
+        "import sys, rethinking_bn\n"
+        "from detectron2.data import DatasetCatalog\n"
+        "from detectron2.modeling import META_ARCH_REGISTRY\n"
+        "print(META_ARCH_REGISTRY.get('ConfigurableHeadRetinaNet').__name__)\n"
+        "print('shapes_train' in DatasetCatalog.list(), 'shapes_val' in DatasetCatalog.list())\n"
+        "print('rethinking_bn.engine' in sys.modules, rethinking_bn.engine.__name__)\n"
+    )
+    assert result.stdout.splitlines() == [
+        "ConfigurableHeadRetinaNet",
+        "True True",
+        "False rethinking_bn.engine",
+    ], result.stderr
+
+
+def test_wheel_holds_package_and_configs(tmp_path: Path) -> None:
+    pytest.importorskip("wheel", reason="needs the wheel package to build without an index")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("rethinking_bn", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    # no index, no isolation: what pip would build, with the setuptools that is here
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet"]
+    options = ["--no-deps", "--no-index", "--no-build-isolation", "-w", str(tmp_path)]
+    built = subprocess.run(
+        [*pip, *options, str(source)], capture_output=True, text=True, timeout=120
+    )
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("rethinking_bn-*.whl")
+    assert rethinking_bn.__version__ in wheel.name
+    installed = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    metadata = next(installed.glob("*.dist-info/METADATA")).read_text()
+    assert "Requires-Python: >=3.10" in metadata and "Requires-Dist: torch>=2.4" in metadata
+    assert not (installed / "tests").exists() and not (installed / "configs").exists()
+    code = (
+        "import rethinking_bn; from rethinking_bn.config_files import list_config_files\n"
+        "print(rethinking_bn.get_config_file('shapes/retinanet_bn_row1.yaml'))\n"
+        "print(' '.join(list_config_files()))"
+    )
+    result = run(code, cwd=tmp_path, PYTHONPATH=str(installed))
+    path, names = result.stdout.splitlines()
+    assert path.startswith(str(installed)) and Path(path).is_file()
+    assert names.split() == list_config_files()
