@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, hooks
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -20,6 +19,7 @@ from torch import nn
 
 from rethinking_bn.engine.autocast import CPUAutocastTrainer
 from rethinking_bn.engine.checkpointer import Checkpointer
+from rethinking_bn.engine.data_parallel import wrap_data_parallel
 from rethinking_bn.engine.optimizer import build_optimizer
 from rethinking_bn.engine.precise_bn import with_precise_bn
 from rethinking_bn.engine.rank_state import RankState, gather_rank_state, load_rank_state
@@ -67,16 +67,14 @@ class Trainer(DefaultTrainer):
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = _with_seed(cfg, cfg.SEED if cfg.SEED >= 0 else _random_seed())
+        logger.info("Run seed: %d", self.run_seed)
+        seed_all_rng(self.run_seed)
         self._rank_states: tuple[int, list[RankState]] | None = None
         model = self.build_model(self.cfg)
         optimizer = self.build_optimizer(self.cfg, model)
         data_loader = self.build_train_loader(self.cfg)
         on_gpu = torch.device(self.cfg.MODEL.DEVICE).type == "cuda"
-        model = create_ddp_model(
-            model,
-            broadcast_buffers=False,
-            device_ids=[comm.get_local_rank()] if on_gpu else None,
-        )
+        model = wrap_data_parallel(model, on_gpu)
         self._trainer = _step_trainer(self.cfg, on_gpu)(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(self.cfg, optimizer)
         self.checkpointer = Checkpointer(
@@ -85,6 +83,7 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = self.cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
+        self._built_hooks = len(self._hooks)
 
     @property
     def run_seed(self) -> int:
@@ -125,7 +124,11 @@ class Trainer(DefaultTrainer):
         # numpy takes 32 bits
         seed_all_rng(derive_seed(self.run_seed, self.iter, comm.get_rank()) % 2**32)
         announce_iteration(self.model, self.run_seed, self.iter)
-        super().run_step()
+        # TorchScript (the focal loss) rounds differently once a process has called it a few times
+        # and it gets optimized, which a resumed process has not. GPUs keep the fused kernels.
+        optimize = torch.device(self.cfg.MODEL.DEVICE).type == "cuda"
+        with torch.jit.optimized_execution(optimize):
+            super().run_step()
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint, or ``MODEL.WEIGHTS``; as DefaultTrainer's.
@@ -178,8 +181,11 @@ class Trainer(DefaultTrainer):
         logger.warning("The run seed is %d, as in the checkpoint, not %d.", seed, self.run_seed)
         self.cfg = _with_seed(self.cfg, seed)
         self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg))
+        registered = self._hooks[self._built_hooks :]
         self._hooks.clear()
         self.register_hooks(self.build_hooks())
+        self._built_hooks = len(self._hooks)
+        self._hooks.extend(registered)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

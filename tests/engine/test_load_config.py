@@ -1,0 +1,97 @@
+"""Config files are data: bases and overrides work, tags never run (defect 18), errors are clear."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+from rethinking_bn.engine import load_config
+from rethinking_bn.engine.load_config import use_available_device
+
+
+def write(folder: Path, **files: str) -> str:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return str(folder / "run.yaml")
+
+
+def test_bases_and_overrides_merge_in_order(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        base="SOLVER: {BASE_LR: 0.5, MAX_ITER: 10, GAMMA: 0.3}",
+        run="_BASE_: base.yaml\nSOLVER: {BASE_LR: 0.25, MAX_ITER: 20}",
+    )
+    cfg = load_config(path, ["SOLVER.MAX_ITER", "30", "MODEL.RETINANET.BN.AFFINE", "shared"])
+    assert (cfg.SOLVER.GAMMA, cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER) == (0.3, 0.25, 30)
+    assert cfg.MODEL.RETINANET.BN.AFFINE == "shared"
+    assert not cfg.is_frozen()
+
+
+@pytest.mark.parametrize("place", ["run", "base"])
+def test_tags_are_refused_and_not_executed(tmp_path: Path, place: str) -> None:
+    """detectron2's Base-RetinaNet.yaml holds such a tag."""
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w').close()"
+    tagged = f'OUTPUT_DIR: !!python/object/apply:eval ["{code}"]\n'
+    files = {"run": "_BASE_: base.yaml\n", "base": "SEED: 1\n"}
+    files[place] += tagged
+    path = write(tmp_path, **files)
+    with pytest.raises(ValueError, match=f"{place}.yaml.*python/object/apply:eval.*execute"):
+        load_config(path)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SOLVER: {BASE_LRR: 1.0}", r"unknown config key 'SOLVER.BASE_LRR'.*SOLVER.BASE_LR"),
+        ("SOLVER: {BASE_LR: fast}", r"float.*str.*SOLVER.BASE_LR"),
+        ("SOLVER: [", "flow"),
+        ("", "not a mapping"),
+        ("- 1", "not a mapping"),
+        ("VERSION: 99", "v99"),
+        ("_BASE_: nowhere.yaml", "nowhere.yaml.*does not exist"),
+    ],
+)
+def test_a_bad_file_gives_one_line_that_names_it(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, run=text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        load_config(path)
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["SOLVER.BASE_LR"], "KEY VALUE"),
+        (["SOLVER.BASELR", "1"], r"unknown config key 'SOLVER.BASELR'.*SOLVER.BASE_LR"),
+        (["SOLVER.BASE_LR.X", "1"], "unknown config key"),
+        (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR fast"),
+        (["SOLVER", "1"], "SOLVER 1"),
+    ],
+)
+def test_bad_overrides_are_named(opts: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config("", opts)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_gpu_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cfg.MODEL.DEVICE == "cuda" and use_available_device(cfg) and cfg.MODEL.DEVICE == "cpu"
+    assert not use_available_device(cfg)
+
+
+def test_with_a_gpu_the_device_is_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert not use_available_device(cfg) and cfg.MODEL.DEVICE == "cuda"

@@ -1,0 +1,172 @@
+"""A run that was interrupted and resumed is, bit for bit, the run that was not (defect 16)."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch import RetinaNet
+from torch import nn
+
+from rethinking_bn.engine import Trainer
+from tests.engine.tiny import register_data, tiny_config, write_data
+from tests.helpers import run_distributed
+
+Record = dict[str, Any]
+
+
+class NoisyRetinaNet(RetinaNet):
+    """RetinaNet with a random part in its forward, and a module that is told the iteration."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.told = Told()
+
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        images = super().preprocess_image(batched_inputs)
+        if self.training:
+            images.tensor = nn.functional.dropout(images.tensor, 0.1)
+        return images
+
+
+class Told(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, int]] = []
+
+    def set_iteration(self, run_seed: int, iteration: int) -> None:
+        self.calls.append((run_seed, iteration))
+
+
+if "NoisyRetinaNet" not in META_ARCH_REGISTRY:
+    META_ARCH_REGISTRY.register(NoisyRetinaNet)
+
+
+class Interruption(HookBase):
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.iteration:
+            raise KeyboardInterrupt
+
+
+class RecordingTrainer(Trainer):
+    """Keeps this rank's losses of every iteration."""
+
+    def run_step(self) -> None:
+        self.losses = getattr(self, "losses", {})
+
+        def record(module: nn.Module, inputs: Any, output: dict[str, torch.Tensor]) -> None:
+            self.losses[self.iter] = {name: loss.item() for name, loss in output.items()}
+
+        handle = self.model.register_forward_hook(record)
+        super().run_step()
+        handle.remove()
+
+
+def digest(state: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {
+        name: hashlib.sha1(value.detach().contiguous().numpy().tobytes()).hexdigest()
+        for name, value in state.items()
+    }
+
+
+def train(cfg: CfgNode, *, resume: bool = False, interrupt_at: int | None = None) -> Record:
+    trainer = RecordingTrainer(cfg)
+    trainer.resume_or_load(resume)
+    if interrupt_at is not None:
+        trainer.register_hooks([Interruption(interrupt_at)])
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        return {"seed": trainer.run_seed}
+    trainer.train()
+    model = getattr(trainer.model, "module", trainer.model)
+    momenta = {
+        str(index): entry["momentum_buffer"]
+        for index, entry in trainer.optimizer.state_dict()["state"].items()
+    }
+    return {
+        "start": trainer.start_iter,
+        "seed": trainer.run_seed,
+        "losses": trainer.losses,
+        "normalizer": model.loss_normalizer,
+        "state": digest(model.state_dict()),
+        "momenta": digest(momenta),
+        "lr": trainer.scheduler.get_last_lr(),
+        # population training announces batches of its own, under another seed
+        "told": [call for call in model.told.calls if call[0] == trainer.run_seed],
+    }
+
+
+def config(data: str, out: Path, overrides: dict[str, Any]) -> CfgNode:
+    return tiny_config(
+        data, out, MODEL__META_ARCHITECTURE="NoisyRetinaNet", TEST__EVAL_PERIOD=2, **overrides
+    )
+
+
+def interrupted_and_not(folder: Path, overrides: dict[str, Any]) -> tuple[Record, Record]:
+    """Train 6 iterations at one go, and again with a crash in the fifth; checkpoint after 3."""
+    data = register_data(folder)
+    whole = train(config(data, folder / "whole", overrides))
+    if int(overrides.get("SEED", 0)) < 0:
+        overrides = {**overrides, "SEED": whole["seed"]}
+    crashed = config(data, folder / "crashed", overrides)
+    train(crashed, interrupt_at=4)
+    crashed.SEED = -1  # a new random seed, which the checkpoint's must replace
+    torch.manual_seed(99)  # whatever happened in between
+    return whole, train(crashed, resume=True)
+
+
+def assert_same_run(whole: Record, resumed: Record) -> None:
+    assert (whole["start"], resumed["start"]) == (0, 3)
+    for key in ("seed", "normalizer", "state", "momenta", "lr"):
+        assert resumed[key] == whole[key], key
+    assert sorted(whole["losses"]) == list(range(6)) and sorted(resumed["losses"]) == [3, 4, 5]
+    for iteration, losses in resumed["losses"].items():
+        assert losses == whole["losses"][iteration], iteration
+    assert resumed["told"] == whole["told"][3:]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"SEED": "-1", "DATALOADER.NUM_WORKERS": "2"},
+        {
+            "SOLVER.AMP.ENABLED": "True",
+            "DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler",
+        },
+        {"TEST.PRECISE_BN.ENABLED": "True"},
+    ],
+    ids=str,
+)
+def test_one_process(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    write_data(tmp_path)
+    whole, resumed = interrupted_and_not(tmp_path, overrides)
+    assert_same_run(whole, resumed)
+    assert whole["told"] == [(whole["seed"], iteration) for iteration in range(6)]
+
+
+def on_rank(rank: int, folder: Path, overrides: dict[str, Any]) -> tuple[Record, Record]:
+    return interrupted_and_not(folder, overrides)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    ranks = run_distributed(on_rank, 2, tmp_path, {"TEST.PRECISE_BN.ENABLED": "True"}, timeout=200)
+    for whole, resumed in ranks:
+        assert_same_run(whole, resumed)
+    first, second = ranks[0][0], ranks[1][0]
+    # the ranks see different data, and end with the same model
+    assert first["losses"] != second["losses"] and first["normalizer"] != second["normalizer"]
+    assert first["state"] == second["state"]
