@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One set of population statistics.
+    """One set of population statistics; "old" are those that this rank had before.
 
     Attributes:
         name: of the layer in the model.

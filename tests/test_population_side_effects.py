@@ -158,9 +158,9 @@ def test_gradients_and_parameters_are_not_touched() -> None:
 # --- failures -------------------------------------------------------------------------------------
 
 
-def raising_loader() -> Iterator[Tensor]:
+def raising_loader(error: BaseException) -> Iterator[Tensor]:
     yield images(2)[0]
-    raise OSError("no such image")
+    raise error
 
 
 @pytest.mark.parametrize("num_batches", [0, -3, 2.5, True, "3", None])
@@ -193,7 +193,14 @@ def test_a_failing_loader_leaves_the_model_as_it_was(labelled: bool) -> None:
         estimate_population_statistics(model, images(2, 3), 5, labelled=labelled)
     before.assert_unchanged()
     with pytest.raises(RuntimeError, match="after 1 of 5 batches: OSError: no such") as caught:
-        estimate_population_statistics(model, raising_loader(), 5, labelled=labelled)
+        estimate_population_statistics(
+            model, raising_loader(OSError("no such image")), 5, labelled=labelled
+        )
+    before.assert_unchanged()
+    with pytest.raises(KeyboardInterrupt):
+        estimate_population_statistics(
+            model, raising_loader(KeyboardInterrupt()), 5, labelled=labelled
+        )
     before.assert_unchanged()
     assert isinstance(caught.value.__cause__, OSError)
     with pytest.raises(RuntimeError, match="after 0 of 5 batches: TypeError"):

@@ -47,8 +47,9 @@ class PreciseBN(HookBase):
 
     In place of detectron2's hook of the same name, with the same constructor. See
     :func:`rethinking_bn.population.estimate_population_statistics` for what is estimated; the
-    loader is started anew each time, so the data are the same if the loader is seeded. Runs on
-    every rank, under the mixed precision of the trainer.
+    loader is started anew each time, so the data are the same if the loader is seeded, and so are
+    the random numbers drawn by the model: the same weights get the same statistics. Runs on every
+    rank, under the mixed precision of the trainer.
 
     State read: the model, the trainer's precision. State changed: the population statistics, and
     four scalars in the trainer's storage: ``precise_bn/seconds``, ``precise_bn/drift_mean`` and
