@@ -1,0 +1,148 @@
+"""The catalogs of detectron2: generated on demand, in whatever order they are asked."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("detectron2")
+
+from detectron2.config import get_cfg  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.engine import DefaultTrainer  # noqa: E402
+from detectron2.evaluation import COCOEvaluator  # noqa: E402
+from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
+
+from rethinking_bn.data import CLASSES, SHAPES_DATASETS, ShapesDataset, shapes  # noqa: E402
+from rethinking_bn.data.register import ShapesMetadata, register_shapes  # noqa: E402
+
+COUNT = 6
+REGISTERED_BY_IMPORT = set(SHAPES_DATASETS) <= set(DatasetCatalog)
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    register_shapes()
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setitem(shapes.SPLITS, "train", COUNT)
+    monkeypatch.setitem(shapes.SPLITS, "val", COUNT)
+    return tmp_path
+
+
+def test_registration_generates_nothing_and_may_be_repeated(root: Path) -> None:
+    before = [DatasetCatalog[name] for name in SHAPES_DATASETS]
+    register_shapes()
+    assert [DatasetCatalog[name] for name in SHAPES_DATASETS] == before
+    for name in SHAPES_DATASETS:
+        metadata = MetadataCatalog.get(name)
+        assert metadata.name == name and metadata.evaluator_type == "coco"
+        assert metadata.thing_classes == list(CLASSES)
+    assert os.listdir(root) == []
+
+
+def test_import_of_the_package_registers() -> None:
+    assert REGISTERED_BY_IMPORT
+
+
+@pytest.mark.parametrize("name", ["shapes_train", "shapes_val_contrast"])
+def test_records(name: str, root: Path) -> None:
+    records = DatasetCatalog.get(name)
+    assert len(records) == COUNT
+    assert records == DatasetCatalog.get(name)
+    dataset = ShapesDataset(name)
+    for index, record in enumerate(records):
+        image, target = dataset[index]
+        assert Path(record["file_name"]).is_relative_to(root)
+        assert (record["height"], record["width"]) == tuple(image.shape[1:])
+        objects = record["annotations"]
+        assert [o["category_id"] for o in objects] == target["labels"].tolist()
+        boxes = [BoxMode.convert(o["bbox"], o["bbox_mode"], BoxMode.XYXY_ABS) for o in objects]
+        np.testing.assert_allclose(boxes, target["boxes"], atol=1e-4)
+        assert all(len(o["segmentation"][0]) >= 6 and not o["iscrowd"] for o in objects)
+
+
+def test_paths_generate_when_asked_for(root: Path) -> None:
+    metadata = MetadataCatalog.get("shapes_val_jpeg")
+    assert os.listdir(root) == []
+    assert Path(metadata.json_file).is_file()
+    assert len(os.listdir(metadata.image_root)) == COUNT
+    assert Path(metadata.get("json_file")).is_relative_to(root)
+
+
+def test_evaluator_comes_before_the_data(root: Path, tmp_path: Path) -> None:
+    evaluator = COCOEvaluator("shapes_train_contrast", output_dir=str(tmp_path / "output"))
+    assert len(evaluator._coco_api.getImgIds()) == COUNT
+
+
+class _Oracle(nn.Module):
+    """Predicts the annotations of the images it is given."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.targets = {
+            int(target["image_id"]): (image, target)
+            for image, target in (ShapesDataset(name, masks=True)[i] for i in range(COUNT))
+        }
+
+    def forward(self, inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
+        outputs = []
+        for sample in inputs:
+            image, target = self.targets[sample["image_id"]]
+            assert torch.equal(sample["image"], image.flip(0))  # detectron2 reads BGR
+            instances = Instances((sample["height"], sample["width"]))
+            instances.pred_boxes = Boxes(target["boxes"])
+            instances.pred_classes = target["labels"]
+            instances.scores = torch.linspace(1, 0.5, len(target["labels"]))
+            instances.pred_masks = target["masks"].bool()
+            outputs.append({"instances": instances})
+        return outputs
+
+
+class _Trainer(DefaultTrainer):
+    @classmethod
+    def build_evaluator(cls, cfg: Any, dataset_name: str) -> COCOEvaluator:
+        return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
+
+
+def test_default_trainer_evaluates_the_truth_as_perfect(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = get_cfg()
+    cfg.DATASETS.TEST = ("shapes_val_jpeg",)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.INPUT.MIN_SIZE_TEST = 0  # as stored
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    # The model is made by a generation of its own: the test itself starts from nothing.
+    with monkeypatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(tmp_path / "model"))
+        oracle = _Oracle("shapes_val_jpeg")
+    assert not (root / "shapes").exists()
+    results = _Trainer.test(cfg, oracle)
+    for task in ("bbox", "segm"):
+        assert results[task]["AP"] == pytest.approx(100)
+        for name in CLASSES:
+            assert results[task][f"AP-{name}"] == pytest.approx(100)
+
+
+def test_names_of_other_projects_are_left_to_them(caplog: pytest.LogCaptureFixture) -> None:
+    name = "shapes_val_jpeg"
+    saved = DatasetCatalog[name], MetadataCatalog[name]
+    try:
+        DatasetCatalog.remove(name), MetadataCatalog.remove(name)
+        DatasetCatalog.register(name, theirs := lambda: [])
+        MetadataCatalog.get(name).thing_classes = ["hexagon"]
+        with caplog.at_level(logging.WARNING):
+            register_shapes()
+        assert "'shapes_val_jpeg' is already registered" in caplog.text
+        assert DatasetCatalog[name] is theirs
+        assert not isinstance(MetadataCatalog.get(name), ShapesMetadata)
+        assert MetadataCatalog.get(name).thing_classes == ["hexagon"]
+    finally:
+        DatasetCatalog[name], MetadataCatalog[name] = saved
