@@ -35,8 +35,8 @@ class ValueRing(FullPrecisionBuffers):
     The buffer that holds them is named after m (``last_16``), so checkpoints of different m
     share no key with different shapes, which some checkpointers would drop unseen. Loading
     another m keeps the newest values; a longer ring is filled up with their mean, so that its
-    average starts where the shorter one's was. A checkpoint without the values starts an empty
-    ring, with nothing counted.
+    average starts where the shorter one's was. A checkpoint without ring keys leaves the ring
+    alone, one with a part of them empties it.
 
     How many values were pushed decides branches, so it is kept as a Python integer (reading a
     tensor would wait for the device) beside the buffer ``count`` of the state dict.
@@ -120,18 +120,20 @@ class ValueRing(FullPrecisionBuffers):
             length, values = next(iter(stored.items()))
             self.set_length(length, values.new_empty(0, device=self.count.device))
         pushed = 0
-        if self.length is None:
-            # No values here nor there: a count alone would promise some.
-            state_dict[prefix + "count"] = torch.zeros_like(self.count)
+        if not stored and count is None:
+            pushed = self.pushed  # not a checkpoint of this layer
+        elif self.length is not None and stored and count is not None:
+            pushed = int(count)
+            values = stored.get(self.length, next(iter(stored.values())))
+            state_dict[prefix + _buffer_name(self.length)] = resize_ring(
+                values, pushed, self.length
+            )
         else:
-            name = prefix + _buffer_name(self.length)
-            chosen = stored.get(self.length, next(iter(stored.values()), None))
-            if chosen is None or count is None:
-                state_dict[name] = torch.zeros_like(self.values)
-                state_dict[prefix + "count"] = torch.zeros_like(self.count)
-            else:
-                pushed = int(count)
-                state_dict[name] = resize_ring(chosen, pushed, self.length)
+            self.clear()  # a count alone would promise values
+            state_dict.pop(prefix + "count", None)
+        # what the checkpoint does not say stays as it is, and is not reported as missing
+        for name, buffer in self._buffers.items():
+            state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.pushed = pushed
 

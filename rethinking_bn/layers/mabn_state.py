@@ -153,6 +153,15 @@ class MABNState(PopulationLayer, FullPrecisionBuffers):
         with torch.no_grad():
             self.running_mean_square.copy_(torch.where(present, new, self.running_mean_square))
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        rings = (prefix + "mean_square_ring.count", prefix + "gradient_ring.count")
+        if prefix + "running_mean_square" in state_dict and not all(k in state_dict for k in rings):
+            # saved for inference: its mean square with the averages of other weights would be wrong
+            self.restart_warmup()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no graph that could ask for this layer's forwards
         return {**self.__dict__, "_records": ForwardRecords()}

@@ -105,6 +105,15 @@ def test_a_checkpoint_without_rings_starts_the_warm_up_again(kept):
     assert torch.equal(target.running_mean_square, source.running_mean_square)
 
 
+def test_a_checkpoint_of_other_layers_changes_nothing():
+    model = nn.Sequential(nn.Conv2d(1, C, 1), trained(4, 9))
+    before = copy.deepcopy(model[1].state_dict())
+    result = model.load_state_dict(nn.Sequential(nn.Conv2d(1, C, 1)).state_dict(), strict=False)
+    assert set(result.missing_keys) == {"1.weight", "1.bias", "1.running_mean_square"}
+    torch.testing.assert_close(model[1].state_dict(), before, rtol=0, atol=0)
+    assert model.get_submodule("1").mean_square_ring.pushed == 9  # type: ignore[union-attr]
+
+
 def test_a_missing_mean_square_is_an_error():
     state = nn.BatchNorm2d(C).state_dict()
     with pytest.raises(RuntimeError, match="running_mean_square"):
