@@ -13,6 +13,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
+from rethinking_bn.data.register import ShapesMetadata
 from rethinking_bn.engine.load_config import load_config, use_available_device
 
 
@@ -102,7 +103,7 @@ def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
             hint = f"; close names: {', '.join(close)}" if close else ""
             raise ValueError(f"no data set is registered as {name!r}{hint}")
         metadata = MetadataCatalog.get(name)
-        if metadata.get("generated", False):  # it will be there on first use
+        if isinstance(metadata, ShapesMetadata):  # generated on first use
             continue
         for attribute in ("json_file", "image_root"):
             path = metadata.get(attribute, "")

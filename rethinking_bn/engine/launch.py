@@ -82,15 +82,14 @@ def check_arguments(args: argparse.Namespace) -> CfgNode:
     if _under_torchrun():
         local_ranks, ranks = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
         if args.num_gpus not in (1, local_ranks) or args.num_machines != 1:
-            raise ValueError("torchrun sets the number of processes: leave out --num-gpus and "
-                             "--num-machines")
+            raise ValueError(
+                "torchrun sets the number of processes: leave out --num-gpus and --num-machines"
+            )
         return check_run(args, local_ranks, ranks)
     if args.num_gpus < 1 or args.num_machines < 1:
         raise ValueError("--num-gpus and --num-machines must be at least 1")
     if not 0 <= args.machine_rank < args.num_machines:
-        raise ValueError(
-            f"--machine-rank {args.machine_rank} is not in [0, {args.num_machines})"
-        )
+        raise ValueError(f"--machine-rank {args.machine_rank} is not in [0, {args.num_machines})")
     if args.num_machines > 1 and args.dist_url == "auto":
         raise ValueError("several machines need the same --dist-url, such as tcp://HOST:PORT")
     return check_run(args, args.num_gpus, args.num_gpus * args.num_machines)

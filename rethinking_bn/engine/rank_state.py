@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rethinking_bn.layers import PopulationLayer
 
@@ -23,12 +24,11 @@ def gather_rank_state(model: nn.Module) -> list[RankState]:
     with the first training step), every buffer that differs between ranks, and the buffers that
     layers of ours keep out of the state dict. A collective: every rank must call it.
     """
+    model = _unwrapped(model)
     buffers = dict(model.named_buffers())
     names = set(_unsaved_buffers(model)) | _differing(buffers)
     own: RankState = {
-        "normalizers": {
-            name: float(module.loss_normalizer) for name, module in _normalized(model)
-        },
+        "normalizers": {name: float(module.loss_normalizer) for name, module in _normalized(model)},
         "buffers": {name: buffers[name].detach().cpu().clone() for name in sorted(names)},
     }
     return comm.all_gather(own)
@@ -51,6 +51,7 @@ def load_rank_state(model: nn.Module, states: list[RankState]) -> None:
             world,
         )
         state = _mean(states)
+    model = _unwrapped(model)
     modules = dict(model.named_modules())
     for name, value in state["normalizers"].items():
         if name in modules:
@@ -62,7 +63,12 @@ def load_rank_state(model: nn.Module, states: list[RankState]) -> None:
                 buffers[name].copy_(value)
 
 
-def _normalized(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model whose names are the same for any number of processes."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _normalized(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the modules with a moving loss normaliser (the keypoint head's is a constant)."""
     for name, module in model.named_modules():
         if hasattr(type(module), "_ema_update") and "loss_normalizer" in vars(module):
@@ -71,10 +77,11 @@ def _normalized(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _unsaved_buffers(model: nn.Module) -> Iterator[str]:
     """Yield the names of buffers that layers of ours keep out of the state dict."""
-    for prefix, layer in model.named_modules():
+    layers: dict[str, Any] = dict(model.named_modules())
+    for prefix, layer in layers.items():
         if not isinstance(layer, PopulationLayer):
             continue
-        for name, module in layer.named_modules(prefix=prefix):
+        for name, module in layers[prefix].named_modules(prefix=prefix):
             for buffer in module._non_persistent_buffers_set:
                 if isinstance(getattr(module, buffer), Tensor):
                     yield f"{name}.{buffer}" if name else buffer

@@ -13,9 +13,7 @@ from rethinking_bn.layers import PopulationLayer, mix_statistics
 
 
 @torch.no_grad()
-def merge_statistics(
-    model: nn.Module, group: torch.distributed.ProcessGroup | None = None
-) -> None:
+def merge_statistics(model: nn.Module, group: torch.distributed.ProcessGroup | None = None) -> None:
     """Replace the ranks' population statistics by their equal-weight mixture, in place.
 
     Under unsynced BN every rank's moving averages follow its own data. The mixture of W ranks has
@@ -42,10 +40,7 @@ def merge_statistics(
     columns = iter(ranks.split([buffer.numel() for buffer in buffers], dim=1))
     for layer in layers:
         gathered = [next(columns) for _ in layer]  # each (W, C)
-        if len(layer) == 2:
-            mixed = mix_statistics(*gathered)
-        else:
-            mixed = (gathered[0].mean(0),)
+        mixed = mix_statistics(*gathered) if len(layer) == 2 else (gathered[0].mean(0),)
         for buffer, value in zip(layer, mixed, strict=True):
             buffer.copy_(value.view_as(buffer))
 

@@ -77,9 +77,7 @@ class Trainer(DefaultTrainer):
         model = wrap_data_parallel(model, on_gpu)
         self._trainer = _step_trainer(self.cfg, on_gpu)(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(self.cfg, optimizer)
-        self.checkpointer = Checkpointer(
-            model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = Checkpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = self.cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())

@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("detectron2")
-
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import CycleBatchNormList
 from detectron2.solver import build_optimizer as stock_build_optimizer
+from torch import nn
 
 from rethinking_bn.engine import build_optimizer
 from rethinking_bn.layers import (

@@ -15,8 +15,14 @@ from PIL import Image
 from rethinking_bn import add_rethinking_bn_config
 
 
-def write_data(folder: str | Path, images: int = 10) -> None:
-    """Write a COCO data set of noise with bright boxes, wide and high images mixed."""
+def write_data(
+    folder: str | Path, images: int = 10, categories: list[dict[str, Any]] | None = None
+) -> None:
+    """Write a COCO data set of noise with bright boxes, wide and high images mixed.
+
+    Args:
+        categories: of the JSON; the boxes are of the two with the ids 1 and 2.
+    """
     folder = Path(folder)
     rng = np.random.default_rng(0)
     records: list[dict[str, Any]] = []
@@ -42,7 +48,7 @@ def write_data(folder: str | Path, images: int = 10) -> None:
         name = f"{index}.png"
         Image.fromarray(pixels).save(folder / name)
         records.append({"id": index, "file_name": name, "height": height, "width": width})
-    categories = [{"id": 1, "name": "odd"}, {"id": 2, "name": "even"}]
+    categories = categories or [{"id": 1, "name": "odd"}, {"id": 2, "name": "even"}]
     content = {"images": records, "annotations": boxes, "categories": categories}
     (folder / "tiny.json").write_text(json.dumps(content))
 

@@ -1,0 +1,279 @@
+"""The command line: every kind of bad input is one line, and runs in all its ways of launching."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+
+from rethinking_bn import get_config_file
+from rethinking_bn.engine import launch
+from tests.engine.tiny import register_data, tiny_config, write_data
+
+ROOT = Path(__file__).parents[2]
+TOOL = str(ROOT / "tools" / "train_net.py")
+DATA = "coco_2017_val_100"  # registered by detectron2 wherever DETECTRON2_DATASETS points
+
+
+class Started(Exception):
+    """Raised in place of starting anything."""
+
+
+def start(*args: Any, **kwargs: Any) -> None:
+    raise Started
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the path of a complete config; whatever would start processes is disarmed."""
+    monkeypatch.setattr(launch, "detectron2_launch", start)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    write_data(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_config(register_data(tmp_path), tmp_path / "out").dump())
+    return str(path)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Return the one line that the command line ends in."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        launch.run(start, "a test", argv)
+    assert caught.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "error: " in lines[0]
+    return lines[0]
+
+
+def test_good_input_starts(config_file: str) -> None:
+    for argv in (["--eval-only"], ["--num-gpus", "2"], ["SOLVER.MAX_ITER", "3"]):
+        with pytest.raises(Started):
+            launch.run(start, "a test", ["--config-file", config_file, *argv])
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["SOLVER.BASE_LRR", "1"], ["unknown config key 'SOLVER.BASE_LRR'", "SOLVER.BASE_LR"]),
+        (["SOLVER.BASE_LR"], ["KEY VALUE"]),
+        (["SOLVER.BASE_LR", "fast"], ["SOLVER.BASE_LR", "float"]),
+        (["MODEL.WEIGHTS", "nowhere.pth"], ["MODEL.WEIGHTS", "nowhere.pth", "does not exist"]),
+        (["--eval-only", "MODEL.WEIGHTS", "nowhere.pth"], ["nowhere.pth", "does not exist"]),
+        (["--num-gpus", "0"], ["--num-gpus", "at least 1"]),
+        (["--num-gpus", "3"], ["SOLVER.IMS_PER_BATCH 4", "3 process"]),
+        (["SOLVER.REFERENCE_WORLD_SIZE", "3"], ["SOLVER.IMS_PER_BATCH 4", "WORLD_SIZE 3"]),
+        (["--num-machines", "2"], ["--dist-url"]),
+        (["--num-machines", "2", "--machine-rank", "2"], ["--machine-rank 2"]),
+        (["DATASETS.TRAIN", "('shapes_trian',)"], ["'shapes_trian'", "shapes_train"]),
+        (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN is empty"]),
+        (["DATASETS.TEST", "('coco_2014_minival',)"], ["DETECTRON2_DATASETS", "minival2014.json"]),
+        (["MODEL.META_ARCHITECTURE", "RetinaNets"], ["RetinaNets", "META_ARCH"]),
+        (
+            [
+                "MODEL.META_ARCHITECTURE",
+                "ConfigurableHeadRetinaNet",
+                "MODEL.RETINANET.HEAD_NAME",
+                "MultiDomainBNRetinaNetHead",
+                "MODEL.RETINANET.BN.TRAIN_STATS",
+                "sharde",
+            ],
+            ["sharde", "shared", "domain_specific"],
+        ),
+        (
+            ["TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.DATASETS", "('nothing',)"],
+            ["'nothing'"],
+        ),
+        (
+            [
+                "--num-gpus",
+                "2",
+                "TEST.PRECISE_BN.ENABLED",
+                "True",
+                "TEST.PRECISE_BN.IMS_PER_BATCH",
+                "3",
+            ],
+            ["TEST.PRECISE_BN.IMS_PER_BATCH 3"],
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value[0], str) else None,
+)
+def test_bad_input_is_one_line(
+    config_file: str, capsys: pytest.CaptureFixture[str], argv: list[str], parts: list[str]
+) -> None:
+    line = fails(capsys, "--config-file", config_file, *argv)
+    for part in parts:
+        assert part in line
+
+
+def test_a_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'no/such.yaml' does not exist" in fails(capsys, "--config-file", "no/such.yaml")
+
+
+def test_a_config_file_that_would_execute_code(
+    tmp_path: Path, config_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Defect 18, at the command line."""
+    path = tmp_path / "code.yaml"
+    ran = tmp_path / "ran"
+    path.write_text(f"SEED: !!python/object/apply:os.mkdir ['{ran}']\n")
+    line = fails(capsys, "--config-file", str(path))
+    assert str(path) in line and "python/object/apply:os.mkdir" in line
+    assert not ran.exists()
+
+
+def test_more_gpus_than_there_are(
+    config_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    argv = ["--config-file", config_file, "--num-gpus", "4", "MODEL.DEVICE", "cuda"]
+    assert "4 GPUs asked for, but this machine has 2" in fails(capsys, *argv)
+    with pytest.raises(Started):  # processes on the CPU are not limited by GPUs
+        launch.run(start, "a test", [*argv[:-1], "cpu"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # so detectron2 starts gloo, not NCCL
+
+
+def test_without_gpus_cuda_means_processes_on_the_cpu(
+    config_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Started):
+        launch.run(
+            start, "a test", ["--config-file", config_file, "--num-gpus", "4", "MODEL.DEVICE", "cuda"]
+        )
+
+
+def test_a_last_checkpoint_that_is_gone(
+    tmp_path: Path, config_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "last_checkpoint").write_text("model_0000009.pth")
+    line = fails(capsys, "--config-file", config_file, "--resume")
+    assert "last_checkpoint names" in line and "model_0000009.pth" in line
+
+
+def test_resuming_needs_no_initial_weights(tmp_path: Path, config_file: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "last_checkpoint").write_text("model_0000009.pth")
+    (tmp_path / "out" / "model_0000009.pth").touch()
+    with pytest.raises(Started):
+        launch.run(
+            start,
+            "a test",
+            ["--config-file", config_file, "--resume", "MODEL.WEIGHTS", "nowhere.pth"],
+        )
+
+
+@pytest.mark.parametrize("weights", ["detectron2://a/b.pkl", "https://host/model.pth"])
+def test_weights_elsewhere_are_not_looked_up(config_file: str, weights: str) -> None:
+    with pytest.raises(Started):
+        launch.run(start, "a test", ["--config-file", config_file, "MODEL.WEIGHTS", weights])
+
+
+def test_generated_data_sets_need_not_be_there(
+    tmp_path: Path, config_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "empty"))
+    with pytest.raises(Started):
+        launch.run(start, "a test", ["--config-file", config_file, "DATASETS.TRAIN",
+                                     "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)"])
+    assert not (tmp_path / "empty").exists()
+
+
+def test_under_torchrun_ranks_are_counted_from_the_environment(
+    config_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": 0, "WORLD_SIZE": 3, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    assert "3 process" in fails(capsys, "--config-file", config_file)
+    assert "leave out --num-gpus" in fails(capsys, "--config-file", config_file, "--num-gpus", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        launch.run(start, "a test", ["--config-file", config_file])
+    assert capsys.readouterr().err == ""  # rank 0 says it once
+
+
+def test_threads_are_shared_among_the_ranks_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.setattr("detectron2.utils.comm.get_local_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    before = torch.get_num_threads()
+    try:
+        threads = launch._run_rank(lambda args: torch.get_num_threads(), argparse.Namespace(), False)
+    finally:
+        torch.set_num_threads(before)
+    assert threads == 2
+
+
+def run_tool(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    }
+    environment |= {
+        "DETECTRON2_DATASETS": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_the_tool_itself_prints_one_line(tmp_path: Path) -> None:
+    done = run_tool(tmp_path, sys.executable, TOOL, "--config-file", get_config_file(
+        "retinanet_bn_row1.yaml"), "MODEL.WEIGHTS", "")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train_net.py: error: ")
+    assert "coco_2017_" in line and str(tmp_path) in line and "DETECTRON2_DATASETS" in line
+
+
+def test_train_on_two_processes_then_train_a_population_under_torchrun(tmp_path: Path) -> None:
+    images, annotations = tmp_path / "coco" / "val2017", tmp_path / "coco" / "annotations"
+    images.mkdir(parents=True)
+    annotations.mkdir()
+    categories = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
+    write_data(images, categories=categories)
+    (images / "tiny.json").rename(annotations / "instances_val2017_100.json")
+    out = tmp_path / "out"
+    cfg = tiny_config(DATA, out)
+    cfg.MODEL.RETINANET.NUM_CLASSES = 80
+    cfg.MODEL.DEVICE = "cuda"
+    cfg.SOLVER.MAX_ITER = 2
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+
+    done = run_tool(
+        tmp_path, sys.executable, TOOL, "--config-file", "run.yaml", "--num-gpus", "2"
+    )
+    assert done.returncode == 0, done.stderr
+    log = done.stdout + done.stderr
+    assert "Evaluation results for coco_2017_val_100" in log
+    assert log.count("No GPU is visible") == 1
+    assert (out / "last_checkpoint").read_text() == "model_final.pth"
+    trained = torch.load(out / "model_final.pth")
+    assert len(trained["trainer"]["rank_states"]) == 2
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    done = run_tool(
+        tmp_path, *torchrun, "2", TOOL, "--config-file", "run.yaml", "--eval-only",
+        "MODEL.WEIGHTS", "out/model_final.pth", "TEST.PRECISE_BN.ENABLED", "True",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Evaluation results for coco_2017_val_100" in done.stdout + done.stderr
+    assert (out / "last_checkpoint").read_text() == "model_final.pth"  # defect 17
+    population = torch.load(out / "model_population.pth")["model"]
+    for name, value in trained["model"].items():
+        same = torch.equal(population[name], value)
+        assert same != name.endswith(("running_mean", "running_var")), name
