@@ -11,8 +11,6 @@ the rows that change their rank; an unshuffle, and the backward of either, takes
 
 from __future__ import annotations
 
-import hashlib
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,45 +24,13 @@ from torch.distributed import ProcessGroup
 from ..distributed import (
     all_gather,
     all_gather_object,
-    all_to_all_rows,
     collective_device,
     get_rank,
     get_world_size,
 )
+from .row_exchange import Exchange, exchange_rows, layout_vote, plan_exchange, stable_hash
 
-# Rows are moved as integers of their size: the bits arrive, whatever they mean.
-_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NO_ROWS = "missing (0-dimensional tensor)"
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-@dataclass(frozen=True, eq=False)
-class Exchange:
-    """One direction of a shuffle, as this rank takes part in it. W ranks, R rows in, S rows out.
-
-    Attributes:
-        order: (R,) the local rows in the order they are packed: those that leave, grouped by
-            destination, then those that stay.
-        place: (S,) for each row of the result, its index among the rows that arrive, grouped by
-            source, followed by those that stay.
-        sent: W row counts, what goes to each rank; 0 to this one.
-        received: W row counts, what comes from each rank; 0 from this one.
-    """
-
-    order: Tensor
-    place: Tensor
-    sent: tuple[int, ...]
-    received: tuple[int, ...]
-
-    def reversed(self) -> Exchange:
-        """Return the exchange that undoes this one."""
-        return Exchange(_invert(self.place), _invert(self.order), self.received, self.sent)
-
-    def to(self, device: torch.device) -> Exchange:
-        """Return the exchange with its indices on ``device``, moved in one copy."""
-        indices = torch.cat([self.order, self.place]).to(device, non_blocking=True)
-        rows = len(self.order)
-        return Exchange(indices[:rows], indices[rows:], self.sent, self.received)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +39,16 @@ class ShuffleState:
 
     Attributes:
         there, back: the exchange and its inverse, indices on the device of the rows.
-        requires_grad: whether the rows of any rank required grad.
+        link: when the rows of any rank required grad, an empty output of the shuffle's autograd
+            node. As an input of the unshuffle it leads every backward on to the shuffle's, even
+            on a rank without rows whose head answered with a constant.
         channels_last: whether 4-d and 5-d rows travel, and come out, in channels-last format.
         group: the process group, None for the default one.
     """
 
     there: Exchange
     back: Exchange
-    requires_grad: bool
+    link: Tensor | None
     channels_last: bool
     group: ProcessGroup | None
 
@@ -121,9 +89,12 @@ def shuffle_rows(
     """
     seed = operator.index(generator_seed)
     rows, requires_grad, channels_last = _agree(x, seed, group)
-    there = _plan(rows, get_rank(group), seed).to(x.device)
-    state = ShuffleState(there, there.reversed(), requires_grad, channels_last, group)
-    return _apply(x, state, there, state.back, channels_last), state
+    there = plan_exchange(rows, get_rank(group), seed).to(x.device)
+    back = there.reversed()
+    # A node needs an input that requires grad, or this rank would miss the backward.
+    anchor = x.new_empty(0, requires_grad=True) if requires_grad and len(rows) > 1 else None
+    result, link = _apply(x, anchor, there, back, channels_last, group)
+    return result, ShuffleState(there, back, link, channels_last, group)
 
 
 def unshuffle_rows(rows: Tensor, state: ShuffleState) -> Tensor:
@@ -133,11 +104,11 @@ def unshuffle_rows(rows: Tensor, state: ShuffleState) -> Tensor:
     the outputs of one head have, zero rows included. Neither needs to be that of the shuffled
     rows (features go in, logits come out).
 
-    Differentiable once, exactly. The result requires grad on every rank if the shuffled rows of
-    any rank or ``rows`` did, so that a rank without rows, whose head may have returned a
-    constant, still takes part in the backward. Where no shuffled rows required grad, ``rows``
-    must require grad on all ranks or on none. What the losses must guarantee is said at
-    :func:`shuffle_rows`.
+    Differentiable once, exactly. With several ranks the result requires grad on all of them if
+    the shuffled rows of any rank did, whatever became of the graph in between, and its backward
+    always goes on to the shuffle's: a rank without rows, whose head may have returned a constant,
+    still takes part in both. Where no shuffled rows required grad, ``rows`` must require grad on
+    all ranks or on none. What the losses must guarantee is said at :func:`shuffle_rows`.
 
     Args:
         rows: (S, ...) one row for each row that :func:`shuffle_rows` returned, in that order.
@@ -157,8 +128,8 @@ def unshuffle_rows(rows: Tensor, state: ShuffleState) -> Tensor:
         )
     # The format on the wire must not depend on what this rank alone knows.
     alone = len(state.there.sent) == 1
-    channels_last = _layout(rows) == 2 if alone else state.channels_last
-    return _apply(rows, state, state.back, state.there, channels_last)
+    channels_last = layout_vote(rows) == 2 if alone else state.channels_last
+    return _apply(rows, state.link, state.back, state.there, channels_last, state.group)[0]
 
 
 def _agree(x: Tensor, seed: int, group: ProcessGroup | None) -> tuple[list[int], bool, bool]:
@@ -166,10 +137,11 @@ def _agree(x: Tensor, seed: int, group: ProcessGroup | None) -> tuple[list[int],
     channels-last."""
     shape = tuple(x.shape[1:]) if x.dim() else _NO_ROWS
     # One digest stands for all that must be equal; the values themselves are only told when not.
-    digest = _digest((seed, shape, str(x.dtype)))
+    digest = stable_hash((seed, shape, str(x.dtype)))
     gradients = int(torch.is_grad_enabled()) * (2 if x.requires_grad else 1)
     header = torch.tensor(
-        [len(x) if x.dim() else 0, int(x.dim() > 0), gradients, _layout(x), digest]
+        [len(x) if x.dim() else 0, int(x.dim() > 0), gradients, layout_vote(x), digest],
+        device="cpu",
     )
     if get_world_size(group) > 1:
         header = header.to(collective_device(group))
@@ -199,53 +171,24 @@ def _disagreement(described: Sequence[dict[str, Any]]) -> str:
     return f"shuffle_rows needs the same kind of rows on every rank: {'; '.join(complaints)}"
 
 
-def _layout(x: Tensor) -> int:
-    """Return 2 if ``x`` is channels-last, 1 if it is not, 0 if it has no say (it may be both)."""
-    last = _CHANNELS_LAST.get(x.dim())
-    if x.numel() == 0 or last is None:
-        return 0
-    is_last = x.is_contiguous(memory_format=last)
-    return 0 if is_last and x.is_contiguous() else 1 + is_last
-
-
-def _plan(rows: Sequence[int], rank: int, seed: int) -> Exchange:
-    """Return this rank's part in the permutation of ``rows[r]`` rows of each rank r."""
-    world, total = len(rows), sum(rows)
-    # torch's CPU generator looks at 32 bits of its seed; hashed, all bits of ours count.
-    generator = torch.Generator().manual_seed(_digest(seed) % 2**32)
-    row_in_slot = torch.randperm(total, generator=generator)
-    first_row = torch.tensor([0, *rows]).cumsum(0)
-    first_slot = torch.tensor([r * total // world for r in range(world + 1)])
-
-    def grouped(peers: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """Order by peer, this rank last; return that order and the counts, 0 for this rank."""
-        counts = peers.bincount(minlength=world).tolist()
-        counts[rank] = 0
-        return torch.where(peers == rank, world, peers).argsort(stable=True), tuple(counts)
-
-    # Both ends of a message list its rows by slot.
-    arriving = row_in_slot[first_slot[rank] : first_slot[rank + 1]]
-    arrival, received = grouped(torch.bucketize(arriving, first_row[1:], right=True))
-    slots = _invert(row_in_slot)[first_row[rank] : first_row[rank + 1]]
-    slots, by_slot = slots.sort()
-    departure, sent = grouped(torch.bucketize(slots, first_slot[1:], right=True))
-    return Exchange(by_slot[departure], _invert(arrival), sent, received)
-
-
 def _apply(
-    x: Tensor, state: ShuffleState, exchange: Exchange, inverse: Exchange, channels_last: bool
-) -> Tensor:
-    """Run ``exchange``, recorded for the backward if the gradient of any rank may pass here."""
-    shared = len(exchange.sent) > 1 and state.requires_grad
+    x: Tensor,
+    anchor: Tensor | None,
+    exchange: Exchange,
+    inverse: Exchange,
+    channels_last: bool,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run ``exchange``, with an autograd node if ``x`` or ``anchor``, an empty tensor, needs one;
+    return the result and, with a node, its empty second output."""
     differentiable = x.is_floating_point() or x.is_complex()
-    if torch.is_grad_enabled() and differentiable and (x.requires_grad or shared):
-        # A node needs an input that requires grad, or this rank would miss the backward.
-        anchor = None if x.requires_grad else x.new_empty(0, requires_grad=True)
-        result: Tensor = _ExchangeRows.apply(
-            x, anchor, exchange, inverse, channels_last, state.group
+    recorded = differentiable and (x.requires_grad or anchor is not None)
+    if recorded and torch.is_grad_enabled():
+        outputs: tuple[Tensor, Tensor | None] = _ExchangeRows.apply(
+            x, anchor, exchange, inverse, channels_last, group
         )
-        return result
-    return _exchange_rows(x.detach(), exchange, channels_last, state.group)
+        return outputs
+    return exchange_rows(x.detach(), exchange, channels_last, group), None
 
 
 class _ExchangeRows(torch.autograd.Function):
@@ -260,57 +203,15 @@ class _ExchangeRows(torch.autograd.Function):
         inverse: Exchange,
         channels_last: bool,
         group: ProcessGroup | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.arguments = inverse, channels_last, group
-        return _exchange_rows(x, exchange, channels_last, group)
+        link = None if anchor is None else x.new_empty(0)
+        return exchange_rows(x, exchange, channels_last, group), link
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         # Also where x itself needs no gradient: the rows of other ranks may.
-        grad = _exchange_rows(grad, *ctx.arguments)
-        return grad if ctx.needs_input_grad[0] else None, None, None, None, None, None
-
-
-def _exchange_rows(
-    x: Tensor, exchange: Exchange, channels_last: bool, group: ProcessGroup | None
-) -> Tensor:
-    """Return (S, ...), the rows of all ranks' (R, ...) as ``exchange`` distributes them."""
-    shape = (len(exchange.place), *x.shape[1:])
-    channels_last = channels_last and x.dim() in _CHANNELS_LAST
-    memory_format = _CHANNELS_LAST[x.dim()] if channels_last else torch.contiguous_format
-    # Written through views: the result must not itself be one, or autograd would forbid the
-    # caller to change it in place.
-    result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
-    source, target = _as_matrix(x, channels_last), _as_matrix(result, channels_last)
-    if len(exchange.sent) == 1:
-        torch.index_select(source, 0, exchange.order, out=target)
-        return result
-    leaving, arriving = sum(exchange.sent), sum(exchange.received)
-    packed = source.index_select(0, exchange.order[:leaving])
-    arrived = source.new_empty((len(exchange.place), source.shape[1]))
-    work = all_to_all_rows(arrived[:arriving], packed, exchange.received, exchange.sent, group)
-    torch.index_select(source, 0, exchange.order[leaving:], out=arrived[arriving:])
-    if work is not None:
-        work.wait()
-    torch.index_select(arrived, 0, exchange.place, out=target)
-    return result
-
-
-def _as_matrix(x: Tensor, channels_last: bool) -> Tensor:
-    """View (R, ...) as (R, K) integers of the same size, a row in the order it is stored."""
-    rows, columns = len(x), math.prod(x.shape[1:])
-    x = x.movedim(1, -1) if channels_last else x
-    return x.reshape(rows, columns).view(_CARRIERS.get(x.element_size(), x.dtype))
-
-
-def _invert(permutation: Tensor) -> Tensor:
-    inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(len(permutation), device=permutation.device)
-    return inverse
-
-
-def _digest(value: object) -> int:
-    """Return a signed 64-bit hash of ``repr(value)``, the same in every process."""
-    code = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
-    return int.from_bytes(code, "little", signed=True)
+        grad = exchange_rows(grad, *ctx.arguments)
+        of_anchor = grad.new_zeros(0) if ctx.needs_input_grad[1] else None
+        return grad if ctx.needs_input_grad[0] else None, of_anchor, None, None, None, None
