@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# The server imports torch once and forks a clean process per rank: much quicker than "spawn", and
-# without the threads and locks a fork of the test process itself would inherit.
+# The server imports torch and the package once and forks a clean process per rank: much quicker
+# than "spawn", and without the threads and locks a fork of the test process itself would inherit.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "rethinking_bn.layers"])
 
 
 def _dump(value: Any) -> bytes:
