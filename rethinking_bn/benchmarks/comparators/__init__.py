@@ -1,0 +1,1 @@
+"""What people run today, written plainly: the other side of each comparison."""

@@ -1,0 +1,86 @@
+"""One estimate of population statistics shared by several processes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rethinking_bn.distributed import get_rank
+from rethinking_bn.population import estimate_population_statistics
+
+from .environment import available_cores
+from .equality import require_equal_state, tolerance_of
+from .options import Options
+from .processes import alternate_together, run_processes
+from .result import Result
+from .targets import population_target
+from .timing import Plan
+
+
+def add_scaling(result: Result, options: Options) -> None:
+    """Time W · k batches on one process, and k on each of W; a CPU thread each.
+
+    More processes than cores are not tried: they could only share them.
+    """
+    cores = available_cores()
+    worlds = (2,) if options.quick else tuple(w for w in (2, 4, 8) if w <= cores)
+    if not worlds:
+        result.skip("several processes", f"there is {cores} core")
+    size, images, count = options.pick(quick=(64, 1, 1), cpu=(96, 2, 3), cuda=(96, 2, 3))
+    for world in worlds:
+        args = (size, images, count, options.plan(10.0))
+        answer = run_processes(_measure, world, *args)[0]
+        result.checks[f"{world} processes = one"] = answer["error"]
+        times = answer["times"]
+        case = f"{world * count} batches of resnet18, {images} x {size} x {size}, cpu"
+        result.measure(
+            case,
+            (f"{world} processes", times["all"]),
+            ("one process", times["one"]),
+            target=population_target(world),
+        )
+
+
+def _measure(
+    device: torch.device, size: int, images: int, count: int, plan: Plan
+) -> dict[str, Any]:
+    """Run on one rank: check and time both ways; rank 0 works alone while the others wait."""
+    import torchvision
+
+    rank, world = get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    together = torchvision.models.resnet18(num_classes=10).to(device).train()
+    alone = copy.deepcopy(together)
+    solo = dist.new_group([0])
+    group = solo if isinstance(solo, dist.ProcessGroup) else None  # of no use to other ranks
+    batches = [
+        [torch.randn(images, 3, size, size, device=device) * (r + 1) for _ in range(count)]
+        for r in range(world)
+    ]
+    everything = [batch for of_rank in batches for batch in of_rank]
+
+    def with_all() -> None:
+        estimate_population_statistics(together, batches[rank], count, progress=False)
+
+    def with_one() -> None:
+        if rank == 0:
+            estimate_population_statistics(
+                alone, everything, len(everything), group=group, progress=False
+            )
+
+    with_all()
+    with_one()
+    error = 0.0
+    if rank == 0:
+        states = [
+            {k: v for k, v in m.state_dict().items() if "running" in k} for m in (together, alone)
+        ]
+        what = f"statistics of {world} processes and of one"
+        error = require_equal_state(what, states[0], states[1], tolerance_of(torch.float32))
+    return {
+        "error": error,
+        "times": alternate_together({"all": with_all, "one": with_one}, device, plan),
+    }

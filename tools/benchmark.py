@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Measure this project beside what one would otherwise run.
+
+Everything, in under five minutes on two cores that nobody else uses:
+
+    python tools/benchmark.py all
+
+One comparison, on the GPU:
+
+    python tools/benchmark.py level-norm --device cuda
+
+Each comparison first checks that both sides compute the same outputs, gradients and running
+statistics, and stops if not. Then it times them in turns and prints medians with quartiles, ratios
+and targets. The same goes to OUTPUT/benchmark_<comparison>_<device>.json, with versions and
+hardware, and curves of how the costs grow to a PNG beside it. ``--quick`` uses toy sizes to see
+that everything works: its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+# detectron2 uses what recent versions of torch deprecate: nothing a user of this tool can change
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+warnings.filterwarnings("ignore", message="torch.meshgrid")
+os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # for the processes started here
+
+from rethinking_bn.benchmarks import COMPARISONS, Options, ResultsDiffer, compare  # noqa: E402
+from rethinking_bn.benchmarks.environment import describe_environment  # noqa: E402
+from rethinking_bn.benchmarks.report import as_markdown, write_report  # noqa: E402
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the checked command line."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("comparison", nargs="?", default="all", choices=[*COMPARISONS, "all"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--output", type=Path, default=Path("output/benchmark"), metavar="DIR")
+    parser.add_argument("--quick", action="store_true", help="toy sizes")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no usable GPU here")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output {args.output} is a file")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line asks for; return the exit status."""
+    args = parse(arguments)
+    options = Options(torch.device(args.device), args.quick)
+    environment = describe_environment(options.device)
+    print(", ".join(f"{key}: {value}" for key, value in environment.items()), end="\n\n")
+    if args.quick:
+        print("--quick: toy sizes, the times and whether targets are met mean nothing\n")
+    names = list(COMPARISONS) if args.comparison == "all" else [args.comparison]
+    results = []
+    for name in names:
+        try:
+            results.append(compare(name, options))
+        except ResultsDiffer as error:
+            print(f"{name}: the sides differ, so nothing is timed: {error}", file=sys.stderr)
+            return 1
+        print(as_markdown(results[-1]), flush=True)
+    report = {"quick": args.quick, "environment": environment}
+    name = f"benchmark_{args.comparison}_{args.device}"
+    print(f"written to {write_report(args.output, name, report, results)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
