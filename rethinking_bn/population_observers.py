@@ -154,11 +154,10 @@ class _TorchLayer(ObservedLayer):
 
     def _after(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         layer._buffers.update(self._own)
-        x = args[0] if args else kwargs["input"]
-        if x.numel() and layer.training:
+        if layer.training:
+            x = args[0] if args else kwargs["input"]
+            # of a count of 0, merging ignores the mean and variance, whatever they are
             self._counts.append(x.numel() // x.shape[1])
-        elif layer.training:  # the row is used again, whatever an empty input left there
-            self._scratch[:, len(self._counts)] = 0
 
 
 class _InputLayer(_TorchLayer):

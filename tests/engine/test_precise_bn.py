@@ -15,7 +15,7 @@ from torch import Tensor, nn
 pytest.importorskip("detectron2")
 
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, hooks
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage, JSONWriter, get_event_storage
 
@@ -134,6 +134,18 @@ def test_without_layers_to_estimate_it_says_so_and_does_nothing(
         PreciseBN(1, model, loader, 0)
 
 
+def test_the_same_weights_get_the_same_statistics_though_the_model_draws_numbers() -> None:
+    model = Model()
+    model.net.insert(1, nn.Dropout(0.5))
+    hook = PreciseBN(0, model, Loader(), 2)
+    means = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        hook.update_stats()
+        means.append(model.net[2].running_mean.clone())
+    assert torch.equal(*means)
+
+
 def test_runs_in_the_precision_of_the_trainer() -> None:
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -189,6 +201,30 @@ def test_takes_the_place_of_detectron2s_hook(cfg: CfgNode) -> None:
     assert with_precise_bn(given, cfg, model) == [timer, None, evaluation]
 
 
+class ForeignTrainer(DefaultTrainer):
+    """Another project's trainer that takes nothing of ours but the hook."""
+
+    def build_hooks(self) -> list[HookBase | None]:
+        return with_precise_bn(super().build_hooks(), self.cfg, self.model)
+
+
+def test_another_projects_trainer_saves_the_estimated_statistics(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "ConfigurableHeadRetinaNet"
+    cfg.MODEL.RETINANET.HEAD_NAME = "DomainBNRetinaNetHead"
+    cfg.SOLVER.MAX_ITER = 1
+    cfg.DATASETS.TEST = ()
+    trainer = ForeignTrainer(cfg)
+    assert sum(type(hook).__name__ == "PreciseBN" for hook in trainer._hooks) == 1
+    trainer.train()
+    saved = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth")["model"]
+    # the same weights, estimated again on the same images, give what was saved
+    model = build_model(cfg)
+    model.load_state_dict(saved)
+    assert run_population_training(cfg, model).drift < 1e-4
+    levels = [saved[f"head.cls_subnet.1.{level}.running_mean"] for level in range(5)]
+    assert all((level != 0).all() for level in levels)
+
+
 def population(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items() if "running_" in k}
 
@@ -209,6 +245,7 @@ def test_detectron2s_retinanet_comes_back_as_it_was(cfg: CfgNode) -> None:
     model.eval()
     report = run_population_training(cfg, model)
     torch.testing.assert_close(population(model), first, rtol=0, atol=0)
+    assert report.num_batches == 2 and report.frozen == ()
     assert report.drift < 1e-4 and not any(m.training for m in model.modules())
 
 
