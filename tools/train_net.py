@@ -26,7 +26,7 @@ import warnings
 from typing import Any
 
 # detectron2 uses what recent versions of torch deprecate: nothing a user of this tool can change
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch|detectron2|fvcore")
 
 from detectron2.evaluation import verify_results  # noqa: E402
 from detectron2.utils import comm  # noqa: E402

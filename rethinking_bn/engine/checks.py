@@ -36,6 +36,10 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
     gpus = torch.cuda.device_count()
     if cfg.MODEL.DEVICE.startswith("cuda") and local_ranks > gpus:
         raise ValueError(f"{local_ranks} GPUs asked for, but this machine has {gpus}")
+    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
+        raise ValueError(
+            f"SOLVER.CHECKPOINT_PERIOD must be at least 1, got {cfg.SOLVER.CHECKPOINT_PERIOD}"
+        )
     check_batch_size(cfg, ranks, training=not args.eval_only)
     check_weights(cfg, resume=args.resume)
     check_data_sets(cfg, training=not args.eval_only)

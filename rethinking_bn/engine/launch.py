@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.engine import launch as detectron2_launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -24,7 +28,7 @@ Main = Callable[[argparse.Namespace], Any]
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """Return detectron2's parser; ``--dist-url`` is found by itself on a single machine."""
-    parser = default_argument_parser(epilog="")
+    parser = default_argument_parser(epilog=" ")  # an empty one stands for detectron2's examples
     parser.description = description
     parser.set_defaults(dist_url="auto")
     return parser
@@ -47,7 +51,8 @@ def run(main: Main, description: str, argv: Sequence[str] | None = None) -> Any:
     """
     args = argument_parser(description).parse_args(argv)
     try:
-        cfg = check_arguments(args)
+        with _silence():
+            cfg = check_arguments(args)
     except (ValueError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
@@ -109,6 +114,19 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Hold back logs and warnings: what is worth them comes again when the run is set up."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def _under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
@@ -116,7 +134,9 @@ def _under_torchrun() -> bool:
 def _run_under_torchrun(main: Main, args: argparse.Namespace, on_gpu: bool) -> Any:
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo", init_method="env://")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", init_method="env://", timeout=DEFAULT_TIMEOUT
+    )
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     return _run_rank(main, args, on_gpu)
 

@@ -66,7 +66,8 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        self.cfg = _with_seed(cfg, cfg.SEED if cfg.SEED >= 0 else _random_seed())
+        self._seed_is_given = cfg.SEED >= 0
+        self.cfg = _with_seed(cfg, cfg.SEED if self._seed_is_given else _random_seed())
         logger.info("Run seed: %d", self.run_seed)
         seed_all_rng(self.run_seed)
         self._rank_states: tuple[int, list[RankState]] | None = None
@@ -176,7 +177,8 @@ class Trainer(DefaultTrainer):
         """Continue with another run seed: rebuild what was built from the old one."""
         if seed == self.run_seed:
             return
-        logger.warning("The run seed is %d, as in the checkpoint, not %d.", seed, self.run_seed)
+        level = logging.WARNING if self._seed_is_given else logging.INFO
+        logger.log(level, "Run seed: %d, the checkpoint's, not %d", seed, self.run_seed)
         self.cfg = _with_seed(self.cfg, seed)
         self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg))
         registered = self._hooks[self._built_hooks :]

@@ -106,9 +106,7 @@ def train(cfg: CfgNode, *, resume: bool = False, interrupt_at: int | None = None
 
 
 def config(data: str, out: Path, overrides: dict[str, Any]) -> CfgNode:
-    return tiny_config(
-        data, out, MODEL__META_ARCHITECTURE="NoisyRetinaNet", TEST__EVAL_PERIOD=2, **overrides
-    )
+    return tiny_config(data, out, MODEL__META_ARCHITECTURE="NoisyRetinaNet", **overrides)
 
 
 def interrupted_and_not(folder: Path, overrides: dict[str, Any]) -> tuple[Record, Record]:
@@ -158,9 +156,17 @@ def on_rank(rank: int, folder: Path, overrides: dict[str, Any]) -> tuple[Record,
     return interrupted_and_not(folder, overrides)
 
 
-def test_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        (2, {"TEST.PRECISE_BN.ENABLED": "True"}),
+        # the sum of three gradients depends on their order
+        (3, {"SOLVER.IMS_PER_BATCH": "6", "TEST.EVAL_PERIOD": "0", "DATASETS.TEST": "()"}),
+    ],
+)
+def test_several_processes(tmp_path: Path, world: int, overrides: dict[str, Any]) -> None:
     write_data(tmp_path)
-    ranks = run_distributed(on_rank, 2, tmp_path, {"TEST.PRECISE_BN.ENABLED": "True"}, timeout=200)
+    ranks = run_distributed(on_rank, world, tmp_path, overrides, timeout=240)
     for whole, resumed in ranks:
         assert_same_run(whole, resumed)
     first, second = ranks[0][0], ranks[1][0]
