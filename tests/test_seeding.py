@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 from torch import nn
 
 from rethinking_bn.seeding import IterationAware, announce_iteration, derive_seed
@@ -20,18 +17,9 @@ def test_seeds_differ_with_every_argument_and_their_order() -> None:
 
 
 def test_seeds_are_the_same_in_every_process() -> None:
-    code = "from rethinking_bn.seeding import derive_seed; print(derive_seed(7, 3, 1))"
-    printed = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for seed in ("1", "2")
-    }
-    assert printed == {str(derive_seed(7, 3, 1))}
+    # a checkpoint resumed by a later version must draw the same numbers
+    assert derive_seed(7, 3, 1) == 4790261242039544937
+    assert derive_seed() == 8238016292129134938
 
 
 class Aware(nn.Module):

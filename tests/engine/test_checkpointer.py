@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("detectron2")
-
 from rethinking_bn.engine import Checkpointer
 
 

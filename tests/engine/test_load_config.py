@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("detectron2")
-
 from rethinking_bn.engine import load_config
 from rethinking_bn.engine.load_config import use_available_device
 

@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-pytest.importorskip("detectron2")
-
 from rethinking_bn.engine import MergeStatistics, merge_statistics
 from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, SyncBatchNorm2d
 from tests.helpers import run_distributed
