@@ -14,11 +14,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from rethinking_bn.layers import MultiDomainBatchNorm2d, PopulationLayer
+from rethinking_bn.layers import MABN2d, MultiDomainBatchNorm2d, PopulationLayer
 from rethinking_bn.layers.domain_state import Choice, DomainBatchNormBase, check_choice
+from rethinking_bn.layers.mabn_official import convert_official, is_official
 
 _MEAN = re.compile(r"^(?:(?P<layer>.+)\.)?running_mean$")
 _LEVEL_MEAN = re.compile(r"^(?:(?P<layer>.+)\.)?(?P<level>\d+)\.running_mean$")
+# torchvision's names of a ResNet's parts, after what the MABN code puts before them
+_RESNET = re.compile(
+    r"^(?:module\.)?(?:backbone\.body\.)?(?:(?P<stem>(?:stem\.)?)|layer(?P<stage>\d)\.(?P<block>\d+)\.)"
+    r"(?P<part>conv|bn|downsample\.)(?P<index>\d)\.(?P<rest>.+)$"
+)
 _STATISTICS = ("running_mean", "running_var", "running_mean_square")
 
 
@@ -190,3 +196,81 @@ def missing_statistics(
                     "head: it was trained with another norm layer, or without one"
                 )
     return messages
+
+
+def mabn_without_statistics(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+    """Name the MABN layers that would get weights from a state dict, but no mean square.
+
+    That they were trained with another norm shows in the absent ``running_mean_square`` only: the
+    filters tell nothing, as centring projects the gradient and leaves the filters' means alone.
+
+    Args:
+        module: holds :class:`~rethinking_bn.layers.MABN2d` layers.
+        state_dict: with the module's entries under ``prefix``; the official MABN code's layout
+            counts as having the statistics.
+        prefix: ends with a dot, unless it is empty.
+
+    Returns:
+        names (with the prefix) of layers of which the state dict has an entry, or the weight of the
+        convolution before, but not the mean square.
+    """
+    names = []
+    for parent_name, parent in module.named_modules():
+        above = f"{prefix}{parent_name}." if parent_name else prefix
+        convolution = above + "weight"
+        for name, layer in parent.named_children():
+            own = f"{above}{name}."
+            if isinstance(layer, MABN2d):
+                used = convolution in state_dict or any(key.startswith(own) for key in state_dict)
+                there = own + "running_mean_square" in state_dict
+                if used and not there and not is_official(state_dict, own):
+                    names.append(own[:-1])
+            convolution = own + "weight"
+    return names
+
+
+def convert_mabn_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rewrite a state dict of the official MABN code for this package's layers.
+
+    :class:`~rethinking_bn.layers.MABN2d` itself loads the official layout of a layer; this
+    function also gives the parts of a ResNet detectron2's names without a prefix
+    (``layer1.0.bn2.weight`` becomes ``res2.0.conv2.norm.weight``). Saved with ``torch.save``, the
+    result loads as ``MODEL.WEIGHTS: path.pth?matching_heuristics=True``, under which detectron2
+    adds the prefix of the model.
+
+    Args:
+        state_dict: not modified. Of the classification code or the detection code; parts other than
+            the ResNet keep their names.
+
+    Returns:
+        a new state dict.
+
+    Raises:
+        ValueError: when it has no layer of the official code, or two keys become one.
+    """
+    converted: dict[str, Tensor] = dict(state_dict)
+    found = [key[: -len("running_var")] for key in state_dict if key.endswith("running_var")]
+    if not [prefix for prefix in found if convert_official(converted, prefix)]:
+        raise ValueError(
+            "the checkpoint has no layer of the official MABN code: no running_var of shape "
+            "(1, C, 1, 1), none beside a sta_matrix"
+        )
+    renamed = {_detectron2_name(key): value for key, value in converted.items()}
+    if len(renamed) < len(converted):
+        raise ValueError("the checkpoint has a ResNet's parts twice, under different names")
+    return renamed
+
+
+def _detectron2_name(key: str) -> str:
+    match = _RESNET.match(key)
+    if match is None:
+        return key
+    part, index = match["part"], match["index"]
+    if match["stage"] is None and part == "downsample.":
+        return key
+    above = "stem." if match["stage"] is None else f"res{int(match['stage']) + 1}.{match['block']}."
+    if part == "downsample.":
+        return f"{above}shortcut.{'norm.' if index == '1' else ''}{match['rest']}"
+    return f"{above}conv{index}.{'norm.' if part == 'bn' else ''}{match['rest']}"

@@ -9,6 +9,7 @@ from torch import nn
 from torchvision.models.convnext import LayerNorm2d
 
 from .batch_norm import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d
+from .mabn import MABN2d
 
 _NUM_GROUPS = 32  # of GN, as in its paper and in detectron2
 
@@ -34,6 +35,7 @@ _NORMS: dict[str, Callable[..., nn.Module]] = {
     "BatchStatBN": BatchStatNorm2d,
     "GN": _group_norm,
     "LN": _layer_norm,
+    "MABN": MABN2d,
 }
 
 
@@ -50,10 +52,11 @@ def get_norm(
     Args:
         norm: "BN" (bears empty batches), "SyncBN" (ours: any device, any backend, empty ranks),
             "BatchStatBN" (mini-batch statistics at inference too), "GN" (32 groups), "LN" (over
-            channels at each position), or "" or None for no norm; or a callable that
-            takes the number of channels.
+            channels at each position), "MABN" (moving averages, after a CenConv2d), or "" or None
+            for no norm; or a callable that takes the number of channels.
         num_features: C.
-        options: keyword arguments of the layer, such as eps and momentum.
+        options: keyword arguments of the layer, such as eps and momentum; for "MABN" also
+            simulated_batch_size and batch_size (see MABN2d).
 
     Returns:
         The layer; None for no norm.

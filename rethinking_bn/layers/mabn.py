@@ -58,7 +58,8 @@ class MABN2d(MABNState):
     them for good.
 
     Checkpoints load whatever m was: the averages keep their newest values. Without the values (an
-    inference-only checkpoint) t starts at 0 again with the R of the checkpoint.
+    inference-only checkpoint) t starts at 0 again with the R of the checkpoint. What the official
+    code saved (``running_var`` of shape (1, C, 1, 1), ``buffer_x2``, ...) is recognised.
 
     Args:
         num_features: C.

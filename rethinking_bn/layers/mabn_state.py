@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .mabn_functional import Statistics
+from .mabn_official import convert_official
 from .mabn_replay import ForwardRecords
 from .mabn_ring import FullPrecisionBuffers, ValueRing
 from .moments import Moments
@@ -156,6 +157,7 @@ class MABNState(PopulationLayer, FullPrecisionBuffers):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        convert_official(state_dict, prefix)
         rings = (prefix + "mean_square_ring.count", prefix + "gradient_ring.count")
         if prefix + "running_mean_square" in state_dict and not all(k in state_dict for k in rings):
             # saved for inference: its mean square with the averages of other weights would be wrong

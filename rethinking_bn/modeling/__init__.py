@@ -6,6 +6,9 @@ from rethinking_bn._detectron2 import require_detectron2
 
 require_detectron2("rethinking_bn.modeling")
 
+from rethinking_bn.modeling import backbone  # noqa: E402, F401
+from rethinking_bn.modeling.conversion import centre_convolutions, convert_norms  # noqa: E402
+from rethinking_bn.modeling.norm_options import norm_options  # noqa: E402
 from rethinking_bn.modeling.retinanet import ConfigurableHeadRetinaNet  # noqa: E402
 from rethinking_bn.modeling.retinanet_head import (  # noqa: E402
     RETINANET_HEAD,
@@ -24,4 +27,7 @@ __all__ = [
     "MultiDomainBNRetinaNetHead",
     "SharedBNRetinaNetHead",
     "build_retinanet_head",
+    "centre_convolutions",
+    "convert_norms",
+    "norm_options",
 ]
