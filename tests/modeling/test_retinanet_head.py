@@ -144,6 +144,28 @@ def test_calls_of_a_norm_layer_in_one_pass(cls: type[nn.Module], calls: int) -> 
     assert len(seen) == 4 * calls  # two subnets of two norm layers
 
 
+def test_an_interrupted_pass_shifts_no_statistics() -> None:
+    head = CycleBNRetinaNetHead(**head_arguments(norm="BN"))
+    norm = head.cls_subnet[1]
+    calls: list[int] = []
+
+    def interrupt(*_: Any) -> None:
+        calls.append(len(calls))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    handle = norm.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        head(features())
+    handle.remove()
+    norm.reset_running_stats()
+    xs = features()
+    head(xs)
+    for level, x in enumerate(xs):
+        expected = 0.1 * head.cls_subnet[0](x).mean((0, 2, 3))
+        torch.testing.assert_close(norm.get_buffer(f"{level}.running_mean"), expected)
+
+
 @pytest.mark.parametrize("norm", ["", "GN", lambda channels: nn.GroupNorm(4, channels)])
 def test_other_norms_compute_what_detectron2s_head_computes(norm: Any) -> None:
     torch.manual_seed(1)
