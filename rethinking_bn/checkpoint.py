@@ -25,7 +25,7 @@ _RESNET = re.compile(
     r"^(?:module\.)?(?:backbone\.body\.)?(?:(?P<stem>(?:stem\.)?)|layer(?P<stage>\d)\.(?P<block>\d+)\.)"
     r"(?P<part>conv|bn|downsample\.)(?P<index>\d)\.(?P<rest>.+)$"
 )
-_STATISTICS = ("running_mean", "running_var", "running_mean_square")
+_STATISTICS = ("running_mean", "running_var")
 
 
 class NormLayout(NamedTuple):
@@ -168,7 +168,8 @@ def missing_statistics(
 
     A state dict without any key of the module (an ImageNet backbone, say) lacks nothing: the module
     starts anew. One with some of its weights but without its statistics, because they were trained
-    with another norm or none, would leave mean 0 and variance 1 under trained weights.
+    with another norm or none, would leave mean 0 and variance 1 under trained weights. Of MABN's
+    mean square speaks :func:`mabn_without_statistics`.
 
     Args:
         module: holds norm layers.

@@ -11,6 +11,8 @@ from detectron2.modeling.meta_arch import RetinaNet
 
 from rethinking_bn.modeling.retinanet_head import build_retinanet_head
 
+_OUR_NORMS = ("MABN", "BatchStatBN")  # names that detectron2 does not have
+
 
 @META_ARCH_REGISTRY.register()
 class ConfigurableHeadRetinaNet(RetinaNet):
@@ -47,7 +49,13 @@ class ConfigurableHeadRetinaNet(RetinaNet):
 
 
 def _refuse_choices(cfg: CfgNode) -> None:
-    """Raise a ValueError for keys that detectron2's own head would silently ignore."""
+    """Raise a ValueError for keys that detectron2's own head ignores or does not know."""
+    norm = cfg.MODEL.RETINANET.NORM
+    if norm in _OUR_NORMS:
+        raise ValueError(
+            f"MODEL.RETINANET.NORM is {norm!r}, which detectron2's RetinaNetHead does not know; "
+            "set MODEL.RETINANET.HEAD_NAME to MultiDomainBNRetinaNetHead"
+        )
     for name, value in cfg.MODEL.RETINANET.BN.items():
         if value:
             raise ValueError(

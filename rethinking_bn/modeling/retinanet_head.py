@@ -14,8 +14,10 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from rethinking_bn.checkpoint import missing_statistics
-from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, get_norm
+from rethinking_bn.layers import CycleBatchNorm2d, MABN2d, MultiDomainBatchNorm2d, get_norm
 from rethinking_bn.layers.domain_state import CHOICES, Choice
+from rethinking_bn.modeling.conversion import centre_convolutions, convert_norms
+from rethinking_bn.modeling.norm_options import norm_options
 
 RETINANET_HEAD = Registry("RETINANET_HEAD")
 RETINANET_HEAD.__doc__ = """
@@ -84,6 +86,7 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
         population_stats: str = "",
         affine: str = "",
         prior_prob: float = 0.01,
+        norm_options: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -94,11 +97,13 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
             norm: "BN" (statistics of this rank) or "SyncBN" (pooled over ranks). The general head
                 also takes any other name that :func:`rethinking_bn.layers.get_norm` knows, or a
                 callable from channels to a layer; those know no domains, so the three choices
-                must stay unset.
+                must stay unset. "MABN" has one set of statistics for all levels, one iteration per
+                pass, and centres the convolutions, which lose their bias.
             train_stats, population_stats, affine: "shared" (one set for all levels),
                 "domain_specific" (one per level) or "" (this class's own choice); the columns of
                 Table 5.
             prior_prob: initial foreground probability of every anchor.
+            norm_options: keyword arguments of the layers of another norm than "BN" and "SyncBN".
 
         Raises:
             ValueError: for an unknown value, or one that contradicts the class or the norm.
@@ -115,23 +120,32 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
             num_classes=num_classes,
             num_anchors=num_anchors,
             conv_dims=list(conv_dims),
-            norm=self._norm_factory(norm, len(input_shape), given) or "",
+            norm=self._norm_factory(norm, len(input_shape), given, norm_options or {}) or "",
             prior_prob=prior_prob,
         )
+        if norm == "MABN":
+            convert_norms(self, norm, **(norm_options or {}))
+        else:
+            centre_convolutions(self)  # for a callable that makes MABN2d
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
-        """Read MODEL.RETINANET, with the three choices from MODEL.RETINANET.BN."""
+        """Read MODEL.RETINANET, with the three choices from its BN, and MODEL.MABN."""
         arguments = super().from_config(cfg, input_shape)
         choices = cfg.MODEL.RETINANET.BN
         arguments["train_stats"] = choices.TRAIN_STATS
         arguments["population_stats"] = choices.POPULATION_STATS
         arguments["affine"] = choices.AFFINE
+        arguments["norm_options"] = norm_options(cfg, cfg.MODEL.RETINANET.NORM)
         return arguments
 
     @classmethod
     def _norm_factory(
-        cls, norm: str | NormFactory | None, num_domains: int, given: Mapping[str, str]
+        cls,
+        norm: str | NormFactory | None,
+        num_domains: int,
+        given: Mapping[str, str],
+        options: Mapping[str, Any],
     ) -> NormFactory | None:
         """Return channels -> layer for the requested norm, or None for no norm."""
         if norm in _BN_NAMES:
@@ -148,7 +162,9 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
             )
         if norm is None or norm == "":
             return None
-        return norm if callable(norm) else lambda channels: get_norm(norm, channels)
+        if norm == "MABN":
+            return nn.BatchNorm2d  # stands in until the convolutions can be centred, too
+        return lambda channels: get_norm(norm, channels, **options)
 
     @classmethod
     def _resolve(cls, given: Mapping[str, str]) -> dict[str, Choice]:
@@ -216,7 +232,7 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
 
 def _layer_by_layer(layers: Sequence[nn.Module], features: list[Tensor]) -> list[Tensor]:
     for layer in layers:
-        if isinstance(layer, MultiDomainBatchNorm2d):
+        if isinstance(layer, (MultiDomainBatchNorm2d, MABN2d)):
             features = layer(features)
             continue
         # a layer that counts its calls must know where a pass over the levels ends

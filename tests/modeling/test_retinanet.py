@@ -110,6 +110,25 @@ def test_choices_that_detectron2s_head_would_ignore_are_refused() -> None:
         build(cfg)
 
 
+def test_a_norm_that_detectron2s_head_does_not_know_is_refused() -> None:
+    with pytest.raises(ValueError, match="NORM is 'MABN'.*MultiDomainBNRetinaNetHead"):
+        build(retinanet_config(MODEL__RETINANET__NORM="MABN"))
+
+
+def test_mabn_reads_its_own_keys() -> None:
+    cfg = retinanet_config(
+        MODEL__RETINANET__HEAD_NAME="MultiDomainBNRetinaNetHead",
+        MODEL__RETINANET__NORM="MABN",
+        MODEL__MABN__SIMULATED_BATCH_SIZE=24,
+        MODEL__MABN__MOMENTUM=0.1,
+        MODEL__MABN__WARMUP_ITERS=7,
+        MODEL__MABN__R_MAX=2.0,
+    )
+    norm = build(cfg)[0].head.cls_subnet[1]
+    assert (norm.simulated_batch_size, norm.batch_size) == (24, 4)  # SOLVER.IMS_PER_BATCH
+    assert (norm.momentum, norm.warmup_iters, norm.r_max) == (0.1, 7, 2.0)
+
+
 def test_the_heads_of_the_table_are_registered() -> None:
     names = {name for name, _ in RETINANET_HEAD}
     assert {

@@ -11,7 +11,13 @@ from detectron2.config import LazyCall, instantiate
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, SyncBatchNorm2d
+from rethinking_bn.layers import (
+    CenConv2d,
+    CycleBatchNorm2d,
+    MABN2d,
+    MultiDomainBatchNorm2d,
+    SyncBatchNorm2d,
+)
 from rethinking_bn.modeling import (
     CycleBNRetinaNetHead,
     DomainBNRetinaNetHead,
@@ -174,6 +180,49 @@ def test_other_norms_compute_what_detectron2s_head_computes(norm: Any) -> None:
     head = MultiDomainBNRetinaNetHead(**head_arguments(norm=norm))
     xs = features()
     torch.testing.assert_close(head(xs), stock(xs))
+
+
+def test_mabn_pools_the_levels_of_a_pass_into_one_iteration(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = {"simulated_batch_size": 8, "batch_size": 2, "momentum": 1.0}
+    torch.manual_seed(1)
+    head = MultiDomainBNRetinaNetHead(**head_arguments(norm="MABN", norm_options=options)).double()
+    torch.manual_seed(1)
+    stock = RetinaNetHead(**head_arguments(norm="GN"))
+    for name, p in head.named_parameters():
+        if p.dim() == 4:  # the same draws, the same names
+            assert torch.equal(p, stock.get_parameter(name).double()), name
+    xs = features(dtype=torch.float64)
+    logits, _ = head(xs)
+    for index in range(0, len(head.cls_subnet), 3):
+        convolution, norm, _ = head.cls_subnet[index : index + 3]
+        assert type(convolution) is CenConv2d and convolution.bias is None
+        assert type(norm) is MABN2d and norm.iterations == 1
+        weight = convolution.weight - convolution.weight.mean((1, 2, 3), keepdim=True)
+        xs = [nn.functional.conv2d(x, weight, padding=1) for x in xs]
+        s = torch.cat([x.transpose(0, 1).flatten(1) for x in xs], 1).square().mean(1)
+        torch.testing.assert_close(norm.running_mean_square, s)
+        xs = [(x / (s.view(1, -1, 1, 1) + norm.eps).sqrt()).relu() for x in xs]
+    assert type(head.cls_score) is nn.Conv2d and head.cls_score.bias is not None
+    torch.testing.assert_close(logits, [head.cls_score(x) for x in xs])
+    assert not caplog.records
+    eval_logits = head.eval()(features(dtype=torch.float64))[0]
+    assert all(torch.isfinite(x).all() for x in eval_logits)
+
+
+def test_mabn_head_loads_weights_without_statistics_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    head = MultiDomainBNRetinaNetHead(**head_arguments(norm="MABN"))
+    result = head.load_state_dict(RetinaNetHead(**head_arguments(norm="BN")).state_dict(), False)
+    assert "cls_subnet.1.running_mean_square" in result.missing_keys
+    assert [record.getMessage()[:13] for record in caplog.records] == ["4 MABN layers"]
+
+
+def test_a_callable_that_makes_mabn_gets_centred_convolutions() -> None:
+    head = MultiDomainBNRetinaNetHead(**head_arguments(norm=MABN2d))
+    assert sum(type(m) is CenConv2d for m in head.modules()) == 4
 
 
 def test_a_callable_norm_may_count_its_calls() -> None:
