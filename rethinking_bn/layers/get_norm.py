@@ -45,7 +45,7 @@ def norm_names() -> tuple[str, ...]:
 
 
 def get_norm(
-    norm: str | Callable[[int], nn.Module] | None, num_features: int, **options: Any
+    norm: str | Callable[..., nn.Module | None] | None, num_features: int, **options: Any
 ) -> nn.Module | None:
     """Build a norm layer for (N, C, H, W) features by its name.
 

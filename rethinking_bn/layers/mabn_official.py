@@ -38,13 +38,10 @@ def convert_official(state_dict: MutableMapping[str, Any], prefix: str) -> bool:
     count = state_dict.pop(prefix + "iters", None)
     for name in ("sta_matrix", "pre_x2", "pre_gz"):
         state_dict.pop(prefix + name, None)
-    rings = {
-        "mean_square_ring": state_dict.pop(prefix + "buffer_x2", None),
-        "gradient_ring": state_dict.pop(prefix + "buffer_gz", None),
-    }
-    for name, values in rings.items():
-        if values is None or count is None:
-            continue
-        state_dict[f"{prefix}{name}.count"] = count.reshape(())
-        state_dict[f"{prefix}{name}.last_{len(values)}"] = values.roll(-1, 0)
+    squares = state_dict.pop(prefix + "buffer_x2", None)
+    products = state_dict.pop(prefix + "buffer_gz", None)
+    if count is not None and squares is not None and products is not None:
+        for name, values in (("mean_square_ring", squares), ("gradient_ring", products)):
+            state_dict[f"{prefix}{name}.count"] = count.reshape(())
+            state_dict[f"{prefix}{name}.last_{len(values)}"] = values.roll(-1, 0)
     return True

@@ -33,7 +33,7 @@ _PLAIN_CONVOLUTIONS = (nn.Conv2d, Conv2d, CenConv2d)
 
 
 def convert_norms(
-    module: nn.Module, norm: str | Callable[..., nn.Module], **options: Any
+    module: nn.Module, norm: str | Callable[..., nn.Module | None], **options: Any
 ) -> nn.Module:
     """Replace every norm layer of a module by another kind, in place.
 
@@ -85,7 +85,10 @@ def centre_convolutions(module: nn.Module) -> nn.Module:
 
 
 def _in_place_of(
-    old: nn.Module, name: str, norm: str | Callable[..., nn.Module], options: Mapping[str, Any]
+    old: nn.Module,
+    name: str,
+    norm: str | Callable[..., nn.Module | None],
+    options: Mapping[str, Any],
 ) -> nn.Module:
     """Return a new norm layer with the channels, affine, place and mode of an old one."""
     try:
