@@ -7,7 +7,9 @@ from rethinking_bn._detectron2 import require_detectron2
 require_detectron2("rethinking_bn.modeling")
 
 from rethinking_bn.modeling import backbone  # noqa: E402, F401
+from rethinking_bn.modeling.box_head import NormBoxHead, ShuffleBNBoxHead  # noqa: E402
 from rethinking_bn.modeling.conversion import centre_convolutions, convert_norms  # noqa: E402
+from rethinking_bn.modeling.mask_head import NormMaskHead, ShuffleBNMaskHead  # noqa: E402
 from rethinking_bn.modeling.norm_options import norm_options  # noqa: E402
 from rethinking_bn.modeling.retinanet import ConfigurableHeadRetinaNet  # noqa: E402
 from rethinking_bn.modeling.retinanet_head import (  # noqa: E402
@@ -18,6 +20,10 @@ from rethinking_bn.modeling.retinanet_head import (  # noqa: E402
     SharedBNRetinaNetHead,
     build_retinanet_head,
 )
+from rethinking_bn.modeling.roi_heads import (  # noqa: E402
+    NormImagesCascadeROIHeads,
+    NormImagesROIHeads,
+)
 
 __all__ = [
     "RETINANET_HEAD",
@@ -25,7 +31,13 @@ __all__ = [
     "CycleBNRetinaNetHead",
     "DomainBNRetinaNetHead",
     "MultiDomainBNRetinaNetHead",
+    "NormBoxHead",
+    "NormImagesCascadeROIHeads",
+    "NormImagesROIHeads",
+    "NormMaskHead",
     "SharedBNRetinaNetHead",
+    "ShuffleBNBoxHead",
+    "ShuffleBNMaskHead",
     "build_retinanet_head",
     "centre_convolutions",
     "convert_norms",

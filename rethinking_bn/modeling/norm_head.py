@@ -1,0 +1,155 @@
+"""What box and mask heads with our norms share: norms by name, and batches of so many images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers.batch_norm import LayerNorm
+from torch import nn
+
+from rethinking_bn.layers import MABN2d, SyncBatchNorm2d, get_norm, norm_names
+from rethinking_bn.modeling.conversion import centre_convolutions
+
+Norm = str | Callable[[int], nn.Module] | None
+
+# Layers for which it does not matter which other rows there are, or which rank they are on.
+_EACH_ROW_APART = (nn.GroupNorm, nn.LayerNorm, LayerNorm, nn.InstanceNorm2d, FrozenBatchNorm2d)
+_ALL_RANKS = (SyncBatchNorm2d, nn.SyncBatchNorm)
+
+
+def norm_factory(norm: Norm, options: Mapping[str, Any], key: str) -> Any:
+    """Return what detectron2's heads take as ``conv_norm``: channels -> layer, or "" for none.
+
+    Args:
+        norm: a name that :func:`rethinking_bn.layers.get_norm` knows, a callable from channels to
+            a layer, or "" or None.
+        options: further arguments of ``get_norm``, for a name.
+        key: the config key that gives the norm, for the message.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones.
+    """
+    if norm is None or norm == "":
+        return ""
+    if callable(norm):
+        return norm
+    if norm not in norm_names():
+        raise ValueError(f"{key} must be one of {norm_names()} or a callable, got {norm!r}")
+    return lambda channels: get_norm(norm, channels, **options)
+
+
+class NormHead:
+    """Mixin of detectron2's convolutional heads, nn.Sequential with ``conv_norm_relus``.
+
+    Rows are RoIs, those of one image after those of another. With ``norm_images`` = k, a BN
+    normalises the rows of k images at a time in training and in population training: the
+    normalisation batch size (NBS) of sections 4 and 6 of arXiv 2105.07576. A layer that
+    normalises by mini-batches at inference too (norm BatchStatBN) then takes each image by
+    itself, however many are in the batch. Which rows belong to which image is told by
+    :meth:`image_rows`, and forgotten when that ends.
+    """
+
+    conv_norm_relus: list[nn.Module]
+    norm_images: int
+    _image_rows: tuple[int, ...] | None = None
+
+    def init_norms(self, norm_images: int) -> None:
+        """Finish the construction of a head: centre MABN's convolutions, take ``norm_images``.
+
+        Raises:
+            ValueError: if ``norm_images`` is negative, or positive with a norm whose batch it
+                cannot divide.
+        """
+        norms = [norm for norm in map(_norm_of, self.conv_norm_relus) if norm is not None]
+        if any(isinstance(norm, MABN2d) for norm in norms):
+            assert isinstance(self, nn.Module)  # for the type checker
+            centre_convolutions(self)
+        if norm_images < 0:
+            raise ValueError(f"norm_images (MODEL.ROI_HEADS.NORM_IMAGES) is {norm_images} < 0")
+        for norm in norms if norm_images else ():
+            pools_ranks = isinstance(norm, _ALL_RANKS)
+            if mixes_rows(norm) and (pools_ranks or not hasattr(norm, "row_groups")):
+                why = "pools all images of all ranks" if pools_ranks else "takes all rows together"
+                raise ValueError(
+                    f"norm_images (MODEL.ROI_HEADS.NORM_IMAGES) is {norm_images}, but "
+                    f"{type(norm).__name__} {why}: set it to 0, or the norm to BN or BatchStatBN"
+                )
+        self.norm_images = norm_images
+
+    def batch_norms(self) -> list[nn.Module]:
+        """Return the norm layers whose result for a row depends on the other rows."""
+        norms = map(_norm_of, self.conv_norm_relus)
+        return [norm for norm in norms if norm is not None and mixes_rows(norm)]
+
+    @contextmanager
+    def image_rows(self, rows: Sequence[int]) -> Iterator[None]:
+        """Say how many of the rows of a forward belong to each of the N images, in their order."""
+        before = self._image_rows
+        self._image_rows = tuple(rows)
+        try:
+            yield
+        finally:
+            self._image_rows = before
+
+    @contextmanager
+    def normalizing_images(self, shuffled: int | None = None) -> Iterator[None]:
+        """Let the BN layers normalise the groups of rows that ``norm_images`` asks for.
+
+        Args:
+            shuffled: None: the rows are those of the images. Otherwise the number of rows that
+                this rank got from a shuffle: they are split into as many groups as the images
+                would be, equal but for one row.
+
+        Raises:
+            ValueError: when nobody has said which rows belong to which image, or the number of
+                images is no multiple of ``norm_images``.
+        """
+        with ExitStack() as stack:
+            if self.norm_images:
+                norms = self.batch_norms()
+                sizes = self._group_sizes(any(norm.training for norm in norms), shuffled)
+                for norm in norms:
+                    stack.enter_context(norm.row_groups(sizes))  # type: ignore[operator]
+            yield
+
+    def _group_sizes(self, training: bool, shuffled: int | None) -> list[int] | None:
+        rows, k = self._image_rows, self.norm_images
+        name = type(self).__name__
+        if rows is None:
+            raise ValueError(
+                f"{name} normalises {k} images at a time (MODEL.ROI_HEADS.NORM_IMAGES) and must be "
+                f"called within `with head.image_rows(...)`, as NormImagesROIHeads does"
+            )
+        if not rows:
+            return None
+        if not training:
+            return list(rows)
+        if len(rows) % k:
+            raise ValueError(
+                f"MODEL.ROI_HEADS.NORM_IMAGES {k} does not divide the {len(rows)} images of a "
+                "batch on this rank"
+            )
+        if shuffled is None:
+            return [sum(rows[i : i + k]) for i in range(0, len(rows), k)]
+        groups = len(rows) // k
+        ends = [group * shuffled // groups for group in range(groups + 1)]
+        return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def mixes_rows(norm: nn.Module) -> bool:
+    """Return whether what the layer makes of a row in training depends on the other rows."""
+    return not isinstance(norm, _EACH_ROW_APART)
+
+
+def mixes_rows_of_a_rank(norm: nn.Module) -> bool:
+    """Return whether it also depends on which rank the rows are on."""
+    pools_all = isinstance(norm, _ALL_RANKS) and norm.process_group is None
+    return mixes_rows(norm) and not pools_all
+
+
+def _norm_of(layer: nn.Module) -> nn.Module | None:
+    norm = getattr(layer, "norm", None)
+    return norm if isinstance(norm, nn.Module) else None

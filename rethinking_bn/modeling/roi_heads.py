@@ -1,0 +1,95 @@
+"""ROI heads that tell their heads which RoIs are of one image, for MODEL.ROI_HEADS.NORM_IMAGES."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+from rethinking_bn.modeling.norm_head import NormHead
+
+
+@ROI_HEADS_REGISTRY.register()
+class NormImagesROIHeads(StandardROIHeads):
+    """detectron2's StandardROIHeads, whose box head learns how many RoIs each image has.
+
+    That is all it adds: mask heads see the instances anyway, and with NORM_IMAGES 0, or another
+    package's box head, nothing differs.
+    """
+
+    tells_image_rows = True
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: Any) -> dict[str, Any]:
+        """Read what StandardROIHeads reads, and MODEL.ROI_HEADS.NORM_IMAGES.
+
+        Raises:
+            ValueError: if NORM_IMAGES is set for heads that know nothing of it.
+        """
+        arguments = super().from_config(cfg, input_shape)
+        _check_heads(cfg, arguments)
+        return arguments
+
+    def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]) -> Any:
+        with _image_rows(self.box_head, proposals):
+            return super()._forward_box(features, proposals)
+
+
+@ROI_HEADS_REGISTRY.register()
+class NormImagesCascadeROIHeads(CascadeROIHeads):
+    """detectron2's CascadeROIHeads; adds what :class:`NormImagesROIHeads` adds, at every stage."""
+
+    tells_image_rows = True
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: Any) -> dict[str, Any]:
+        """Read what CascadeROIHeads reads, and MODEL.ROI_HEADS.NORM_IMAGES.
+
+        Raises:
+            ValueError: if NORM_IMAGES is set for heads that know nothing of it.
+        """
+        arguments = super().from_config(cfg, input_shape)
+        _check_heads(cfg, arguments)
+        return arguments
+
+    def _run_stage(self, features: list[Tensor], proposals: list[Instances], stage: int) -> Any:
+        with _image_rows(self.box_head[stage], proposals):
+            return super()._run_stage(features, proposals, stage)
+
+
+def check_image_rows_are_told(cfg: CfgNode) -> None:
+    """Raise a ValueError if NORM_IMAGES is set and MODEL.ROI_HEADS.NAME tells no image rows."""
+    name = cfg.MODEL.ROI_HEADS.NAME
+    if not cfg.MODEL.ROI_HEADS.NORM_IMAGES or name not in ROI_HEADS_REGISTRY:
+        return
+    if not getattr(ROI_HEADS_REGISTRY.get(name), "tells_image_rows", False):
+        raise ValueError(
+            f"MODEL.ROI_HEADS.NORM_IMAGES is {cfg.MODEL.ROI_HEADS.NORM_IMAGES}, but {name} does "
+            "not tell the box head which RoIs are of one image: set MODEL.ROI_HEADS.NAME to "
+            "NormImagesROIHeads or NormImagesCascadeROIHeads"
+        )
+
+
+def _check_heads(cfg: CfgNode, arguments: dict[str, Any]) -> None:
+    if not cfg.MODEL.ROI_HEADS.NORM_IMAGES:
+        return
+    boxes = arguments["box_heads"] if "box_heads" in arguments else [arguments["box_head"]]
+    masks = [arguments["mask_head"]] if "mask_head" in arguments else []
+    for key, heads in (("BOX", boxes), ("MASK", masks)):
+        for head in heads:
+            if not isinstance(head, NormHead):
+                raise ValueError(
+                    f"MODEL.ROI_HEADS.NORM_IMAGES is {cfg.MODEL.ROI_HEADS.NORM_IMAGES}, but "
+                    f"{type(head).__name__} (MODEL.ROI_{key}_HEAD.NAME) knows nothing of it: use "
+                    "one of this package's heads"
+                )
+
+
+def _image_rows(head: nn.Module, proposals: list[Instances]) -> AbstractContextManager[None]:
+    if not isinstance(head, NormHead):
+        return nullcontext()
+    return head.image_rows([len(of_image) for of_image in proposals])
