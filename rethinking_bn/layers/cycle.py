@@ -104,7 +104,7 @@ class CycleBatchNorm2d(DomainBatchNormBase):
         if self._calls == self.num_domains:
             raise RuntimeError(f"a cycle is {self.num_domains} calls, got one more")
         level = self._calls
-        stats = self._statistics_of(level)
+        stats, affine = self._statistics_of(level), self._affine_of(level)
         if self.training:
             weight, bias = self._affine_rows()
             outputs, local, pooled = normalize(
@@ -124,7 +124,7 @@ class CycleBatchNorm2d(DomainBatchNormBase):
                 update_running_statistics([stats], pooled, self.momentum)
         else:
             y = affine_normalize(
-                x, stats.running_mean, stats.running_var, self.weight, self.bias, self.eps
+                x, stats.running_mean, stats.running_var, affine.weight, affine.bias, self.eps
             )
         self._calls += 1
         if not self._bracketed:

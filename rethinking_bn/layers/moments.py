@@ -24,7 +24,7 @@ class Moments(NamedTuple):
         m2: (D, C), sum of squared deviations from the mean; 0 where the count is 0.
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nothing here calls
     mean: Tensor
     m2: Tensor
 
@@ -33,9 +33,9 @@ class Moments(NamedTuple):
         divisor = self.count - 1 if unbiased else self.count
         return self.m2 / divisor.clamp(min=1)[..., None]
 
-    def to(self, *args: torch.dtype | torch.device) -> Moments:
+    def to(self, target: torch.dtype | torch.device) -> Moments:
         """Return the moments with every tensor moved by ``Tensor.to``."""
-        return Moments(*(value.to(*args) for value in self))
+        return Moments(*(value.to(target) for value in self))  # type: ignore[call-overload]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

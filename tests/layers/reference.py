@@ -17,7 +17,8 @@ def levels(
     """Feature maps whose mean and spread differ from level to level; float64 (N, C, H, W)."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(batch, CHANNELS, h, w, generator=generator, dtype=torch.float64) * (1 + i) + 3 * i
+        torch.randn(batch, CHANNELS, h, w, generator=generator, dtype=torch.float64) * (1 + i)
+        + 3 * i
         for i, (h, w) in enumerate(shapes)
     ]
 

@@ -16,7 +16,9 @@ OURS = [BatchNorm2d, SyncBatchNorm2d, BatchStatNorm2d]
 
 
 @pytest.mark.parametrize("kind", OURS)
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"momentum": None}, {"track_running_stats": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": False}, {"momentum": None}, {"track_running_stats": False}]
+)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_training_equals_torch(kind: type[BatchNorm2d], options: dict, channels_last: bool) -> None:
     mine, theirs = kind(CHANNELS, **options), nn.BatchNorm2d(CHANNELS, **options)
@@ -88,7 +90,10 @@ def test_row_groups_are_separate_batches(kind: type[BatchNorm2d]) -> None:
 
 
 def test_sync_bn_refuses_row_groups() -> None:
-    with pytest.raises(ValueError, match="row groups"), SyncBatchNorm2d(CHANNELS).row_groups([1, 2]):
+    with (
+        pytest.raises(ValueError, match="row groups"),
+        SyncBatchNorm2d(CHANNELS).row_groups([1, 2]),
+    ):
         pass
 
 

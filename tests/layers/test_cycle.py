@@ -17,7 +17,11 @@ L = len(SHAPES)
 def test_a_cycle_equals_row_4_of_the_multi_domain_layer() -> None:
     cycle = CycleBatchNorm2d(CHANNELS, L, dtype=torch.float64)
     together = MultiDomainBatchNorm2d(
-        CHANNELS, L, train_stats="domain_specific", population_stats="domain_specific", dtype=torch.float64
+        CHANNELS,
+        L,
+        train_stats="domain_specific",
+        population_stats="domain_specific",
+        dtype=torch.float64,
     )
     for step in range(2):
         mine = [x.requires_grad_() for x in reference.levels(step)]

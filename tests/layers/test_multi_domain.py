@@ -41,7 +41,9 @@ def affine_of(layer: MultiDomainBatchNorm2d, level: int) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize(("train", "population", "affine"), ALL_EIGHT)
-def test_training_equals_the_written_out_reference(train: str, population: str, affine: str) -> None:
+def test_training_equals_the_written_out_reference(
+    train: str, population: str, affine: str
+) -> None:
     layer = build(train, population, affine)
     mine = [x.requires_grad_() for x in reference.levels()]
     ys = layer(mine)
@@ -107,9 +109,16 @@ def test_rows_equal_torch_batch_norm(row: int, momentum: float | None, channels_
     }[row]
     shapes = [(6, 8), (3, 4), (2, 2), (2, 1)]  # nn.BatchNorm2d refuses a single value
     layer = MultiDomainBatchNorm2d(
-        CHANNELS, L, train_stats=choices[0], population_stats=choices[1], affine=choices[2], momentum=momentum
+        CHANNELS,
+        L,
+        train_stats=choices[0],
+        population_stats=choices[1],
+        affine=choices[2],
+        momentum=momentum,
     )
-    bns = nn.ModuleList(nn.BatchNorm2d(CHANNELS, momentum=momentum) for _ in range(L if row == 6 else 1))
+    bns = nn.ModuleList(
+        nn.BatchNorm2d(CHANNELS, momentum=momentum) for _ in range(L if row == 6 else 1)
+    )
     run = _concatenated(bns[0]) if row == 1 else None
     for step in range(3):
         xs = [x.float() for x in reference.levels(seed=step, shapes=shapes)]
@@ -160,7 +169,9 @@ def test_half_types_use_float32_statistics(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("train", "population", "affine"), ALL_EIGHT)
-def test_an_empty_level_leaves_its_statistics_alone(train: str, population: str, affine: str) -> None:
+def test_an_empty_level_leaves_its_statistics_alone(
+    train: str, population: str, affine: str
+) -> None:
     layer = build(train, population, affine)
     xs = reference.levels()
     xs[1] = xs[1][:0]
@@ -211,7 +222,9 @@ def test_levels_are_told_apart_by_their_place_after_an_interrupted_pass() -> Non
     ("name", "value"), [("train_stats", "Shared"), ("population_stats", ""), ("affine", "both")]
 )
 def test_unknown_choice_names_the_choices(name: str, value: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name} must be one of .*shared.*domain_specific.*{value}"):
+    with pytest.raises(
+        ValueError, match=rf"{name} must be one of .*shared.*domain_specific.*{value}"
+    ):
         MultiDomainBatchNorm2d(CHANNELS, L, **{name: value})
 
 
@@ -231,14 +244,22 @@ def test_it_is_no_torch_batch_norm() -> None:
 
 
 def test_shared_keys_equal_batch_norm_and_domain_keys_cycle_list() -> None:
-    assert build("shared", "shared", "shared").state_dict().keys() == nn.BatchNorm2d(1).state_dict().keys()
+    assert (
+        build("shared", "shared", "shared").state_dict().keys()
+        == nn.BatchNorm2d(1).state_dict().keys()
+    )
     separate = nn.ModuleList(nn.BatchNorm2d(1, affine=False) for _ in range(L))
     got = set(build("domain_specific", "domain_specific", "shared").state_dict())
     assert got == {"weight", "bias", *separate.state_dict()}
 
 
-def test_domain_specific_checkpoint_becomes_shared_as_a_mixture(caplog: pytest.LogCaptureFixture) -> None:
-    source, target = build("shared", "domain_specific", "shared"), build("shared", "shared", "shared")
+def test_domain_specific_checkpoint_becomes_shared_as_a_mixture(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source, target = (
+        build("shared", "domain_specific", "shared"),
+        build("shared", "shared", "shared"),
+    )
     source(reference.levels())
     caplog.set_level(logging.INFO, "rethinking_bn")
     target.load_state_dict(source.state_dict())
@@ -254,7 +275,9 @@ def test_shared_checkpoint_is_copied_to_every_domain() -> None:
     target.load_state_dict(source.state_dict())
     for level in range(L):
         for name in ("running_mean", "running_var", "weight", "bias", "num_batches_tracked"):
-            assert torch.equal(getattr(target.get_submodule(str(level)), name), getattr(source, name))
+            assert torch.equal(
+                getattr(target.get_submodule(str(level)), name), getattr(source, name)
+            )
     # copies, not views of one tensor
     target.get_buffer("0.running_mean").add_(1)
     assert not torch.equal(target.get_buffer("0.running_mean"), target.get_buffer("1.running_mean"))
@@ -265,7 +288,9 @@ def test_unconvertible_checkpoints_name_the_key() -> None:
     affine_only = {"norm.weight": torch.ones(CHANNELS), "norm.bias": torch.zeros(CHANNELS)}
     with pytest.raises(RuntimeError, match=r"norm\.running_mean is not in the checkpoint"):
         target.load_state_dict(affine_only, strict=False)
-    separate = {f"norm.{k}": v for k, v in build("shared", "shared", "domain_specific").state_dict().items()}
+    separate = {
+        f"norm.{k}": v for k, v in build("shared", "shared", "domain_specific").state_dict().items()
+    }
     with pytest.raises(RuntimeError, match=r"norm\.weight: 4 different affines"):
         target.load_state_dict(separate, strict=False)
     more = MultiDomainBatchNorm2d(CHANNELS, L + 1, population_stats="domain_specific")
@@ -298,7 +323,9 @@ def test_observing(train: str, population: str, affine: str) -> None:
         torch.testing.assert_close(moments.m2[row] / values.shape[1], values.var(1, unbiased=False))
     for level, x in enumerate(xs):  # normalised in the population paradigm
         over = xs if population == "shared" else [x]
-        torch.testing.assert_close([ys[level]], reference.normalize([x], over, *affine_of(layer, level)))
+        torch.testing.assert_close(
+            [ys[level]], reference.normalize([x], over, *affine_of(layer, level))
+        )
     layer.write_population(moments)
     mean, _ = layer.read_population()
     torch.testing.assert_close(mean, moments.mean)

@@ -67,7 +67,9 @@ def test_sync_equals_one_process_on_all_data(world: int) -> None:
     per_rank = run_distributed(_all_combinations, world, world)
     data = _data(world)
     for index, choice in enumerate(COMBINATIONS):
-        one = _run(_layer(choice, sync=False), [torch.cat(level) for level in zip(*data, strict=True)])
+        one = _run(
+            _layer(choice, sync=False), [torch.cat(level) for level in zip(*data, strict=True)]
+        )
         ranks = [results[index] for results in per_rank]
         for level in range(L):
             for key in ("ys", "dx"):
@@ -152,7 +154,7 @@ def _cycle(rank: int) -> dict[str, Tensor]:
 
 def test_synced_cycle_equals_the_multi_domain_layer() -> None:
     one = _layer(("domain_specific", "domain_specific", "shared"), sync=False)
-    one(([torch.cat(level) for level in zip(*_data(2), strict=True)]))
+    one([torch.cat(level) for level in zip(*_data(2), strict=True)])
     for state in run_distributed(_cycle, 2):
         for key, value in state.items():
             if "running" in key:
