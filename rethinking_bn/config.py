@@ -43,7 +43,8 @@ def _our_keys() -> CfgNode:
     c.MODEL.MABN = CfgNode()
     # Images whose statistics the backward pass averages over time; a multiple of BATCH_SIZE.
     c.MODEL.MABN.SIMULATED_BATCH_SIZE = 32
-    # Images in one forward of a rank. 0: SOLVER.IMS_PER_BATCH divided by the number of ranks.
+    # Images in one forward of a rank. 0: SOLVER.IMS_PER_BATCH divided by the number of ranks, whose
+    # result must divide SIMULATED_BATCH_SIZE for training.
     c.MODEL.MABN.BATCH_SIZE = 0
     # Fraction of the new value in the running mean square (torch's meaning of momentum).
     c.MODEL.MABN.MOMENTUM = 0.02
@@ -51,6 +52,9 @@ def _our_keys() -> CfgNode:
     c.MODEL.MABN.WARMUP_ITERS = 100
     # The correction r is clipped to [1 / R_MAX, R_MAX].
     c.MODEL.MABN.R_MAX = 5.0
+    # Whether training is refused while MODEL.WEIGHTS is empty: for configs that fine-tune weights
+    # which nobody publishes in detectron2's format. Evaluation and --resume are not affected.
+    c.MODEL.MABN.REQUIRE_WEIGHTS = False
 
     # --- Population training; ENABLED and NUM_ITER are detectron2's ----------------- section 3
     c.TEST.PRECISE_BN = CfgNode()

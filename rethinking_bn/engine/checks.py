@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from rethinking_bn.data.register import ShapesMetadata
 from rethinking_bn.engine.load_config import load_config, use_available_device
+from rethinking_bn.layers import MABN2d
 
 
 def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode:
@@ -41,9 +42,9 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
             f"SOLVER.CHECKPOINT_PERIOD must be at least 1, got {cfg.SOLVER.CHECKPOINT_PERIOD}"
         )
     check_batch_size(cfg, ranks, training=not args.eval_only)
-    check_weights(cfg, resume=args.resume)
+    check_weights(cfg, resume=args.resume, training=not args.eval_only)
     check_data_sets(cfg, training=not args.eval_only)
-    check_model(cfg)
+    check_model(cfg, ranks, training=not args.eval_only)
     return cfg
 
 
@@ -69,10 +70,14 @@ def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None
             raise ValueError(f"{key} {size} cannot be divided among {ranks} process(es)")
 
 
-def check_weights(cfg: CfgNode, *, resume: bool = False) -> None:
-    """Raise a FileNotFoundError if a file that the run starts from is not there.
+def check_weights(cfg: CfgNode, *, resume: bool = False, training: bool = True) -> None:
+    """Check that what the run starts from is there.
 
     Weights behind a URL or another scheme ("detectron2://") are not looked up.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: as :func:`check_required_weights`, if the run trains.
     """
     last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
     if resume and PathManager.isfile(last):
@@ -81,9 +86,23 @@ def check_weights(cfg: CfgNode, *, resume: bool = False) -> None:
         if not PathManager.isfile(path):
             raise FileNotFoundError(f"{last} names {path}, which does not exist")
         return
+    if training:
+        check_required_weights(cfg)
     path = cfg.MODEL.WEIGHTS.partition("?")[0]  # "?matching_heuristics=True" may follow
     if path and "://" not in path and not os.path.isfile(path):
         raise FileNotFoundError(f"MODEL.WEIGHTS {path!r} does not exist")
+
+
+def check_required_weights(cfg: CfgNode) -> None:
+    """Raise a ValueError if a fine-tuning config of MABN has no weights to start from."""
+    if cfg.MODEL.MABN.REQUIRE_WEIGHTS and not cfg.MODEL.WEIGHTS:
+        raise ValueError(
+            "MODEL.WEIGHTS is empty, but this config fine-tunes: it needs an ImageNet model "
+            "trained with MABN and centred convolutions (one of the official MABN code loads after "
+            "rethinking_bn.checkpoint.convert_mabn_checkpoint; BN weights give AP far too low); to "
+            "train without weights, take a config from scratch or set "
+            "MODEL.MABN.REQUIRE_WEIGHTS False"
+        )
 
 
 def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
@@ -119,19 +138,39 @@ def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
                 )
 
 
-def check_model(cfg: CfgNode) -> None:
+def check_model(cfg: CfgNode, ranks: int = 1, *, training: bool = True) -> None:
     """Raise a ValueError if the model's keys contradict each other or name what is not there.
 
     The model is built for that, on torch's meta device: without memory or initialisation.
+
+    Args:
+        cfg: not modified.
+        ranks: processes of the run, for norm layers that must know the images of each.
+        training: whether the run trains.
     """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            build_model(cfg)
+            model = build_model(cfg)
     except (ValueError, KeyError) as error:
         raise ValueError(" ".join(str(error.args[0] if error.args else error).split())) from error
     except (NotImplementedError, RuntimeError):
         # a model that computes with values while it is built cannot be checked this way
-        pass
+        return
+    if training and any(isinstance(module, MABN2d) for module in model.modules()):
+        _check_mabn_batch(cfg, ranks)
+
+
+def _check_mabn_batch(cfg: CfgNode, ranks: int) -> None:
+    if cfg.MODEL.MABN.BATCH_SIZE:
+        return  # building has checked it
+    simulated = cfg.MODEL.MABN.SIMULATED_BATCH_SIZE
+    total = DefaultTrainer.auto_scale_workers(cfg, ranks).SOLVER.IMS_PER_BATCH
+    images = total // ranks
+    if images < 1 or simulated < 1 or simulated % images:
+        raise ValueError(
+            f"MODEL.MABN.SIMULATED_BATCH_SIZE {simulated} is not a multiple of the {images} images "
+            f"per process (SOLVER.IMS_PER_BATCH {total}, {ranks} process(es))"
+        )

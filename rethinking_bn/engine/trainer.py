@@ -19,6 +19,7 @@ from torch import nn
 
 from rethinking_bn.engine.autocast import CPUAutocastTrainer
 from rethinking_bn.engine.checkpointer import Checkpointer
+from rethinking_bn.engine.checks import check_required_weights
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
 from rethinking_bn.engine.optimizer import build_optimizer
 from rethinking_bn.engine.precise_bn import with_precise_bn
@@ -134,6 +135,8 @@ class Trainer(DefaultTrainer):
 
         Raises:
             RuntimeError: on every rank, if they do not see the same last checkpoint.
+            ValueError: if the config fine-tunes and there are no weights
+                (``MODEL.MABN.REQUIRE_WEIGHTS``).
         """
         found = self.checkpointer.get_checkpoint_file() if resume else ""
         seen = comm.all_gather(os.path.basename(found))
@@ -142,6 +145,8 @@ class Trainer(DefaultTrainer):
                 f"the ranks see different last checkpoints in {self.cfg.OUTPUT_DIR}: {seen}; "
                 "OUTPUT_DIR must be the same folder for all of them"
             )
+        if not found:
+            check_required_weights(self.cfg)
         super().resume_or_load(resume)
 
     def state_dict(self) -> dict[str, Any]:

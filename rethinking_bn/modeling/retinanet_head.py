@@ -86,7 +86,7 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
         population_stats: str = "",
         affine: str = "",
         prior_prob: float = 0.01,
-        norm_options: Mapping[str, Any] | None = None,
+        norm_arguments: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -103,7 +103,7 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
                 "domain_specific" (one per level) or "" (this class's own choice); the columns of
                 Table 5.
             prior_prob: initial foreground probability of every anchor.
-            norm_options: keyword arguments of the layers of another norm than "BN" and "SyncBN".
+            norm_arguments: keyword arguments of the layers of another norm than "BN" and "SyncBN".
 
         Raises:
             ValueError: for an unknown value, or one that contradicts the class or the norm.
@@ -120,11 +120,11 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
             num_classes=num_classes,
             num_anchors=num_anchors,
             conv_dims=list(conv_dims),
-            norm=self._norm_factory(norm, len(input_shape), given, norm_options or {}) or "",
+            norm=self._norm_factory(norm, len(input_shape), given, norm_arguments or {}) or "",
             prior_prob=prior_prob,
         )
         if norm == "MABN":
-            convert_norms(self, norm, **(norm_options or {}))
+            convert_norms(self, norm, **(norm_arguments or {}))
         else:
             centre_convolutions(self)  # for a callable that makes MABN2d
 
@@ -136,7 +136,7 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
         arguments["train_stats"] = choices.TRAIN_STATS
         arguments["population_stats"] = choices.POPULATION_STATS
         arguments["affine"] = choices.AFFINE
-        arguments["norm_options"] = norm_options(cfg, cfg.MODEL.RETINANET.NORM)
+        arguments["norm_arguments"] = norm_options(cfg, cfg.MODEL.RETINANET.NORM)
         return arguments
 
     @classmethod

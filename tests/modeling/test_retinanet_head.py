@@ -187,7 +187,9 @@ def test_mabn_pools_the_levels_of_a_pass_into_one_iteration(
 ) -> None:
     options = {"simulated_batch_size": 8, "batch_size": 2, "momentum": 1.0}
     torch.manual_seed(1)
-    head = MultiDomainBNRetinaNetHead(**head_arguments(norm="MABN", norm_options=options)).double()
+    head = MultiDomainBNRetinaNetHead(
+        **head_arguments(norm="MABN", norm_arguments=options)
+    ).double()
     torch.manual_seed(1)
     stock = RetinaNetHead(**head_arguments(norm="GN"))
     for name, p in head.named_parameters():

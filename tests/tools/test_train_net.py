@@ -19,6 +19,7 @@ from tests.engine.tiny import register_data, tiny_config, write_data
 
 ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools" / "train_net.py")
+MABN = ["MODEL.BACKBONE.NAME", "build_mabn_retinanet_resnet_fpn_backbone"]
 DATA = "coco_2017_val_100"  # registered by detectron2 wherever DETECTRON2_DATASETS points
 
 
@@ -55,7 +56,16 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_good_input_starts(config_file: str) -> None:
-    for argv in (["--eval-only"], ["--num-gpus", "2"], ["SOLVER.MAX_ITER", "3"]):
+    good = [
+        ["--eval-only"],
+        ["--num-gpus", "2"],
+        ["SOLVER.MAX_ITER", "3"],
+        # what MABN needs in training only, and what fits as two processes share it
+        ["--eval-only", "MODEL.MABN.REQUIRE_WEIGHTS", "True"],
+        ["--eval-only", *MABN, "SOLVER.IMS_PER_BATCH", "3"],
+        ["--num-gpus", "2", *MABN, "SOLVER.IMS_PER_BATCH", "64"],
+    ]
+    for argv in good:
         with pytest.raises(Started):
             launch.run(start, "a test", ["--config-file", config_file, *argv])
 
@@ -77,6 +87,15 @@ def test_good_input_starts(config_file: str) -> None:
         (["DATASETS.TRAIN", "('shapes_trian',)"], ["'shapes_trian'", "shapes_train"]),
         (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN is empty"]),
         (["DATASETS.TEST", "('coco_2014_minival',)"], ["DETECTRON2_DATASETS", "minival2014.json"]),
+        (
+            ["MODEL.MABN.REQUIRE_WEIGHTS", "True"],
+            ["MODEL.WEIGHTS is empty", "trained with MABN", "REQUIRE_WEIGHTS False"],
+        ),
+        (
+            ["--num-gpus", "2", *MABN, "SOLVER.IMS_PER_BATCH", "6"],
+            ["SIMULATED_BATCH_SIZE 32", "the 3 images per process", "IMS_PER_BATCH 6, 2 process"],
+        ),
+        ([*MABN, "MODEL.MABN.BATCH_SIZE", "3"], ["SIMULATED_BATCH_SIZE 32", "BATCH_SIZE 3"]),
         (["MODEL.META_ARCHITECTURE", "RetinaNets"], ["RetinaNets", "META_ARCH"]),
         (
             [
