@@ -49,7 +49,7 @@ class NormHead:
     normalisation batch size (NBS) of sections 4 and 6 of arXiv 2105.07576. A layer that
     normalises by mini-batches at inference too (norm BatchStatBN) then takes each image by
     itself, however many are in the batch. Which rows belong to which image is told by
-    :meth:`image_rows`, and forgotten when that ends.
+    :meth:`image_rows`, and forgotten when that ends (activation checkpointing must repeat it).
     """
 
     conv_norm_relus: list[nn.Module]
@@ -95,34 +95,37 @@ class NormHead:
             self._image_rows = before
 
     @contextmanager
-    def normalizing_images(self, shuffled: int | None = None) -> Iterator[None]:
+    def normalizing_images(self, num_rows: int, *, shuffled: bool = False) -> Iterator[None]:
         """Let the BN layers normalise the groups of rows that ``norm_images`` asks for.
 
         Args:
-            shuffled: None: the rows are those of the images. Otherwise the number of rows that
-                this rank got from a shuffle: they are split into as many groups as the images
-                would be, equal but for one row.
+            num_rows: rows in the batch.
+            shuffled: whether they came from a shuffle. They are then split into as many groups as
+                the images on this rank would be, equal but for one row.
 
         Raises:
-            ValueError: when nobody has said which rows belong to which image, or the number of
-                images is no multiple of ``norm_images``.
+            ValueError: when nobody has said which rows belong to which image, what was said does
+                not fit, or the number of images is no multiple of ``norm_images``.
         """
         with ExitStack() as stack:
             if self.norm_images:
                 norms = self.batch_norms()
-                sizes = self._group_sizes(any(norm.training for norm in norms), shuffled)
+                training = any(norm.training for norm in norms)
+                sizes = self._group_sizes(num_rows, training=training, shuffled=shuffled)
                 for norm in norms:
                     stack.enter_context(norm.row_groups(sizes))  # type: ignore[operator]
             yield
 
-    def _group_sizes(self, training: bool, shuffled: int | None) -> list[int] | None:
+    def _group_sizes(self, num_rows: int, *, training: bool, shuffled: bool) -> list[int] | None:
         rows, k = self._image_rows, self.norm_images
-        name = type(self).__name__
         if rows is None:
             raise ValueError(
-                f"{name} normalises {k} images at a time (MODEL.ROI_HEADS.NORM_IMAGES) and must be "
-                f"called within `with head.image_rows(...)`, as NormImagesROIHeads does"
+                f"{type(self).__name__} normalises {k} images at a time (MODEL.ROI_HEADS."
+                "NORM_IMAGES) and must be called within `with head.image_rows(...)`, as "
+                "NormImagesROIHeads does"
             )
+        if not shuffled and sum(rows) != num_rows:
+            raise ValueError(f"images with {rows} rows do not sum up to the {num_rows} rows given")
         if not rows:
             return None
         if not training:
@@ -132,10 +135,10 @@ class NormHead:
                 f"MODEL.ROI_HEADS.NORM_IMAGES {k} does not divide the {len(rows)} images of a "
                 "batch on this rank"
             )
-        if shuffled is None:
+        if not shuffled:
             return [sum(rows[i : i + k]) for i in range(0, len(rows), k)]
         groups = len(rows) // k
-        ends = [group * shuffled // groups for group in range(groups + 1)]
+        ends = [group * num_rows // groups for group in range(groups + 1)]
         return [end - start for start, end in zip(ends, ends[1:], strict=False)]
 
 

@@ -1,0 +1,218 @@
+"""Small Mask R-CNN heads and models, and their heads written out in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.layers import ShapeSpec
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from rethinking_bn.data.storage import ensure_shapes
+from rethinking_bn.layers import shuffle_rows
+from rethinking_bn.modeling import (
+    NormBoxHead,
+    NormMaskHead,
+    ShuffleBNBoxHead,
+    ShuffleBNMaskHead,
+)
+from rethinking_bn.seeding import derive_seed
+from tests.engine.tiny import tiny_config
+from tests.layers.reference import ema, normalize
+
+CHANNELS, SIDE, SIZE = 4, 3, (48, 64)
+INPUT = ShapeSpec(channels=CHANNELS, height=SIDE, width=SIDE)
+BOX, MASK = {"conv_dims": [4, 8], "fc_dims": [6]}, {"conv_dims": [4, 8, 4], "num_classes": 2}
+LEVELS = ("p2", "p3", "p4", "p5")
+
+
+def make_head(kind: str, *, shuffled: bool = False, **overrides: Any) -> Any:
+    """Return a "box" or "mask" head with random affines and predictors; float64, training mode."""
+    classes = {
+        "box": (NormBoxHead, ShuffleBNBoxHead, BOX),
+        "mask": (NormMaskHead, ShuffleBNMaskHead, MASK),
+    }
+    norm, shuffle, arguments = classes[kind]
+    options: dict[str, Any] = {**arguments, "conv_norm": "BN", **overrides}
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        head = (shuffle if shuffled else norm)(INPUT, **options)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in head.named_parameters():
+        if parameter.dim() == 1 or name.startswith("predictor"):
+            with torch.no_grad():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return head.double()
+
+
+def call(head: Any, x: Tensor) -> Tensor:
+    """Return a head's output, the mask head's being its logits."""
+    return head.layers(x) if isinstance(head, NormMaskHead) else head(x)
+
+
+def rois(count: int, seed: int = 0) -> Tensor:
+    """Return RoI features whose statistics drift from row to row."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, CHANNELS, SIDE, SIDE, generator=generator, dtype=torch.float64)
+    row = torch.arange(count, dtype=torch.float64)[:, None, None, None]
+    return x * (1 + row / 4) + row
+
+
+def written_out(
+    head: Any, x: Tensor, groups: Sequence[int]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Return a BN head's output with each group of rows normalised by itself, and the running
+    statistics of each layer after one EMA step per group from mean 0 and variance 1."""
+    assert sum(groups) == len(x)
+    running = []
+    for conv in head.conv_norm_relus:
+        x = F.conv2d(x, conv.weight, None, padding=1)
+        parts = [part for part in x.split(list(groups)) if len(part)]
+        mean, var = torch.zeros(x.shape[1]).double(), torch.ones(x.shape[1]).double()
+        for part in parts:
+            mean, var = ema(mean, var, [part])
+        running.append((mean, var))
+        affine = conv.norm.weight, conv.norm.bias
+        parts = [normalize([part], [part], *affine)[0] for part in parts]
+        x = F.relu(torch.cat(parts)) if parts else x
+    return written_out_rest(head, x), running
+
+
+def written_out_rest(head: Any, x: Tensor) -> Tensor:
+    """Return what a head makes of its last normalised feature map."""
+    if isinstance(head, NormMaskHead):
+        x = F.relu(F.conv_transpose2d(x, head.deconv.weight, head.deconv.bias, stride=2))
+        return F.conv2d(x, head.predictor.weight, head.predictor.bias)
+    x = x.flatten(1)
+    for layer in head.fcs:
+        x = F.relu(F.linear(x, layer.weight, layer.bias))
+    return x
+
+
+def record_orders(head: Any) -> list[Tensor]:
+    """Return a list to which each forward adds the first value of every row, as shuffled."""
+    orders: list[Tensor] = []
+    first = head.conv_norm_relus[0]
+    first.register_forward_pre_hook(lambda _, args: orders.append(args[0][:, 0, 0, 0].clone()))
+    return orders
+
+
+def order_of(head: Any, seed: int = 0) -> tuple[float, ...]:
+    """Call a head on 30 rows of one image and return their order, as shuffled."""
+    orders = record_orders(head)
+    with head.image_rows((30,)):
+        call(head, rois(30, seed))
+    return tuple(orders[0].tolist())
+
+
+def permutation(head: Any, rows: int, run_seed: int, iteration: int) -> Tensor:
+    """Return the row in each slot of a head's first shuffle; not within a process group."""
+    seed = derive_seed(run_seed, iteration, head.seed_of_head, 0)
+    return shuffle_rows(torch.arange(rows), generator_seed=seed)[0]
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all gradients."""
+    return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def mask_config(
+    data: str = "no data", output_dir: str | Path = "no output", **keys: Any
+) -> CfgNode:
+    """Return a config of a narrow Mask R-CNN with BN heads of ours.
+
+    Args:
+        keys: with "__" in place of the dots.
+    """
+    return tiny_config(
+        data,
+        output_dir,
+        **{
+            "MODEL__META_ARCHITECTURE": "GeneralizedRCNN",
+            "MODEL__MASK_ON": True,
+            "MODEL__BACKBONE__NAME": "build_resnet_fpn_backbone",
+            "MODEL__RESNETS__NORM": "BN",
+            "MODEL__RESNETS__OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+            "MODEL__FPN__IN_FEATURES": ["res2", "res3", "res4", "res5"],
+            "MODEL__RPN__IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
+            "MODEL__RPN__POST_NMS_TOPK_TRAIN": 20,
+            "MODEL__RPN__POST_NMS_TOPK_TEST": 10,
+            "MODEL__ROI_HEADS__NAME": "NormImagesROIHeads",
+            "MODEL__ROI_HEADS__IN_FEATURES": list(LEVELS),
+            "MODEL__ROI_HEADS__NUM_CLASSES": 3,
+            "MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE": 8,
+            "MODEL__ROI_BOX_HEAD__NAME": "NormBoxHead",
+            "MODEL__ROI_BOX_HEAD__NUM_CONV": 2,
+            "MODEL__ROI_BOX_HEAD__NUM_FC": 1,
+            "MODEL__ROI_BOX_HEAD__CONV_DIM": 8,
+            "MODEL__ROI_BOX_HEAD__FC_DIM": 8,
+            "MODEL__ROI_BOX_HEAD__POOLER_RESOLUTION": 3,
+            "MODEL__ROI_BOX_HEAD__NORM": "BN",
+            "MODEL__ROI_MASK_HEAD__NAME": "NormMaskHead",
+            "MODEL__ROI_MASK_HEAD__NUM_CONV": 2,
+            "MODEL__ROI_MASK_HEAD__CONV_DIM": 8,
+            "MODEL__ROI_MASK_HEAD__POOLER_RESOLUTION": 4,
+            "MODEL__ROI_MASK_HEAD__NORM": "BN",
+            **keys,
+        },
+    )
+
+
+CASCADE = {
+    "MODEL__ROI_HEADS__NAME": "CascadeROIHeads",
+    "MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": True,
+}
+SHUFFLED = {
+    "MODEL__ROI_BOX_HEAD__NAME": "ShuffleBNBoxHead",
+    "MODEL__ROI_MASK_HEAD__NAME": "ShuffleBNMaskHead",
+}
+
+
+def norms(name: str) -> dict[str, str]:
+    """Return the keys of :func:`mask_config` that give both heads a norm."""
+    return {"MODEL__ROI_BOX_HEAD__NORM": name, "MODEL__ROI_MASK_HEAD__NORM": name}
+
+
+def roi_inputs(boxes_per_image: Sequence[int], seed: int = 0) -> tuple[Any, ...]:
+    """Return the arguments of ROI heads: images, features, proposals, targets.
+
+    Of the boxes of an image the first is also its ground truth; without a box there is none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images = len(boxes_per_image)
+    features = {
+        level: torch.randn(images, 8, SIZE[0] // 2**i, SIZE[1] // 2**i, generator=generator)
+        for i, level in enumerate(LEVELS, start=2)
+    }
+    proposals, targets = [], []
+    for count in boxes_per_image:
+        corner = torch.rand(count, 2, generator=generator) * 24
+        boxes = torch.cat([corner, corner + 8 + corner.flip(1) / 2], dim=1)
+        logits = torch.zeros(count)
+        proposals.append(Instances(SIZE, proposal_boxes=Boxes(boxes), objectness_logits=logits))
+        true = boxes[:1]
+        masks = torch.zeros(len(true), *SIZE, dtype=torch.bool)
+        masks[:, 8:20, 8:20] = True
+        classes = torch.ones(len(true), dtype=torch.int64)
+        targets.append(
+            Instances(SIZE, gt_boxes=Boxes(true), gt_classes=classes, gt_masks=BitMasks(masks))
+        )
+    return ImageList(torch.zeros(images, 3, *SIZE), [SIZE] * images), features, proposals, targets
+
+
+def register_masks(folder: str | Path, images: int = 4) -> str:
+    """Generate and register a few images of the shapes data set, and return their name."""
+    data = ensure_shapes("shapes_val", root=folder, num_images=images)
+    name = f"masks in {folder}"
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    register_coco_instances(name, {}, str(data / "annotations.json"), str(data / "images"))
+    return name

@@ -1,0 +1,232 @@
+"""MODEL.ROI_HEADS.NORM_IMAGES: the RoIs of k images at a time are a normalisation batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from rethinking_bn.modeling import NormImagesROIHeads
+from rethinking_bn.population import estimate_population_statistics
+
+from .roi_cases import (
+    CASCADE,
+    call,
+    gradients,
+    make_head,
+    mask_config,
+    norms,
+    roi_inputs,
+    rois,
+    written_out,
+)
+
+KINDS = ("box", "mask")
+
+
+def groups(rows: tuple[int, ...], k: int) -> list[int]:
+    return [sum(rows[i : i + k]) for i in range(0, len(rows), k)]
+
+
+@pytest.mark.parametrize("rows", [(3, 2, 4, 1), (0, 5, 2, 0), (0, 0, 3, 1), (1, 1, 1, 1)])
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_each_group_by_itself(kind: str, k: int, rows: tuple[int, ...]) -> None:
+    head, copy = make_head(kind, norm_images=k), make_head(kind)
+    copy.load_state_dict(head.state_dict())
+    x, again = (rois(sum(rows)).requires_grad_() for _ in range(2))
+    with head.image_rows(rows):
+        out = call(head, x)
+    expected, running = written_out(copy, again, groups(rows, k))
+    torch.testing.assert_close(out, expected)
+    out.sin().sum().backward()
+    expected.sin().sum().backward()
+    torch.testing.assert_close(x.grad, again.grad)
+    torch.testing.assert_close(gradients(head), gradients(copy))
+    for conv, (mean, var) in zip(head.conv_norm_relus, running, strict=True):
+        torch.testing.assert_close(conv.norm.running_mean, mean)
+        torch.testing.assert_close(conv.norm.running_var, var)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mini_batch_statistics_at_inference_take_each_image_by_itself(kind: str) -> None:
+    rows = (3, 0, 4)
+    head = make_head(kind, conv_norm="BatchStatBN", norm_images=2).eval()
+    x = rois(7)
+    with head.image_rows(rows):
+        together = call(head, x)
+    one_by_one = []
+    for part in x.split(list(rows)):
+        with head.image_rows([len(part)]):
+            one_by_one.append(call(head, part))
+    torch.testing.assert_close(together, torch.cat(one_by_one))
+    everything = make_head(kind, conv_norm="BatchStatBN").eval()
+    everything.load_state_dict(head.state_dict())
+    assert not torch.allclose(call(everything, x), together)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_population_statistics_do_not_look_at_images(kind: str) -> None:
+    head, plain = make_head(kind, norm_images=1), make_head(kind)
+    with head.image_rows((3, 4)):
+        call(head, rois(7))
+    plain.load_state_dict(head.state_dict())
+    with head.eval().image_rows((2, 5)):
+        assert torch.equal(call(head, rois(7)), call(plain.eval(), rois(7)))
+
+
+@pytest.mark.parametrize("norm", ["GN", "LN", ""])
+def test_norms_of_single_rows_take_any_norm_images(norm: str) -> None:
+    options: dict[str, Any] = {"conv_norm": norm, "conv_dims": [32]}
+    head, plain = make_head("box", norm_images=1, **options), make_head("box", **options)
+    plain.load_state_dict(head.state_dict())
+    with head.image_rows((2, 1)):
+        assert torch.equal(head(rois(3)), plain(rois(3)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"conv_norm": "SyncBN", "norm_images": 1}, "NORM_IMAGES.*1.*all images of all ranks"),
+        ({"conv_norm": "MABN", "norm_images": 1}, "NORM_IMAGES.*1.*MABN2d takes all rows"),
+        ({"conv_norm": nn.BatchNorm2d, "norm_images": 2}, "NORM_IMAGES.*2.*BatchNorm2d"),
+        ({"conv_norm": "BN", "norm_images": -1}, "NORM_IMAGES.*-1"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_build(
+    kind: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_head(kind, **options)
+
+
+def test_uneven_images_and_missing_row_counts_are_errors() -> None:
+    head = make_head("box", norm_images=2)
+    with pytest.raises(ValueError, match="image_rows"):
+        head(rois(3))
+    for rows, message in (((1, 1, 1), "2 does not divide the 3 images"), ((1, 3), "sum up")):
+        with pytest.raises(ValueError, match=message), head.image_rows(rows):
+            head(rois(3))
+    # nothing is left behind
+    with pytest.raises(ValueError, match="image_rows"):
+        head(rois(3))
+    with head.image_rows((1, 2)):
+        assert head(rois(3)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"MODEL__ROI_HEADS__NAME": "StandardROIHeads"}, "StandardROIHeads does not tell"),
+        (CASCADE, "CascadeROIHeads does not tell.*NormImagesCascadeROIHeads"),
+        ({"MODEL__ROI_BOX_HEAD__NAME": "FastRCNNConvFCHead"}, "FastRCNNConvFCHead.*ROI_BOX_HEAD"),
+        (
+            {"MODEL__ROI_MASK_HEAD__NAME": "MaskRCNNConvUpsampleHead"},
+            "MaskRCNNConvUpsampleHead.*ROI_MASK_HEAD",
+        ),
+        (norms("SyncBN"), "SyncBatchNorm2d"),
+    ],
+)
+def test_configs_that_would_ignore_it_are_refused_at_build(
+    keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(mask_config(MODEL__ROI_HEADS__NORM_IMAGES=1, **keys))
+
+
+class Recorder:
+    """Records the groups that every BN layer of some heads normalises."""
+
+    def __init__(self, heads: list[nn.Module]) -> None:
+        self.groups: list[tuple[int, ...] | None] = []
+        for head in heads:
+            head.conv_norm_relus[0].norm.register_forward_pre_hook(self._record)
+
+    def _record(self, norm: nn.Module, args: Any) -> None:
+        groups = norm._groups
+        assert groups is None or sum(groups) == len(args[0])
+        self.groups.append(groups)
+
+
+def test_roi_heads_tell_the_heads_in_training_and_inference() -> None:
+    heads = build_model(mask_config(MODEL__ROI_HEADS__NORM_IMAGES=1)).roi_heads
+    recorder = Recorder([heads.box_head, heads.mask_head])
+    images, features, proposals, targets = roi_inputs([3, 9, 0])
+    with EventStorage():
+        sampled, losses = heads(images, features, proposals, targets)
+    sum(losses.values()).backward()
+    rows = tuple(len(of_image) for of_image in sampled)
+    foreground = tuple(int((p.gt_classes != 3).sum()) for p in sampled)
+    assert recorder.groups == [rows, foreground] and rows[2] == 0 and foreground[0] > 0
+
+    recorder.groups.clear()
+    with torch.no_grad():
+        instances, _ = heads.eval()(images, features, roi_inputs([3, 9, 0])[2])
+    assert recorder.groups == [(3, 9, 0), tuple(len(i) for i in instances)]
+
+
+def test_a_cascade_tells_every_stage_its_own_counts() -> None:
+    cfg = mask_config(MODEL__ROI_HEADS__NORM_IMAGES=1, **CASCADE)
+    cfg.MODEL.ROI_HEADS.NAME = "NormImagesCascadeROIHeads"
+    heads = build_model(cfg).roi_heads
+    recorder = Recorder([*heads.box_head, heads.mask_head])
+    with EventStorage():
+        _, losses = heads(*roi_inputs([3, 6]))
+    sum(losses.values()).backward()
+    assert len(recorder.groups) == 4
+    assert all(groups is not None and len(groups) == 2 for groups in recorder.groups)
+
+
+def test_with_0_it_is_detectron2s_roi_heads() -> None:
+    torch.manual_seed(0)
+    ours = build_model(mask_config()).roi_heads
+    stock = build_model(mask_config(MODEL__ROI_HEADS__NAME="StandardROIHeads")).roi_heads
+    assert type(ours) is NormImagesROIHeads and type(stock) is StandardROIHeads
+    stock.load_state_dict(ours.state_dict())
+    losses = []
+    for heads in (ours, stock):
+        torch.manual_seed(1)
+        with EventStorage():
+            losses.append(heads(*roi_inputs([5, 2]))[1])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_population_training_normalises_the_same_batches(labelled: bool) -> None:
+    """The second layer's input depends on what the first one normalised together."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = make_head("box", norm_images=2)
+
+        def forward(self, rows: tuple[int, ...]) -> torch.Tensor:
+            with self.head.image_rows(rows):
+                return self.head(rois(sum(rows), seed=len(rows)))
+
+    model, batches = Model(), [(3, 2, 4, 1), (0, 3)]
+    report = estimate_population_statistics(
+        model, batches, 2, labelled=labelled, progress=False
+    )
+    assert not report.unreached
+    inputs: list[list[torch.Tensor]] = [[], []]
+    for rows in batches:
+        x = rois(sum(rows), seed=len(rows))
+        for k, conv in enumerate(model.head.conv_norm_relus):
+            x = torch.nn.functional.conv2d(x, conv.weight, padding=1)
+            inputs[k].append(x)
+            parts = x.split(groups(rows, 2))
+            fixed = [torch.nn.functional.batch_norm(
+                part, None, None, conv.norm.weight, conv.norm.bias, training=True
+            ) for part in parts]  # fmt: skip
+            x = torch.cat(fixed).relu()
+    for seen, conv in zip(inputs, model.head.conv_norm_relus, strict=True):
+        values = torch.cat(seen).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(conv.norm.running_mean, values.mean(1))
+        torch.testing.assert_close(conv.norm.running_var, values.var(1))
