@@ -19,11 +19,14 @@ from detectron2.utils.events import EventStorage
 from rethinking_bn import add_rethinking_bn_config, get_config_file
 from rethinking_bn.config_files import list_config_files
 from rethinking_bn.data.shapes import draw_sample
+from rethinking_bn.layers import CenConv2d
 
 from .test_config import flat
 
 FILES = [name for name in list_config_files() if not Path(name).name.startswith("Base-")]
 PAPER = [name for name in FILES if not name.startswith("shapes/")]
+# what small batches do to a norm, on shapes only
+SHAPES_ONLY = [f"shapes/retinanet_{norm}_2im.yaml" for norm in ("bn", "gn", "mabn")]
 SHARED, SEPARATE = "shared", "domain_specific"
 
 
@@ -76,7 +79,8 @@ def test_one_training_step_and_one_inference_step(name: str) -> None:
 
 
 def test_each_file_has_its_twin() -> None:
-    assert [f"shapes/{name}" for name in PAPER] == [n for n in FILES if n.startswith("shapes/")]
+    twins = [name for name in FILES if name.startswith("shapes/") and name not in SHAPES_ONLY]
+    assert [f"shapes/{name}" for name in PAPER] == twins
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -93,6 +97,7 @@ def test_a_twin_is_about_the_same_thing(name: str) -> None:
     sizes = {"MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"}
     sizes |= {"MODEL.ROI_BOX_HEAD.FC_DIM", "MODEL.ROI_BOX_HEAD.CONV_DIM"}
     sizes |= {"MODEL.ROI_MASK_HEAD.CONV_DIM", "MODEL.MABN.WARMUP_ITERS"}
+    sizes |= {"MODEL.MABN.REQUIRE_WEIGHTS"}  # no twin has weights
     assert changed & kept <= sizes
     assert twin["DATASETS.TRAIN"] == ("shapes_train",) and twin["MODEL.WEIGHTS"] == ""
     assert paper["OUTPUT_DIR"] == f"output/{Path(name).stem}"
@@ -138,11 +143,105 @@ def test_differs_from_detectron2s_3x_baseline_in_nothing_else(name: str) -> None
     assert ours["MODEL.BACKBONE.FREEZE_AT"] == 2 and ours["MODEL.RESNETS.NORM"] == "FrozenBN"
 
 
+GN = {
+    "MODEL.BACKBONE.NAME": "build_gn_resnet_fpn_backbone",
+    "MODEL.ROI_HEADS.NAME": "NormImagesROIHeads",
+    "MODEL.ROI_BOX_HEAD.NAME": "NormBoxHead",
+    "MODEL.ROI_MASK_HEAD.NAME": "NormMaskHead",
+    "MODEL.WEIGHTS": "detectron2://ImageNetPretrained/FAIR/R-50-GN.pkl",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "baseline", "changed"),
+    [
+        ("mask_rcnn_gn", "Misc/mask_rcnn_R_50_FPN_3x_gn.yaml", GN),
+        (
+            "mask_rcnn_gn_scratch",
+            "Misc/scratch_mask_rcnn_R_50_FPN_3x_gn.yaml",
+            {key: value for key, value in GN.items() if key != "MODEL.WEIGHTS"},
+        ),
+    ],
+)
+def test_gn_throughout_is_detectron2s_recipe(
+    name: str, baseline: str, changed: dict[str, Any]
+) -> None:
+    stock = model_zoo.get_config(baseline)
+    add_rethinking_bn_config(stock)
+    before, ours = flat(stock), flat(load(f"{name}.yaml"))
+    assert {key: value for key, value in ours.items() if before[key] != value} == {
+        "OUTPUT_DIR": f"output/{name}",
+        **changed,
+    }
+    assert ours["MODEL.RESNETS.STRIDE_IN_1X1"] is False
+    assert ours["MODEL.BACKBONE.FREEZE_AT"] == (0 if "scratch" in name else 2)
+
+
+@pytest.mark.parametrize(
+    "name", ["mask_rcnn_mabn", "mask_rcnn_mabn_scratch", "retinanet_mabn_scratch"]
+)
+def test_mabn_throughout_is_the_published_recipe(name: str) -> None:
+    ours = flat(load(f"{name}.yaml"))
+    assert {
+        "SOLVER.IMS_PER_BATCH": 16,
+        "SOLVER.BASE_LR": 0.01 if "retinanet" in name else 0.02,
+        "SOLVER.WEIGHT_DECAY": 1e-4,
+        "SOLVER.MAX_ITER": 180000,
+        "SOLVER.STEPS": (120000, 160000),
+        "SOLVER.WARMUP_ITERS": 500,
+        "SOLVER.WARMUP_FACTOR": 1 / 3,
+        "INPUT.MIN_SIZE_TRAIN": (800,),
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.WEIGHTS": "",
+        "MODEL.MABN.SIMULATED_BATCH_SIZE": 32,
+        "MODEL.MABN.MOMENTUM": 0.02,
+        "MODEL.MABN.REQUIRE_WEIGHTS": name == "mask_rcnn_mabn",
+    }.items() <= ours.items()
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn_mabn", "retinanet_mabn_scratch"])
+def test_mabn_is_where_its_authors_put_it(name: str) -> None:
+    cfg = load(f"shapes/{name}.yaml")
+    model = build_model(cfg)
+    plain = {
+        module: type(layer) is CenConv2d
+        for module, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Conv2d)
+    }
+    centred = {module for module, is_centred in plain.items() if is_centred}
+    left = plain.keys() - centred
+    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if cfg.MODEL.MASK_ON:
+        assert len(centred) == 53 + 8 + 4 + 4
+        assert {module.split(".")[0] for module in left} == {"proposal_generator", "roi_heads"}
+        assert {module for module in left if "roi_heads" in module} == {
+            "roi_heads.mask_head.predictor"
+        }
+    else:
+        assert len(centred) == 53 + 6 + 8
+        top = {"backbone.top_block.p6", "backbone.top_block.p7"}
+        assert left == top | {"head.cls_score", "head.bbox_pred"}
+
+
+def test_bn_gn_and_mabn_at_two_images_differ_in_nothing_else() -> None:
+    configs = [flat(load(name)) for name in SHAPES_ONLY]
+    differing = {key for key in configs[0] if len({repr(cfg[key]) for cfg in configs}) > 1}
+    norms = {"MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.RETINANET.NORM"}
+    assert differing == {*norms, "MODEL.BACKBONE.NAME", "OUTPUT_DIR"}
+    for name, norm in zip(SHAPES_ONLY, ("BatchNorm2d", "GroupNorm", "MABN2d"), strict=True):
+        model = build_model(load(name))
+        found = [type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__]
+        found += [type(m).__name__ for m in model.modules() if type(m).__name__ == "MABN2d"]
+        assert len(found) == 53 + 6 + 8
+        assert {kind.replace("MultiDomain", "") for kind in found} == {norm}
+
+
 def test_every_level_of_the_shapes_twins_gets_objects() -> None:
     cfg = load("shapes/retinanet_bn_row1.yaml")
     strides = (8, 16, 32, 64, 128)
     generator = build_anchor_generator(cfg, [ShapeSpec(stride=stride) for stride in strides])
-    grids = [torch.zeros(1, 1, -(-160 // s), -(-192 // s)) for s in strides]
+    height, width = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    grids = [torch.zeros(1, 1, -(-height // s), -(-width // s)) for s in strides]
     anchors = [boxes.tensor for boxes in generator(grids)]
     level = torch.cat([torch.full((len(a),), i) for i, a in enumerate(anchors)])
     everything = Boxes(torch.cat(anchors))
@@ -152,4 +251,4 @@ def test_every_level_of_the_shapes_twins_gets_objects() -> None:
         boxes = Boxes(torch.tensor([shape.box for shape in shapes], dtype=torch.float32))
         best.extend(level[pairwise_iou(boxes, everything).argmax(1)].tolist())
     share = torch.bincount(torch.tensor(best), minlength=5) / len(best)
-    assert (share > 0.05).all(), share
+    assert (share > 0.03).all(), share
