@@ -76,7 +76,7 @@ class NormBoxHead(NormHead, FastRCNNConvFCHead):
         Raises:
             ValueError: with ``norm_images``, outside of ``image_rows(...)``.
         """
-        with self.normalizing_images():
+        with self.normalizing_images(len(x)):
             return super().forward(x)
 
 

@@ -82,7 +82,7 @@ class NormMaskHead(NormHead, MaskRCNNConvUpsampleHead):
 
     def layers(self, x: Tensor) -> Tensor:
         """Return logits (R, K, 2H, 2W) for (R, C, H, W)."""
-        with self.normalizing_images():
+        with self.normalizing_images(len(x)):
             return super().layers(x)
 
 

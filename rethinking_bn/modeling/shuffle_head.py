@@ -71,7 +71,7 @@ class ShuffleHead(NormHead):
         last = max(i for i, layer in enumerate(layers) if getattr(layer, "norm", None) in norms)
         end = point_of_return(layers, last, tuple(x.shape[1:]))
         rows, state = shuffle_rows(x, generator_seed=self._seed(x))
-        with self.normalizing_images(shuffled=len(rows)):
+        with self.normalizing_images(len(rows), shuffled=True):
             for layer in layers[:end]:
                 rows = layer(rows)
         x = unshuffle_rows(rows, state)

@@ -90,7 +90,7 @@ def written_out_rest(head: Any, x: Tensor) -> Tensor:
     if isinstance(head, NormMaskHead):
         x = F.relu(F.conv_transpose2d(x, head.deconv.weight, head.deconv.bias, stride=2))
         return F.conv2d(x, head.predictor.weight, head.predictor.bias)
-    x = x.flatten(1)
+    x = x.flatten(1) if head.fcs else x
     for layer in head.fcs:
         x = F.relu(F.linear(x, layer.weight, layer.bias))
     return x
