@@ -93,13 +93,15 @@ def build_with_norm(builder: Builder, cfg: CfgNode, input_shape: ShapeSpec, norm
     stock.MODEL.BACKBONE.FREEZE_AT = 0  # after the conversion: detectron2 freezes by replacing BN
     backbone = builder(stock, input_shape)
     convert_norms(backbone, norm, **norm_options(cfg, norm))
-    _freeze(backbone, cfg.MODEL.BACKBONE.FREEZE_AT)
-    logger.info("%s instead of MODEL.RESNETS.NORM and MODEL.FPN.NORM", norm)
+    resnet = backbone if isinstance(backbone, ResNet) else backbone.bottom_up
+    _freeze(resnet, cfg.MODEL.BACKBONE.FREEZE_AT)
+    for key, said in (("RESNETS", cfg.MODEL.RESNETS.NORM), ("FPN", cfg.MODEL.FPN.NORM)):
+        if said != norm and (key == "RESNETS" or backbone is not resnet):
+            logger.info("The backbone has %s where MODEL.%s.NORM says %r", norm, key, said)
     return backbone
 
 
-def _freeze(backbone: Backbone, freeze_at: int) -> None:
-    resnet = backbone if isinstance(backbone, ResNet) else backbone.bottom_up
+def _freeze(resnet: ResNet, freeze_at: int) -> None:
     resnet.freeze(freeze_at)
     for layer in resnet.modules():
         if isinstance(layer, MABN2d) and not layer.weight.requires_grad:

@@ -247,7 +247,16 @@ def test_its_own_checkpoint_loads_without_a_word(caplog: pytest.LogCaptureFixtur
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_in_a_foreign_build_the_norm_keys_are_replaced() -> None:
+def test_the_norm_keys_are_replaced_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
     cfg = config(MODEL__RESNETS__NORM="SyncBN", MODEL__FPN__NORM="")
-    backbone = build("resnet_fpn", "mabn_", cfg)
+    with caplog.at_level(logging.INFO, "rethinking_bn"):
+        backbone = build("resnet_fpn", "mabn_", cfg)
     assert not any(isinstance(m, nn.SyncBatchNorm) or type(m) is Conv2d for m in backbone.modules())
+    assert [record.getMessage() for record in caplog.records] == [
+        "The backbone has MABN where MODEL.RESNETS.NORM says 'SyncBN'",
+        "The backbone has MABN where MODEL.FPN.NORM says ''",
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "rethinking_bn"):
+        build("resnet", "mabn_", config(MODEL__RESNETS__NORM="MABN"))
+    assert not caplog.records
