@@ -9,7 +9,6 @@ from torch import nn
 
 from .comparators.batch_norm import PlainSyncBatchNorm2d
 from .contenders import TOY_SIZES, make_levels
-from .equality import require_equal, require_equal_state, tolerance_of
 from .extrapolate import norm_table
 from .optional import missing
 from .options import Options
@@ -74,7 +73,8 @@ def _measure(
     device: torch.device, sizes: Any, channels: int, plan: Plan, per_level: type[nn.Module]
 ) -> dict[str, Any]:
     """Run on one rank: check, count, time."""
-    from .retinanet_heads import HeadSize, head_forward, head_step, our_head, per_level_head
+    from .head_check import check_heads, output_gradients
+    from .retinanet_heads import HeadSize, head_step, our_head, per_level_head
 
     rank = torch.distributed.get_rank()
     size = HeadSize(channels, 4, 2, 1)
@@ -83,21 +83,15 @@ def _measure(
     # ranks hold different values
     levels = make_levels(sizes, channels, device=device)
     features = [(x.detach() * (1 + rank) + rank).requires_grad_() for x in levels.xs]
-    dys = [torch.ones_like(y) * (rank + 1) for y in head_forward(ours, features)]
-    dys = [dy + torch.sin(torch.arange(dy.numel(), device=device)).view_as(dy) for dy in dys]
-    head_forward(other, features)  # as many EMA steps as the line above made
-    tolerance = tolerance_of(torch.float32)
-    calls, sent, steps = [], [], []
+    pair = f"one collective = one per level ({per_level.__name__})"
+    checks = {pair: check_heads(pair, ours, other, features)}
+    dys = output_gradients(ours, features)
+    calls, sent = [], []
     for head in (ours, other):
         with counting_traffic() as traffic:
-            steps.append(head_step(head, features, dys))
+            head_step(head, features, dys)
         calls.append(dict(traffic.calls))
         sent.append(traffic.sent)
-    checks = {
-        "outputs": require_equal("outputs", steps[0][0], steps[1][0], tolerance),
-        "gradients": require_equal("gradients", steps[0][1], steps[1][1], tolerance),
-        "state": require_equal_state("state", ours.state_dict(), other.state_dict(), tolerance),
-    }
     times = alternate_together(
         {
             "ours": lambda: head_step(ours, features, dys),

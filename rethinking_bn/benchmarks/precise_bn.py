@@ -36,8 +36,8 @@ def run(options: Options) -> Result:
     name = options.pick(quick="resnet18", cpu="resnet50", cuda="resnet50")
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, num_classes=10).train()
-    size, images = options.pick(quick=(32, 2), cpu=(160, 4), cuda=(224, 32))
-    count = options.pick(quick=2, cpu=3, cuda=8)
+    size, images = options.pick(quick=(32, 2), cpu=(128, 2), cuda=(224, 32))
+    count = options.pick(quick=2, cpu=6, cuda=8)
     batches: list[Any] = [torch.randn(images, 3, size, size) * (i + 1) for i in range(count)]
     batches = [batch.to(options.device) for batch in batches]
     _compare(result, f"{name}, {images} x {size} x {size}", model, batches, options)
@@ -95,7 +95,7 @@ def _compare(
     for name in (_OURS, *([] if reason else [_FVCORE])):
         sides[name]()
         _check(result, f"{case}, {name}", models[name], expected, biased=name == _FVCORE)
-    times = alternate(sides, options.device, options.plan(12.0))
+    times = alternate(sides, options.device, options.plan(8.0))
     images = (
         count * len(batches[0][0])
         if not isinstance(batches[0], Tensor)

@@ -134,8 +134,9 @@ def alternate_together(
     """
 
     def agree(mine: tuple[int, int]) -> tuple[int, int]:
+        # the least of both: a rank that has nothing to do in some step would choose very many
         everyone = _gather(mine)
-        return max(calls for calls, _ in everyone), min(rounds for _, rounds in everyone)
+        return min(calls for calls, _ in everyone), min(rounds for _, rounds in everyone)
 
     times = alternate(sides, device, plan, barrier=dist.barrier, agree=agree)
     everyone = _gather(times)

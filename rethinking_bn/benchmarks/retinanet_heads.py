@@ -49,10 +49,11 @@ class HeadSize:
         }
 
 
-def our_head(size: HeadSize, row: int, norm: str = "BN") -> nn.Module:
-    """Return our head with the choices of a row of Table 5."""
+def our_head(size: HeadSize, row: int | None, norm: str = "BN") -> nn.Module:
+    """Return our head with the choices of a row of Table 5, or for None without a norm."""
     names = ("train_stats", "population_stats", "affine")
-    choices = dict(zip(names, ROWS[row], strict=True))
+    choices = {} if row is None else dict(zip(names, ROWS[row], strict=True))
+    norm = "" if row is None else norm
     torch.manual_seed(0)
     return MultiDomainBNRetinaNetHead(norm=norm, **choices, **size.arguments())
 

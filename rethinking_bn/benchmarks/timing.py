@@ -23,14 +23,15 @@ class Plan:
     Attributes:
         seconds: to spend on one set of alternatives, roughly.
         min_rounds, max_rounds: limits of the rounds that follow from it.
-        warmup: calls of each alternative that are not measured.
+        warmup: calls of each alternative before the one that tells how long it takes, which is
+            not part of the result either.
         min_sample: seconds; shorter steps are repeated within a sample.
     """
 
     seconds: float = 8.0
     min_rounds: int = 5
     max_rounds: int = 60
-    warmup: int = 2
+    warmup: int = 1
     min_sample: float = 0.02
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from rethinking_bn.benchmarks.comparators.shuffle import PaddedShuffle, PaddedSt
 from rethinking_bn.benchmarks.equality import require_equal, require_equal_state
 from rethinking_bn.benchmarks.extrapolate import norm_bytes, shuffle_bytes
 from rethinking_bn.benchmarks.memory import saved_bytes
+from rethinking_bn.benchmarks.processes import alternate_together, run_processes
 from rethinking_bn.benchmarks.result import Result
 from rethinking_bn.benchmarks.targets import target
 from rethinking_bn.benchmarks.timing import Plan, alternate, ratios, spread
@@ -52,7 +54,11 @@ EXPECTED = {
         "float32 channels_last | shared BN | concatenate/split",
         "bfloat16 | shared BN | concatenate/split",
     ],
-    "head": ["added by the norm | ours, row 1 | detectron2, BN"],
+    "head": [
+        "less itself without one | ours, row 1 | detectron2, BN",
+        "head without norm | ours, row 1 | detectron2, BN",
+        "whole step | ours, no norm | detectron2, no norm",
+    ],
     "collectives": ["all_gather per step", "all_reduce per step", "step, 2 processes"],
     "shuffle": ["2 processes", "most sent by a rank"],
     "precise-bn": [
@@ -211,7 +217,7 @@ class UncorrectedSync(PlainSyncBatchNorm2d):
 
 def test_wrong_synchronised_norm_is_refused() -> None:
     pytest.importorskip("detectron2")
-    with pytest.raises(ResultsDiffer, match="rank [01]: outputs"):
+    with pytest.raises(ResultsDiffer, match="rank [01]: one collective.*outputs"):
         collectives.run(QUICK, per_level=UncorrectedSync)
 
 
@@ -301,3 +307,30 @@ def test_unknown_comparison_and_wrong_command_lines(
             tool.parse(arguments)
         assert stopped.value.code == 2
     assert "no usable GPU" in capsys.readouterr().err or torch.cuda.is_available()
+
+
+def _idle_on_one_rank(device: torch.device) -> int:
+    """Take turns at a step that only rank 0 has work in; return how often it ran."""
+    ran = [0]
+
+    def work() -> None:
+        ran[0] += 1
+        time.sleep(0.01 if torch.distributed.get_rank() == 0 else 0.0)
+
+    alternate_together({"work": work}, device, Plan(seconds=0.0, min_rounds=3, max_rounds=3))
+    return ran[0]
+
+
+def test_an_idle_rank_does_not_choose_how_often_a_step_runs() -> None:
+    assert max(run_processes(_idle_on_one_rank, 2)) < 20
+
+
+def _fails_on_one_rank(device: torch.device) -> None:
+    if torch.distributed.get_rank() == 1:
+        raise KeyError("lost")
+    torch.distributed.barrier()
+
+
+def test_a_failing_rank_fails_all() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1:.*KeyError: 'lost'"):
+        run_processes(_fails_on_one_rank, 2)
