@@ -70,7 +70,6 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
 
     def _normalize_batch(self, x: Tensor) -> Tensor:
         xs = self._split(x)
-        observed = self._observer is not None
         each = list(range(len(xs)))
         outputs, local, pooled = normalize(
             xs,
@@ -82,9 +81,9 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
             sync=self.sync and self.training,
             group=self.process_group,
         )
-        if self._observer is not None:
+        if self.training and self._observer is not None:
             self._observer(Moments(*(v[None] for v in merge_moments(*local))))
-        elif self.training and self.track_running_stats and not observed:
+        elif self.training and self.track_running_stats:
             update_running_statistics([self], pooled, self.momentum)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -172,6 +171,7 @@ _said: set[str] = set()
 
 
 def _say_once(message: str) -> None:
-    if message not in _said:
+    # a compiler cannot trace logging
+    if not torch.compiler.is_compiling() and message not in _said:
         _said.add(message)
         logger.info(message)

@@ -167,10 +167,11 @@ def _convert(
         name: [f"{prefix}{level}.{name}" for level in range(levels)]
         for name in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
     }
-    extra = f"{prefix}{levels}.running_mean"
-    if extra in state_dict:
-        error_msgs.append(f"{extra}: the checkpoint has more domains than the layer's {levels}")
-        return
+    for name in ("running_mean", "weight"):
+        extra = f"{prefix}{levels}.{name}"
+        if extra in state_dict:
+            error_msgs.append(f"{extra}: the checkpoint has more domains than the layer's {levels}")
+            return
     for names, choice in (
         (("running_mean", "running_var"), layer.population_stats),
         (("weight", "bias"), layer.affine),
@@ -209,7 +210,8 @@ def _convert(
 def _copy_to_levels(state_dict: dict[str, Any], source: str, targets: list[str]) -> None:
     value = state_dict.pop(source, None)
     if value is not None:
-        state_dict.update((target, value) for target in targets)
+        # clones: load_state_dict(assign=True) keeps the very tensors
+        state_dict.update((target, value.clone()) for target in targets)
 
 
 def _log(prefix: str, source: str, action: str, is_affine: bool) -> None:

@@ -166,7 +166,7 @@ class MABNState(PopulationLayer, FullPrecisionBuffers):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no graph that could ask for this layer's forwards
-        return {**self.__dict__, "_records": ForwardRecords()}
+        return {**super().__getstate__(), "_records": ForwardRecords()}
 
     def extra_repr(self) -> str:
         return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -45,6 +46,10 @@ class PopulationLayer:
         finally:
             # deleting restores the class attribute: nothing is left in the instance
             del self._observer
+
+    def __getstate__(self) -> dict[str, Any]:
+        # nobody observes a copy
+        return {key: value for key, value in vars(self).items() if key != "_observer"}
 
     def read_population(self) -> tuple[Tensor, Tensor]:
         """Return the population mean and variance, each (D, C), copies of the buffers."""

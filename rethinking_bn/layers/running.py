@@ -19,7 +19,9 @@ def update_running_statistics(
 
     With one holder and several rows the steps follow each other, row after row, as when one
     nn.BatchNorm2d is called once per level. Rows are skipped on the device, without a host
-    synchronisation: those without a value entirely, those with one value for the variance.
+    synchronisation: those without a value entirely, those with one value for the variance. A row
+    that is not finite is skipped as well: under mixed precision one forward may overflow, in a
+    step that the optimizer then leaves out, and NaN would never leave a moving average again.
 
     Args:
         holders: modules with running_mean, running_var (C,) and num_batches_tracked; either one
@@ -27,8 +29,10 @@ def update_running_statistics(
         moments: K rows.
         momentum: fraction of the new value; None: 1 / number of steps so far.
     """
-    seen = torch.stack([moments.count > 0, moments.count > 1])  # (2, K): mean, variance
     values = torch.stack([moments.mean, moments.variance(unbiased=True)])  # (2, K, C)
+    finite = values.isfinite().all(2).all(0)  # (K,)
+    values = values.masked_fill(~finite[:, None], 0.0)
+    seen = torch.stack([moments.count > 0, moments.count > 1]) & finite  # (2, K): mean, variance
     buffers = [h.running_mean for h in holders] + [h.running_var for h in holders]
     old = torch.stack(buffers).to(values.dtype).view(2, len(holders), -1)
     counters = [h.num_batches_tracked for h in holders]

@@ -89,6 +89,29 @@ def test_row_groups_are_separate_batches(kind: type[BatchNorm2d]) -> None:
     assert seen[0].count.tolist() == [81.0]
 
 
+def test_at_inference_nothing_is_observed() -> None:
+    layer, seen = BatchStatNorm2d(CHANNELS).eval(), []
+    with layer.observing(seen.append):
+        layer(torch.randn(2, CHANNELS, 3, 3))
+    assert seen == []
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_one_overflow_does_not_poison_the_moving_averages(momentum: float | None) -> None:
+    mine, theirs = (
+        BatchNorm2d(CHANNELS, momentum=momentum),
+        nn.BatchNorm2d(CHANNELS, momentum=momentum),
+    )
+    for bad in (None, float("inf"), float("nan"), None):
+        x = torch.randn(3, CHANNELS, 2, 2)
+        if bad is not None:
+            x[0, 1, 0, 0] = bad
+        mine(x)
+        if bad is None:
+            theirs(x)
+    torch.testing.assert_close(dict(mine.state_dict()), dict(theirs.state_dict()))
+
+
 def test_sync_bn_refuses_row_groups() -> None:
     with (
         pytest.raises(ValueError, match="row groups"),

@@ -10,7 +10,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from rethinking_bn.layers import MultiDomainBatchNorm2d
+from rethinking_bn.layers import MultiDomainBatchNorm2d, SyncBatchNorm2d
 
 from . import reference
 from .reference import CHANNELS
@@ -62,3 +62,12 @@ def test_one_graph_over_iterations_and_dynamic_sizes(choices: tuple[str, ...]) -
     assert counter.frame_count == 1
     compiled.eval(), eager.eval()
     torch.testing.assert_close(run(xs), eager(xs))
+
+
+def test_sync_batch_norm_in_one_process() -> None:
+    """Its log line is no reason to break the graph."""
+    torch._dynamo.reset()
+    layer = SyncBatchNorm2d(CHANNELS)
+    x = torch.randn(2, CHANNELS, 3, 3)
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(x), nn.BatchNorm2d(CHANNELS)(x))

@@ -278,9 +278,14 @@ def test_shared_checkpoint_is_copied_to_every_domain() -> None:
             assert torch.equal(
                 getattr(target.get_submodule(str(level)), name), getattr(source, name)
             )
-    # copies, not views of one tensor
-    target.get_buffer("0.running_mean").add_(1)
-    assert not torch.equal(target.get_buffer("0.running_mean"), target.get_buffer("1.running_mean"))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_domains_share_no_memory_after_conversion(assign: bool) -> None:
+    target = build(*("domain_specific",) * 3)
+    target.load_state_dict(build("shared", "shared", "shared").state_dict(), assign=assign)
+    pointers = [value.data_ptr() for value in target.state_dict().values()]
+    assert len(set(pointers)) == len(pointers)
 
 
 def test_unconvertible_checkpoints_name_the_key() -> None:
@@ -296,6 +301,11 @@ def test_unconvertible_checkpoints_name_the_key() -> None:
     more = MultiDomainBatchNorm2d(CHANNELS, L + 1, population_stats="domain_specific")
     with pytest.raises(RuntimeError, match=r"norm\.4\.running_mean.*more domains"):
         target.load_state_dict({f"norm.{k}": v for k, v in more.state_dict().items()}, strict=False)
+    row_5 = MultiDomainBatchNorm2d(CHANNELS, L + 1, affine="domain_specific")
+    with pytest.raises(RuntimeError, match=r"4\.weight.*more domains"):
+        build("shared", "shared", "domain_specific").load_state_dict(
+            row_5.state_dict(), strict=False
+        )
 
 
 def test_a_checkpoint_without_the_layer_leaves_it_fresh() -> None:
@@ -329,6 +339,14 @@ def test_observing(train: str, population: str, affine: str) -> None:
     layer.write_population(moments)
     mean, _ = layer.read_population()
     torch.testing.assert_close(mean, moments.mean)
+
+
+def test_a_copy_made_while_observing_is_not_observed() -> None:
+    layer, seen = build("shared", "shared", "shared"), []
+    with layer.observing(seen.append):
+        other = copy.deepcopy(layer)
+    other(reference.levels())
+    assert seen == [] and other.num_batches_tracked == 1
 
 
 def test_deepcopy_and_pickled_state_continue_alike() -> None:
