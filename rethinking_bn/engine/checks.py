@@ -41,6 +41,10 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
         raise ValueError(
             f"SOLVER.CHECKPOINT_PERIOD must be at least 1, got {cfg.SOLVER.CHECKPOINT_PERIOD}"
         )
+    if cfg.TEST.PRECISE_BN.ENABLED and cfg.TEST.PRECISE_BN.NUM_ITER < 1:
+        raise ValueError(
+            f"TEST.PRECISE_BN.NUM_ITER must be at least 1, got {cfg.TEST.PRECISE_BN.NUM_ITER}"
+        )
     check_batch_size(cfg, ranks, training=not args.eval_only)
     check_weights(cfg, resume=args.resume, training=not args.eval_only)
     check_data_sets(cfg, training=not args.eval_only)

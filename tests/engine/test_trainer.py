@@ -15,7 +15,8 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from torch import nn
 
-from rethinking_bn.engine import Checkpointer, MergeStatistics, PreciseBN, Trainer
+from rethinking_bn import get_config_file
+from rethinking_bn.engine import Checkpointer, MergeStatistics, PreciseBN, Trainer, load_config
 from rethinking_bn.engine.autocast import CPUAutocastTrainer
 from tests.engine.tiny import register_data, tiny_config, write_data
 from tests.helpers import run_distributed
@@ -238,3 +239,25 @@ def test_two_processes_on_the_cpu(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     trainer.resume_or_load()
     assert trainer.model.loss_normalizer == sum(ranks[0]["normalizers"]) / 2
     assert "saved by 2" in caplog.text
+
+
+def train_shapes_config(rank: int, folder: Path) -> dict[str, Any]:
+    cfg = load_config(get_config_file("shapes/retinanet_bn_row1.yaml"))
+    data = (register_data(folder),)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.OUTPUT_DIR = data, data, str(folder / "shapes")
+    cfg.SOLVER.MAX_ITER = 2
+    trainer = Trainer(cfg)
+    trainer.train()
+    statistics = {k: v for k, v in trainer.model.module.state_dict().items() if "running" in k}
+    return {"results": trainer._last_eval_results, "statistics": statistics}
+
+
+def test_the_shapes_config_of_row_1_on_two_processes(tmp_path: Path) -> None:
+    """Trains and evaluates without a GPU, and both ranks end with the same statistics."""
+    write_data(tmp_path)
+    first, second = run_distributed(train_shapes_config, 2, tmp_path, timeout=200)
+    assert "AP" in first["results"]["bbox"]  # rank 0 evaluates
+    assert len(first["statistics"]) == 2 * 8  # a mean and a variance for each of 8 layers
+    for name, value in first["statistics"].items():
+        assert value.abs().sum() > 0
+        assert torch.equal(value, second["statistics"][name]), name

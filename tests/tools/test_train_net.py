@@ -82,6 +82,10 @@ def test_good_input_starts(config_file: str) -> None:
         (["--num-gpus", "3"], ["SOLVER.IMS_PER_BATCH 4", "3 process"]),
         (["SOLVER.REFERENCE_WORLD_SIZE", "3"], ["SOLVER.IMS_PER_BATCH 4", "WORLD_SIZE 3"]),
         (["SOLVER.CHECKPOINT_PERIOD", "0"], ["SOLVER.CHECKPOINT_PERIOD", "at least 1"]),
+        (
+            ["TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "0"],
+            ["TEST.PRECISE_BN.NUM_ITER", "at least 1"],
+        ),
         (["--num-machines", "2"], ["--dist-url"]),
         (["--num-machines", "2", "--machine-rank", "2"], ["--machine-rank 2"]),
         (["DATASETS.TRAIN", "('shapes_trian',)"], ["'shapes_trian'", "shapes_train"]),
