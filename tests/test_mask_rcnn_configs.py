@@ -21,6 +21,7 @@ from detectron2.utils.events import EventStorage
 from rethinking_bn import add_rethinking_bn_config
 from rethinking_bn.data.shapes import draw_sample
 from rethinking_bn.engine import Trainer
+from rethinking_bn.engine.checks import check_batch_size
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
 from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d
 from tests.helpers import run_distributed
@@ -181,6 +182,40 @@ def test_two_processes_train_a_population_and_evaluate(tmp_path: Path) -> None:
         assert all(torch.equal(value, second[number][1][key]) for key, value in state.items())
         saved = torch.load(tmp_path / str(number) / "model_final.pth", weights_only=False)
         assert all(torch.equal(saved["model"][key], value) for key, value in state.items())
+
+
+def test_a_resumed_run_shuffles_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    keys = {
+        **SHUFFLED,
+        "MODEL__ROI_HEADS__NORM_IMAGES": 1,
+        "SOLVER__CHECKPOINT_PERIOD": 2,
+        "TEST__EVAL_PERIOD": 0,
+        "DATASETS__TEST": (),
+        "TEST__PRECISE_BN__ENABLED": False,
+    }
+    states = []
+    for resume in (False, True):
+        cfg = run_config(tmp_path, tmp_path / "out", SOLVER__MAX_ITER=3, **keys)
+        if resume:
+            (tmp_path / "out" / "last_checkpoint").write_text("model_0000001.pth")
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        assert trainer.start_iter == (2 if resume else 0)
+        trainer.train()
+        states.append(trainer.model.state_dict())
+    assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
+
+
+def test_normalisation_batches_that_do_not_fit_are_found_before_the_start() -> None:
+    cfg = load("mask_rcnn_bn_head_1im.yaml")
+    check_batch_size(cfg, 16)
+    cfg.MODEL.ROI_HEADS.NORM_IMAGES = 2
+    check_batch_size(cfg, 8)
+    with pytest.raises(ValueError, match="NORM_IMAGES 2 does not divide the 1 images"):
+        check_batch_size(cfg, 16)
+    cfg.TEST.PRECISE_BN.IMS_PER_BATCH = 8
+    with pytest.raises(ValueError, match=r"PRECISE_BN.IMS_PER_BATCH 8, 8 process"):
+        check_batch_size(cfg, 8)
 
 
 def test_eval_only_with_batch_statistics_on_a_bn_checkpoint(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
 
 
 def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:
-    """Raise a ValueError unless the images of an iteration can be divided among the ranks."""
+    """Raise a ValueError unless the images of an iteration can be divided among the ranks, and
+    those of a rank into normalisation batches."""
     try:
         cfg = DefaultTrainer.auto_scale_workers(cfg, ranks)
     except AssertionError as error:
@@ -72,6 +73,13 @@ def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None
     for key, size in sizes.items():
         if size < 1 or size % ranks:
             raise ValueError(f"{key} {size} cannot be divided among {ranks} process(es)")
+        together = cfg.MODEL.ROI_HEADS.NORM_IMAGES
+        images = size // ranks
+        if together > 0 and images % together:
+            raise ValueError(
+                f"MODEL.ROI_HEADS.NORM_IMAGES {together} does not divide the {images} images per "
+                f"process ({key} {size}, {ranks} process(es))"
+            )
 
 
 def check_weights(cfg: CfgNode, *, resume: bool = False, training: bool = True) -> None:

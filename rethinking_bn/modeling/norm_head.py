@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 
 from rethinking_bn.layers import MABN2d, SyncBatchNorm2d, get_norm, norm_names
 from rethinking_bn.modeling.conversion import centre_convolutions
+
+logger = logging.getLogger(__name__)
 
 Norm = str | Callable[[int], nn.Module] | None
 
@@ -78,6 +81,12 @@ class NormHead:
                     f"{type(norm).__name__} {why}: set it to 0, or the norm to BN or BatchStatBN"
                 )
         self.norm_images = norm_images
+        logger.info(
+            "%s: %s, %s",
+            type(self).__name__,
+            " and ".join(sorted({type(norm).__name__ for norm in norms})) or "no norm",
+            f"{norm_images} image(s) at a time" if norm_images else "all images together",
+        )
 
     def batch_norms(self) -> list[nn.Module]:
         """Return the norm layers whose result for a row depends on the other rows."""

@@ -6,6 +6,7 @@ computed here, where there is no process group.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -228,6 +229,7 @@ def test_population_training_of_shuffled_rows() -> None:
 
 MODELS: dict[str, dict[str, Any]] = {
     "shuffled": SHUFFLED,
+    "shuffled, autocast": SHUFFLED,
     "shuffled cascade": {**SHUFFLED, **CASCADE},
     "SyncBN": norms("SyncBN"),
     "SyncBN cascade": {**norms("SyncBN"), **CASCADE},
@@ -257,7 +259,9 @@ def _train(rank: int) -> dict[str, list[dict[str, Tensor]]]:
         with EventStorage() as storage:
             for counts in COUNTS:
                 parallel.zero_grad()
-                losses = parallel(counts[rank], rank)
+                half = torch.autocast("cpu", dtype=torch.bfloat16)
+                with half if name.endswith("autocast") else nullcontext():
+                    losses = parallel(counts[rank], rank)
                 sum(losses.values()).backward()
                 buffers = {n: b.clone() for n, b in model.named_buffers()}
                 losses = {n: loss.detach() for n, loss in losses.items()}
