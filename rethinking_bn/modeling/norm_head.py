@@ -11,16 +11,15 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.layers.batch_norm import LayerNorm
 from torch import nn
 
-from rethinking_bn.layers import MABN2d, SyncBatchNorm2d, get_norm, norm_names
+from rethinking_bn.layers import MABN2d, get_norm, norm_names, shuffled_layers
 from rethinking_bn.modeling.conversion import centre_convolutions
 
 logger = logging.getLogger(__name__)
 
 Norm = str | Callable[[int], nn.Module] | None
 
-# Layers for which it does not matter which other rows there are, or which rank they are on.
-_EACH_ROW_APART = (nn.GroupNorm, nn.LayerNorm, LayerNorm, nn.InstanceNorm2d, FrozenBatchNorm2d)
-_ALL_RANKS = (SyncBatchNorm2d, nn.SyncBatchNorm)
+# Beside torch's and torchvision's, layers for which it does not matter which other rows there are.
+_EACH_ROW_APART = (LayerNorm, FrozenBatchNorm2d)
 
 
 def norm_factory(norm: Norm, options: Mapping[str, Any], key: str) -> Any:
@@ -73,7 +72,7 @@ class NormHead:
         if norm_images < 0:
             raise ValueError(f"norm_images (MODEL.ROI_HEADS.NORM_IMAGES) is {norm_images} < 0")
         for norm in norms if norm_images else ():
-            pools_ranks = isinstance(norm, _ALL_RANKS)
+            pools_ranks = isinstance(norm, shuffled_layers.ALL_RANKS)
             if mixes_rows(norm) and (pools_ranks or not hasattr(norm, "row_groups")):
                 why = "pools all images of all ranks" if pools_ranks else "takes all rows together"
                 raise ValueError(
@@ -153,13 +152,7 @@ class NormHead:
 
 def mixes_rows(norm: nn.Module) -> bool:
     """Return whether what the layer makes of a row in training depends on the other rows."""
-    return not isinstance(norm, _EACH_ROW_APART)
-
-
-def mixes_rows_of_a_rank(norm: nn.Module) -> bool:
-    """Return whether it also depends on which rank the rows are on."""
-    pools_all = isinstance(norm, _ALL_RANKS) and norm.process_group is None
-    return mixes_rows(norm) and not pools_all
+    return not isinstance(norm, _EACH_ROW_APART) and shuffled_layers.mixes_rows(norm)
 
 
 def _norm_of(layer: nn.Module) -> nn.Module | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
@@ -14,8 +13,9 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from rethinking_bn.checkpoint import missing_statistics
-from rethinking_bn.layers import CycleBatchNorm2d, MABN2d, MultiDomainBatchNorm2d, get_norm
+from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, get_norm
 from rethinking_bn.layers.domain_state import CHOICES, Choice
+from rethinking_bn.layers.levels import run_layer_by_layer
 from rethinking_bn.modeling.conversion import centre_convolutions, convert_norms
 from rethinking_bn.modeling.norm_options import norm_options
 
@@ -210,8 +210,8 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
             raise ValueError(
                 f"the head was built for {self._num_features} feature levels, got {len(features)}"
             )
-        logits = _layer_by_layer([*self.cls_subnet, self.cls_score], features)
-        deltas = _layer_by_layer([*self.bbox_subnet, self.bbox_pred], features)
+        logits = run_layer_by_layer([*self.cls_subnet, self.cls_score], features)
+        deltas = run_layer_by_layer([*self.bbox_subnet, self.bbox_pred], features)
         return logits, deltas
 
     def _load_from_state_dict(
@@ -228,18 +228,6 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         error_msgs.extend(missing_statistics(self, state_dict, prefix))
-
-
-def _layer_by_layer(layers: Sequence[nn.Module], features: list[Tensor]) -> list[Tensor]:
-    for layer in layers:
-        if isinstance(layer, (MultiDomainBatchNorm2d, MABN2d)):
-            features = layer(features)
-            continue
-        # a layer that counts its calls must know where a pass over the levels ends
-        one_pass = layer.cycle() if isinstance(layer, CycleBatchNorm2d) else nullcontext()
-        with one_pass:
-            features = [layer(feature) for feature in features]
-    return features
 
 
 @RETINANET_HEAD.register()

@@ -12,13 +12,13 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from rethinking_bn.layers.shuffled_layers import point_of_return
 from rethinking_bn.modeling import (
     NormBoxHead,
     NormMaskHead,
     ShuffleBNBoxHead,
     ShuffleBNMaskHead,
 )
-from rethinking_bn.modeling.shuffle_head import point_of_return
 from rethinking_bn.population import estimate_population_statistics
 
 from .roi_cases import (

@@ -1,0 +1,37 @@
+"""Running a subnet on all feature levels, one layer after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+
+from torch import Tensor, nn
+
+from .cycle import CycleBatchNorm2d
+from .mabn import MABN2d
+from .multi_domain import MultiDomainBatchNorm2d
+
+
+def run_layer_by_layer(layers: Iterable[nn.Module], features: Sequence[Tensor]) -> list[Tensor]:
+    """Run each layer on all levels before the next one, so that a norm layer sees them at once.
+
+    Args:
+        layers: MultiDomainBatchNorm2d and MABN2d get all levels in one call; every other layer is
+            called level after level, a CycleBatchNorm2d within its ``cycle()``. An nn.Sequential
+            stands for the layers in it.
+        features: L tensors (N, C, H_l, W_l).
+
+    Returns:
+        L tensors.
+    """
+    features = list(features)
+    for layer in layers:
+        if isinstance(layer, (MultiDomainBatchNorm2d, MABN2d)):
+            features = layer(features)
+        elif isinstance(layer, nn.Sequential):
+            features = run_layer_by_layer(layer, features)
+        else:
+            # a layer that counts its calls must know where a pass over the levels ends
+            with layer.cycle() if isinstance(layer, CycleBatchNorm2d) else nullcontext():
+                features = [layer(feature) for feature in features]
+    return features
