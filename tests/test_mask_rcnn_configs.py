@@ -7,11 +7,13 @@ import json
 import runpy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.anchor_generator import build_anchor_generator
@@ -23,7 +25,7 @@ from rethinking_bn.data.shapes import draw_sample
 from rethinking_bn.engine import Trainer
 from rethinking_bn.engine.checks import check_batch_size
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
-from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d
+from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d, shuffle
 from tests.helpers import run_distributed
 from tests.modeling.roi_cases import SHUFFLED, gradients, mask_config, norms, register_masks
 
@@ -182,6 +184,18 @@ def test_two_processes_train_a_population_and_evaluate(tmp_path: Path) -> None:
         assert all(torch.equal(value, second[number][1][key]) for key, value in state.items())
         saved = torch.load(tmp_path / str(number) / "model_final.pth", weights_only=False)
         assert all(torch.equal(saved["model"][key], value) for key, value in state.items())
+
+
+def test_a_project_with_detectron2s_trainer_names_the_heads_in_its_yaml(tmp_path: Path) -> None:
+    keys = {"MODEL__ROI_HEADS__NAME": "StandardROIHeads", "DATASETS__TEST": ()}
+    cfg = run_config(tmp_path, tmp_path / "out", **SHUFFLED, **keys)
+    Path(cfg.OUTPUT_DIR).mkdir()
+    trainer = DefaultTrainer(cfg)
+    with mock.patch.object(shuffle, "plan_exchange", wraps=shuffle.plan_exchange) as plans:
+        trainer.train()
+    seeds = [seed for _, (_, _, seed), _ in plans.mock_calls]
+    # two heads, two iterations; detectron2's population training counts from iteration 0 again
+    assert len(set(seeds[:4])) == 4 and seeds[4:] == seeds[:2]
 
 
 def test_a_resumed_run_shuffles_as_the_uninterrupted_one(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def train_and_evaluate(cfg: CfgNode, head: str) -> tuple[int, list[Row]]:
     trainer = Trainer(with_keys(cfg, "DATASETS.TEST", ()))  # evaluated below
     trainer.resume_or_load(resume=False)
     trainer.train()
-    trained = getattr(trainer.model, "module", trainer.model).state_dict()
+    model = trainer.model.module if comm.get_world_size() > 1 else trainer.model
+    trained = model.state_dict()
     rows = []
     for statistics, norm in STATISTICS.items():
         keys = ("MODEL.ROI_BOX_HEAD.NORM", norm, "MODEL.ROI_MASK_HEAD.NORM", norm)
