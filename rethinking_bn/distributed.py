@@ -20,8 +20,15 @@ def is_initialized() -> bool:
 
 
 def get_world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Return the number of ranks W of ``group``; 1 without a process group."""
-    return dist.get_world_size(group) if is_initialized() else 1
+    """Return the number of ranks W of ``group``; 1 without a process group.
+
+    Raises:
+        ValueError: when this process is no member of ``group``.
+    """
+    world = dist.get_world_size(group) if is_initialized() else 1
+    if world < 1:  # torch's answer to a process outside; its collectives would do nothing there
+        raise ValueError("this process is not a member of the process group it was given")
+    return world
 
 
 def get_rank(group: dist.ProcessGroup | None = None) -> int:

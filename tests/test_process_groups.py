@@ -66,6 +66,11 @@ def on_rank(rank: int) -> dict[str, Any]:
     plain.running_mean.fill_(rank)
     merge_statistics(plain, group)
     found["merged"] = plain.running_mean.item(), plain.running_var.item()
+    outside = groups[1 if rank in GROUPS[0] else 0]
+    with pytest.raises(ValueError, match="not a member"):
+        layer(outside, sync=True)(levels(rank, 0))
+    with pytest.raises(ValueError, match="not a member"):
+        estimate_population_statistics(single(outside), [levels(rank, 0)[0]], 1, group=outside)
     return found
 
 
