@@ -23,8 +23,9 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
     """nn.BatchNorm2d that bears what detection heads feed it, with the same state dict.
 
     It takes an empty batch (statistics stay as they were) and a single value per channel
-    (variance 0, running_var stays), and can be told which rows form a normalisation batch, see
-    :meth:`row_groups`. Otherwise values, gradients and buffers equal nn.BatchNorm2d's.
+    (variance 0, running_var stays), keeps its statistics when a batch is not finite, as an
+    overflow in mixed precision makes it, and can be told which rows form a normalisation batch,
+    see :meth:`row_groups`. Otherwise values, gradients and buffers equal nn.BatchNorm2d's.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats: as nn.BatchNorm2d.
