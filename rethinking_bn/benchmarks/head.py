@@ -85,11 +85,12 @@ def _compare(result: Result, size: HeadSize, options: Options) -> None:
         (_OURS_4, _OURS_NONE, "added by the norm, each head less itself without one"),
     ):
         added, beside = _difference(times, name, without), _difference(times, _THEIRS, _NONE)
-        # A round's difference may be noise: no ratio unless the other side's is well above 0.
-        other = spread(beside)
-        ratios = [value / other.median for value in added] if other.low > 0 else []
+        # A round's difference may be noise: no ratio unless both sides' are well above 0.
+        typical = spread(beside)
+        told = min(typical.low, spread(added).low) > 0
+        paired = [value / typical.median for value in added] if told else []
         row1 = goal if name == _OURS else None
-        result.measure(case, (name, added), (_THEIRS, beside), target=row1, paired=ratios)
+        result.measure(case, (name, added), (_THEIRS, beside), target=row1, paired=paired)
     for name in (_OURS, _OURS_4, _THEIRS, _OURS_NONE):
         result.measure("whole step", (name, times[name]), (_NONE, times[_NONE]))
     result.notes.append(
