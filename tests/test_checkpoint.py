@@ -117,7 +117,7 @@ def test_every_row_into_every_row(
     assert (NORM.rstrip(".") in caplog.text) == (ROWS[source][1:] != ROWS[target][1:])
 
 
-@pytest.mark.parametrize("row", [4, None])
+@pytest.mark.parametrize("row", [4, 6, None])
 def test_checkpoints_of_detectron2s_cycling_head_load(row: int | None, tmp_path: Path) -> None:
     stock = trained(RetinaNetHead(**head_arguments(norm="BN"))).eval()
     model = Model(CycleBNRetinaNetHead(**head_arguments())) if row is None else row_model(row)
