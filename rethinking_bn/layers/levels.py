@@ -24,14 +24,14 @@ def run_layer_by_layer(layers: Iterable[nn.Module], features: Sequence[Tensor]) 
     Returns:
         L tensors.
     """
-    features = list(features)
+    outputs = list(features)
     for layer in layers:
         if isinstance(layer, (MultiDomainBatchNorm2d, MABN2d)):
-            features = layer(features)
+            outputs = layer(outputs)
         elif isinstance(layer, nn.Sequential):
-            features = run_layer_by_layer(layer, features)
+            outputs = run_layer_by_layer(layer, outputs)
         else:
             # a layer that counts its calls must know where a pass over the levels ends
             with layer.cycle() if isinstance(layer, CycleBatchNorm2d) else nullcontext():
-                features = [layer(feature) for feature in features]
-    return features
+                outputs = [layer(x) for x in outputs]
+    return outputs
