@@ -39,7 +39,8 @@ def without_detectron2(code: str) -> str:
 def test_layers_and_population_work_without_detectron2() -> None:
     printed = without_detectron2(
         "import torch, rethinking_bn\n"
-        "import rethinking_bn.population, rethinking_bn.checkpoint, rethinking_bn.data.shapes, rethinking_bn.torchvision\n"
+        "import rethinking_bn.population, rethinking_bn.checkpoint, rethinking_bn.data.shapes\n"
+        "import rethinking_bn.torchvision\n"
         "from rethinking_bn.layers import MultiDomainBatchNorm2d\n"
         "print(rethinking_bn.__version__, rethinking_bn.get_config_file('retinanet_gn.yaml'))\n"
         "print(len(MultiDomainBatchNorm2d(4, 2)([torch.randn(2, 4, 3, 3)] * 2)))\n"
