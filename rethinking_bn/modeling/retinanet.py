@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import RetinaNet
 
 from rethinking_bn.modeling.retinanet_head import build_retinanet_head
+
+logger = logging.getLogger(__name__)
 
 _OUR_NORMS = ("MABN", "BatchStatBN")  # names that detectron2 does not have
 
@@ -43,6 +46,12 @@ class ConfigurableHeadRetinaNet(RetinaNet):
         stock.defrost()
         stock.MODEL.RETINANET.NORM = ""
         stock.MODEL.RETINANET.NUM_CONVS = 1
+        if cfg.TEST.PRECISE_BN.ENABLED:
+            logger.info(
+                "TEST.PRECISE_BN is on. detectron2's own hook knows torch's BatchNorm classes only and "
+                "passes over multi-domain layers: rethinking_bn.engine's Trainer trains their "
+                "population statistics, and so does another trainer with its with_precise_bn."
+            )
         with torch.random.fork_rng(devices=[]):
             arguments = super().from_config(stock)
         return {**arguments, "backbone": backbone, "head": head}
