@@ -1,0 +1,129 @@
+"""The small network of the classification studies: how it is built, trained, run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d
+from rethinking_bn.population import estimate_population_statistics
+
+from .data import NUM_CLASSES, Split
+
+NormFactory = Callable[[int], nn.Module]
+WIDTH = 16  # channels at full size, twice as many after each stride
+MOMENTUM, WEIGHT_DECAY, WARMUP = 0.9, 1e-4, 0.05  # WARMUP: fraction of the steps
+
+
+def make_net(
+    norm: NormFactory = BatchNorm2d, *, conv: type[nn.Conv2d] = nn.Conv2d
+) -> nn.Sequential:
+    """Return a classifier of 8x8 images: six 3x3 convolutions with norm and ReLU, mean, linear.
+
+    The last maps are 2x2 pixels, so that an image alone says little about a channel's statistics.
+    """
+    layers: list[nn.Module] = []
+    channels = 1
+    for out, stride in ((1, 1), (1, 1), (2, 2), (2, 1), (4, 2), (4, 1)):
+        width = out * WIDTH
+        layers.append(conv(channels, width, 3, stride=stride, padding=1, bias=False))
+        layers += [norm(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, NUM_CLASSES)
+    )
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Return the rate of a step: a linear warm-up, then half a cosine down to zero."""
+    warm = min(1.0, (step + 1) / max(1.0, WARMUP * steps))
+    return peak * warm * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def train(
+    net: nn.Module,
+    data: Split,
+    batches: Iterable[Tensor],
+    *,
+    steps: int,
+    lr: float,
+    nbs: int | None = None,
+    label: str = "",
+) -> Iterator[int]:
+    """Train with SGD; yields the number of steps done after each, the network in training mode.
+
+    Args:
+        batches: indices into ``data``, at least ``steps`` batches of them.
+        lr: peak learning rate.
+        nbs: normalisation batch size: consecutive samples that BatchNorm normalises together;
+            None: the whole batch.
+        label: what the progress bar says.
+    """
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+    )
+    net.train()
+    bar = tqdm(range(steps), desc=label, leave=False, mininterval=0.5)
+    for step, indices in zip(bar, batches, strict=False):
+        images, labels = data.take(indices)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr)
+        with normalised_in_groups(net, len(indices), nbs):
+            loss = F.cross_entropy(net(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield step + 1
+
+
+def train_to_the_end(*args: object, **options: object) -> None:
+    """Run :func:`train` without looking in between."""
+    for _ in train(*args, **options):  # type: ignore[arg-type]
+        pass
+
+
+@contextmanager
+def normalised_in_groups(net: nn.Module, rows: int, nbs: int | None) -> Iterator[None]:
+    """Let every BatchNorm normalise ``nbs`` consecutive samples apart, as GPUs of ``nbs`` would."""
+    with ExitStack() as stack:
+        if nbs is not None and nbs < rows:
+            sizes = [nbs] * (rows // nbs) + ([rows % nbs] if rows % nbs else [])
+            for module in net.modules():
+                if isinstance(module, BatchNorm2d):
+                    stack.enter_context(module.row_groups(sizes))
+        yield
+
+
+@torch.no_grad()
+def error(net: nn.Module, data: Split) -> float:
+    """Return the error in % by population statistics."""
+    net.eval()
+    wrong = (net(data.images).argmax(dim=1) != data.labels).float().mean()
+    net.train()
+    return 100 * float(wrong)
+
+
+@torch.no_grad()
+def mini_batch_error(net: nn.Module, data: Split, batches: Iterable[Tensor]) -> float:
+    """Return the error in % when every batch (indices into ``data``) is normalised by itself."""
+    own = make_net(BatchStatNorm2d).to(data.images.device)
+    own.load_state_dict(net.state_dict())
+    own.eval()
+    wrong = [own(data.images[i]).argmax(dim=1) != data.labels[i] for i in batches]
+    return 100 * float(torch.cat(wrong).float().mean())
+
+
+def precise(net: nn.Module, images: Tensor, batch_size: int) -> None:
+    """Estimate the population statistics on ``images`` in batches, those that are full (PreciseBN).
+
+    A single incomplete batch is taken as it is.
+    """
+    batches = images.split(batch_size)
+    full = [b for b in batches if len(b) == batch_size] or list(batches)
+    estimate_population_statistics(net.train(), full, len(full), labelled=True, progress=False)

@@ -1,0 +1,205 @@
+"""The studies with --quick through the command line: what they write, that they go on and stop."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import importlib.util
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rethinking_bn.studies import STUDIES, Study, report
+from rethinking_bn.studies.data import load_digits, patterned_indices, shuffled_indices
+from rethinking_bn.studies.study import Claim, Panel, Point, Series
+
+pytest.importorskip("sklearn", reason="needs scikit-learn, which is not installed")
+
+ROOT = Path(__file__).parents[2]
+
+
+def command_line() -> Any:
+    """Return tools/run_study.py as a module."""
+    spec = importlib.util.spec_from_file_location("run_study", ROOT / "tools" / "run_study.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def toy(run: Any, name: str = "toy") -> Study:
+    """Return a study of two quantities."""
+    points = [Point("a", "1", 3.0), Point("b", "2")]
+    return Study(
+        name=name,
+        title="A toy",
+        source="Table 0",
+        panels=[Panel("title", "x", "y", [Series("line", points)], "Table 0")],
+        claims=[Claim("a < b", low="a", high="b")],
+        settings={"steps": 2},
+        quick={"steps": 1},
+        parts=2,
+        run=run,
+    )
+
+
+def count_and_yield(ran: list[int], stop_at: int | None = None) -> Any:
+    def run(settings: Any, seed: int, device: torch.device) -> Any:
+        yield {"a": float(seed)}
+        if seed == stop_at:
+            raise KeyboardInterrupt
+        ran.append(seed)
+        yield {"b": 2.0 * seed + settings["steps"]}
+
+    return run
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_quick(name: str, tmp_path: Path, capsys: Any) -> None:
+    state = torch.get_rng_state()
+    assert command_line().main([name, "--quick", "--output", str(tmp_path)]) == 0
+    assert torch.equal(state, torch.get_rng_state())
+    study, folder = STUDIES[name], tmp_path / f"{name}-quick"
+    written = json.loads((folder / f"{name}.json").read_text())
+
+    assert written["study"] == name and written["quick"] and written["seeds"] == [0]
+    assert written["settings"] == json.loads(json.dumps(dict(study.quick)))
+    assert written["environment"]["torch"] == torch.__version__
+    assert written["environment"]["scikit-learn"]
+    assert list(written["values"]) == study.keys()
+    for key, (value,) in written["values"].items():
+        assert 0 <= value <= 100, key
+    assert len({tuple(v) for v in written["values"].values()}) > 3  # not all the same
+    for row in written["table"]:
+        assert row["mean"] == pytest.approx(written["values"][row["key"]][0])
+        assert row["std"] is None  # one seed
+    assert [claim["claim"] for claim in written["claims"]] == [c.text for c in study.claims]
+    assert {c["holds"] for c in written["claims"]} <= {"yes", "no", "within noise", "unknown"}
+    with (folder / f"{name}.csv").open() as file:
+        assert len(list(csv.reader(file))) == 1 + len(written["table"])
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    # nothing left aside
+    expected = {"seed_0.json", *(f"{name}.{end}" for end in ("json", "csv", "png"))}
+    assert {path.name for path in folder.iterdir()} == expected
+    printed = capsys.readouterr().out
+    assert "holds here" in printed and study.source in printed
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_is_well_formed(name: str) -> None:
+    study = STUDIES[name]
+    assert study.name == name and study.keys() and study.claims
+    for claim in study.claims:
+        assert {claim.low, claim.high} <= set(study.keys())
+    assert set(study.quick) == set(study.settings)
+    assert study.run.__module__ is not None
+    module = importlib.import_module(study.run.__module__)
+    assert module.__file__ and len(Path(module.__file__).read_text().splitlines()) < 150
+
+
+def test_finished_seeds_are_not_run_again(tmp_path: Path, monkeypatch: Any) -> None:
+    ran: list[int] = []
+    monkeypatch.setitem(STUDIES, "toy", toy(count_and_yield(ran)))
+    arguments = ["toy", "--output", str(tmp_path), "--seeds"]
+    assert command_line().main([*arguments, "2"]) == 0 and ran == [0, 1]
+    assert command_line().main([*arguments, "3"]) == 0 and ran == [0, 1, 2]
+    written = json.loads((tmp_path / "toy" / "toy.json").read_text())
+    assert written["values"] == {"a": [0.0, 1.0, 2.0], "b": [2.0, 4.0, 6.0]}
+    assert written["table"][1]["std"] == pytest.approx(2.0)
+    assert written["claims"][0]["holds"] == "yes"  # differences 2, 3, 4
+    # a seed that broke off while being written, and one of other settings, are run again
+    (tmp_path / "toy" / "seed_1.json").write_text("{")
+    assert command_line().main([*arguments, "3"]) == 0 and ran == [0, 1, 2, 1]
+    monkeypatch.setitem(STUDIES, "toy", replace(STUDIES["toy"], settings={"steps": 3}))
+    assert command_line().main([*arguments, "1"]) == 0 and ran == [0, 1, 2, 1, 0]
+
+
+def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    ran: list[int] = []
+    monkeypatch.setitem(STUDIES, "toy", toy(count_and_yield(ran, stop_at=1)))
+    arguments = ["toy", "--output", str(tmp_path), "--seeds", "3"]
+    assert command_line().main(arguments) == 130 and ran == [0]
+    assert "finished seeds are kept" in capsys.readouterr().err
+    assert json.loads((tmp_path / "toy" / "toy.json").read_text())["seeds"] == [0]
+    monkeypatch.setitem(STUDIES, "toy", toy(count_and_yield(ran)))
+    assert command_line().main(arguments) == 0 and ran == [0, 1, 2]
+
+
+def test_an_interrupt_of_the_first_seed_writes_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(STUDIES, "toy", toy(count_and_yield([], stop_at=0)))
+    assert command_line().main(["toy", "--output", str(tmp_path)]) == 130
+    assert list(tmp_path.rglob("*.json")) == []
+
+
+def test_a_number_that_is_not_finite_is_an_error(tmp_path: Path, monkeypatch: Any) -> None:
+    def run(settings: Any, seed: int, device: torch.device) -> Any:
+        yield {"a": math.nan, "b": 1.0}
+
+    monkeypatch.setitem(STUDIES, "toy", toy(run))
+    with pytest.raises(FloatingPointError, match="toy, seed 0: a is nan"):
+        command_line().main(["toy", "--output", str(tmp_path)])
+    assert list(tmp_path.rglob("*.json")) == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "similar", "holds"),
+    [
+        ([1, 2, 3], [4, 5, 7], False, "yes"),
+        ([4, 5, 7], [1, 2, 3], False, "no"),
+        ([1, 2, 3], [2, 1, 3], False, "within noise"),
+        ([1, 1], [1, 1], False, "within noise"),
+        ([1], [2], False, "yes"),
+        ([1], [2], True, "unknown"),
+        ([1, 2, 3], [2, 1, 3], True, "yes"),
+        ([1, 2, 3], [4, 5, 7], True, "no"),
+    ],
+)
+def test_when_a_claim_holds(low: Any, high: Any, similar: bool, holds: str) -> None:
+    study = replace(toy(None), claims=[Claim("claim", low="a", high="b", similar=similar)])
+    assert report.summarise(study, {"a": low, "b": high})["claims"][0]["holds"] == holds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "invalid choice"),
+        (["population", "--seeds", "0"], "at least 1"),
+        (["population", "--output", __file__], "is a file"),
+    ],
+)
+def test_bad_arguments_end_at_once(arguments: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        command_line().main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_list(capsys: Any) -> None:
+    assert command_line().main(["list"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == list(STUDIES)
+
+
+def test_digits_are_split_and_in_range() -> None:
+    train, test = load_digits(torch.device("cpu"))
+    assert len(train.images) + len(test.images) == 1797
+    assert train.images.shape[1:] == (1, 8, 8)
+    assert train.images.min() == 0 and train.images.max() == 1
+    assert set(train.labels.tolist()) == set(test.labels.tolist()) == set(range(10))
+
+
+def test_batches_of_indices() -> None:
+    batches = shuffled_indices(10, 4, seed=1)
+    first = torch.cat([next(batches), next(batches)])
+    assert len(set(first.tolist())) == 8  # the two that fill no batch are left out
+    with pytest.raises(ValueError, match="batch_size must be 1 to 10, got 11"):
+        next(shuffled_indices(10, 11, seed=1))
+    labels = torch.arange(10).repeat(5)
+    (group_1, group_2) = next(patterned_indices(labels, 2, 4, 2, seed=0)).split(8)
+    for group in (group_1, group_2):
+        assert len(set(group.tolist())) == 8
+        assert labels[group].bincount().sort().values.tolist()[-4:] == [2, 2, 2, 2]
