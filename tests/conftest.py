@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -49,3 +50,14 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 def _same_numbers_every_time() -> None:
     """Start every test from the same random state, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were() -> Iterator[None]:
+    """Undo what a test's command line set up: detectron2's loggers hide records from caplog."""
+    logger = logging.getLogger("rethinking_bn")
+    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.propagate = propagate
+    logger.setLevel(level)

@@ -48,8 +48,8 @@ class ConfigurableHeadRetinaNet(RetinaNet):
         stock.MODEL.RETINANET.NUM_CONVS = 1
         if cfg.TEST.PRECISE_BN.ENABLED:
             logger.info(
-                "TEST.PRECISE_BN is on. detectron2's own hook knows torch's BatchNorm classes only and "
-                "passes over multi-domain layers: rethinking_bn.engine's Trainer trains their "
+                "TEST.PRECISE_BN is on. detectron2's own hook knows torch's BatchNorm classes only "
+                "and passes over multi-domain layers: rethinking_bn.engine's Trainer trains their "
                 "population statistics, and so does another trainer with its with_precise_bn."
             )
         with torch.random.fork_rng(devices=[]):
