@@ -142,7 +142,8 @@ def plot(path: Path, study: Study, report: dict[str, Any]) -> None:
             axes.tick_params(axis="x", rotation=30)
         axes.grid(alpha=0.3)
         if paper is not None:
-            paper.set_ylabel(f"{panel.paper} of the paper: {panel.y_label} (dashed)")
+            label = panel.paper_label or panel.y_label
+            paper.set_ylabel(f"paper ({panel.paper}): {label}, dashed")
         if len(panel.series) > 1:
             axes.legend(fontsize="small")
     count = len(report["seeds"])

@@ -28,13 +28,17 @@ class Series(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One pair of axes. ``paper`` says where its values are from; None where it has none."""
+    """One pair of axes. ``paper`` says where its values are from; None where it has none.
+
+    ``paper_label`` says what they are where that is not ``y_label``.
+    """
 
     title: str
     x_label: str
     y_label: str
     series: Sequence[Series]
     paper: str | None = None
+    paper_label: str | None = None
 
 
 class Claim(NamedTuple):

@@ -54,7 +54,7 @@ def train(
     steps: int,
     lr: float,
     nbs: int | None = None,
-    label: str = "",
+    label: str | None = "",
 ) -> Iterator[int]:
     """Train with SGD; yields the number of steps done after each, the network in training mode.
 
@@ -63,13 +63,13 @@ def train(
         lr: peak learning rate.
         nbs: normalisation batch size: consecutive samples that BatchNorm normalises together;
             None: the whole batch.
-        label: what the progress bar says.
+        label: what the progress bar says; None: no bar.
     """
     optimizer = torch.optim.SGD(
         net.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
     )
     net.train()
-    bar = tqdm(range(steps), desc=label, leave=False, mininterval=0.5)
+    bar = tqdm(range(steps), desc=label, leave=False, mininterval=0.5, disable=label is None)
     for step, indices in zip(bar, batches, strict=False):
         images, labels = data.take(indices)
         for group in optimizer.param_groups:

@@ -1,0 +1,145 @@
+"""Small batches: BN, Batch Renormalization, GN and MABN over the batch size; GN over its groups.
+
+Every batch size sees the same number of samples at the same learning rate per sample. Batch
+Renormalization (Ioffe, 2017) is here for reference: BatchNorm whose training normalises nearly by
+the moving statistics. Population statistics are estimated after training, by the same batches for
+BN, Batch Renormalization and MABN: what is compared is training, not how well an average follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rethinking_bn.layers import BatchNorm2d, CenConv2d, MABN2d
+
+from .data import NUM_TRAIN, Digits, load_digits, shuffled_indices
+from .study import Claim, Panel, Point, Series, Settings, Study, Values
+from .training import error, make_net, precise, train_to_the_end
+
+_SIZES = (2, 4, 8, 32)
+_GROUPS = {"1 (LayerNorm)": 1, "2": 2, "4": 4, "8": 8, "C (InstanceNorm)": None}  # of C channels
+# The MABN paper: ImageNet ResNet-50 error in % (100 - top-1), the GN paper's is relative to BN's.
+_PAPER = {"BN": {2: 35.22, 32: 23.41}, "Batch Renorm": {2: 30.29}, "MABN": {2: 23.67}, "GN": {}}
+_MOMENTUM = 0.1  # of moving statistics, as BN's
+
+
+class BatchRenorm2d(nn.BatchNorm2d):
+    """Batch Renormalization, a reference: BN corrected towards the moving statistics in training.
+
+    y = (x - mean) / std · r + d with r = std / running_std in [1 / r_max, r_max] and d = (mean -
+    running_mean) / running_std in [-d_max, d_max], both constants in the backward; r = 1 and
+    d = 0 for the first ``warmup`` steps.
+    """
+
+    def __init__(self, num_features: int, *, warmup: int, r_max: float, d_max: float) -> None:
+        super().__init__(num_features, momentum=_MOMENTUM)
+        self.warmup, self.r_max, self.d_max, self.calls = warmup, r_max, d_max, 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.calls < self.warmup:
+            self.calls += self.training
+            return super().forward(input)
+        assert self.running_mean is not None and self.running_var is not None
+        with torch.no_grad():
+            var, mean = torch.var_mean(input, (0, 2, 3), correction=0)
+            running_std = (self.running_var + self.eps).sqrt()
+            r = ((var + self.eps).sqrt() / running_std).clamp(1 / self.r_max, self.r_max)
+            d = ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max)
+        x = nn.functional.batch_norm(
+            input, self.running_mean, self.running_var, None, None, True, _MOMENTUM, self.eps
+        )
+        scale, shift = r * self.weight, d * self.weight + self.bias
+        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+def run(settings: Settings, seed: int, device: torch.device) -> Iterator[Values]:
+    """Yield once per norm and batch size, then once per number of groups."""
+    digits = load_digits(device)
+    for size in _SIZES:
+        steps = settings["epochs"] * settings["samples"] // size
+        warmup = max(1, round(settings["warmup"] * steps))
+        renorm: Any = partial(BatchRenorm2d, warmup=warmup, r_max=3.0, d_max=5.0)
+        mabn: Any = partial(
+            MABN2d, simulated_batch_size=32, batch_size=size,
+            warmup_iters=warmup, correction_start=warmup,
+        )  # fmt: skip
+        for name, norm in (("BN", BatchNorm2d), ("Batch Renorm", renorm), ("MABN", mabn)):
+            yield {f"{name}, {size}": _error(settings, digits, seed, size, norm, name == "MABN")}
+        yield {f"GN, {size}": _error(settings, digits, seed, size, _group_norm(settings["groups"]))}
+    for label, groups in _GROUPS.items():
+        norm = _group_norm(groups)
+        yield {f"GN, G={label}": _error(settings, digits, seed, settings["gn_batch"], norm)}
+
+
+def _group_norm(groups: int | None) -> Any:
+    """Return channels -> GN; None: one group per channel."""
+    return lambda channels: nn.GroupNorm(groups or channels, channels)
+
+
+def _error(
+    settings: Settings, digits: Digits, seed: int, size: int, norm: Any, centred: bool = False
+) -> float:
+    torch.manual_seed(seed)
+    net = make_net(norm, conv=CenConv2d if centred else nn.Conv2d).to(digits.train.images.device)
+    train_to_the_end(
+        net,
+        digits.train,
+        shuffled_indices(settings["samples"], size, seed),
+        steps=settings["epochs"] * settings["samples"] // size,
+        lr=settings["lr_per_sample"] * size,
+        label=f"batch size {size}",
+    )
+    if any(hasattr(module, "momentum") for module in net.modules()):  # not GN
+        precise(net, digits.train.images, settings["population_batch"])
+    return error(net, digits.test)
+
+
+_SETTINGS = {
+    "epochs": 6,
+    "samples": NUM_TRAIN,  # to train on
+    "lr_per_sample": 0.1 / 32,
+    "warmup": 0.1,  # of the training: before moving averages are used (MABN, Batch Renorm)
+    "groups": 4,  # of GN over batch sizes
+    "gn_batch": 32,  # of GN over groups
+    "population_batch": 100,
+}
+
+STUDY = Study(
+    name="small-batch",
+    title="Norms at small batches",
+    source="MABN and GN papers",
+    panels=(
+        Panel(
+            "Batch size",
+            "batch size",
+            "error (%)",
+            [
+                Series(norm, [Point(f"{norm}, {n}", str(n), paper.get(n)) for n in _SIZES])
+                for norm, paper in _PAPER.items()
+            ],
+            "MABN",
+        ),
+        Panel(
+            "GN at batch size 32",
+            "groups",
+            "error (%)",
+            [Series("GN", [Point(f"GN, G={label}", label) for label in _GROUPS])],
+        ),
+    ),
+    claims=(
+        Claim("BN is worse at batch size 2 than at 32", low="BN, 32", high="BN, 2"),
+        Claim("MABN beats BN at batch size 2", low="MABN, 2", high="BN, 2"),
+        Claim("Batch Renorm beats BN at batch size 2", low="Batch Renorm, 2", high="BN, 2"),
+        Claim("MABN beats Batch Renorm at batch size 2", low="MABN, 2", high="Batch Renorm, 2"),
+        Claim("GN beats BN at batch size 2", low="GN, 2", high="BN, 2"),
+    ),
+    settings=_SETTINGS,
+    quick={**_SETTINGS, "epochs": 1, "samples": 800},
+    parts=4 * len(_SIZES) + len(_GROUPS),
+    run=run,
+)
