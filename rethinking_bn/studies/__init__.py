@@ -7,11 +7,11 @@ command line.
 
 from __future__ import annotations
 
-from . import domain_shift, leakage, population, small_batch, train_test
+from . import domain_shift, leakage, population, rows, small_batch, train_test
 from .runner import Interrupted, run_study
 from .study import Study
 
-_MODULES = (population, train_test, domain_shift, leakage, small_batch)
+_MODULES = (rows, population, train_test, domain_shift, leakage, small_batch)
 STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in _MODULES}
 
 __all__ = ["STUDIES", "Interrupted", "Study", "run_study"]
