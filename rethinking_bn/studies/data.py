@@ -35,8 +35,12 @@ class Digits(NamedTuple):
 
 
 def load_digits(device: torch.device) -> Digits:
-    """Return the 1797 digits of the UCI test set (8x8, 17 grey levels), split once and for all."""
-    from sklearn.datasets import load_digits as load
+    """Return the 1797 digits of the UCI test set (8x8, 17 grey levels), split once and for all.
+
+    Raises:
+        ImportError: without scikit-learn.
+    """
+    from sklearn.datasets import load_digits as load  # only this needs it
 
     images, labels = load(return_X_y=True)
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(labels))

@@ -103,6 +103,13 @@ def _run_seed(
     return {"seed": seed, "seconds": round(time.perf_counter() - start, 1), "values": ordered}
 
 
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _report(
     study: Study,
     folder: Path,
@@ -117,7 +124,7 @@ def _report(
     values = {key: [finished[s]["values"][key] for s in seeds] for key in study.keys()}
     environment = describe_environment(device)
     for package in _PACKAGES:
-        environment[package] = metadata.version(package)
+        environment[package] = _version(package)
     report = {
         "study": study.name,
         "title": study.title,
