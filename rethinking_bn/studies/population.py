@@ -4,6 +4,9 @@ Table 1 asks how many samples PreciseBN needs and what EMA costs early in a trai
 batches, when weights move faster than a moving average follows. Table 2 splits the same samples
 into batches of B: the smaller they are, the less the activations behind a normalised layer
 resemble those at inference.
+
+Table 2 hardly shows here: at the end of the training about one digit in a hundred is wrong, one
+test image is 0.13 %, and six layers compound little of what a batch of 2 gets wrong.
 """
 
 from __future__ import annotations
