@@ -10,17 +10,15 @@ import torch
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
-from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
-from detectron2.modeling.anchor_generator import build_anchor_generator
-from detectron2.structures import BitMasks, Boxes, Instances, pairwise_iou
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from rethinking_bn import add_rethinking_bn_config, get_config_file
 from rethinking_bn.config_files import list_config_files
-from rethinking_bn.data.shapes import draw_sample
 from rethinking_bn.layers import CenConv2d
 
+from .anchor_levels import share_of_levels
 from .test_config import flat
 
 FILES = [name for name in list_config_files() if not Path(name).name.startswith("Base-")]
@@ -239,16 +237,5 @@ def test_bn_gn_and_mabn_at_two_images_differ_in_nothing_else() -> None:
 def test_every_level_of_the_shapes_twins_gets_objects() -> None:
     cfg = load("shapes/retinanet_bn_row1.yaml")
     strides = (8, 16, 32, 64, 128)
-    generator = build_anchor_generator(cfg, [ShapeSpec(stride=stride) for stride in strides])
-    height, width = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    grids = [torch.zeros(1, 1, -(-height // s), -(-width // s)) for s in strides]
-    anchors = [boxes.tensor for boxes in generator(grids)]
-    level = torch.cat([torch.full((len(a),), i) for i, a in enumerate(anchors)])
-    everything = Boxes(torch.cat(anchors))
-    best: list[int] = []
-    for index in range(40):
-        _, shapes = draw_sample("train", index)
-        boxes = Boxes(torch.tensor([shape.box for shape in shapes], dtype=torch.float32))
-        best.extend(level[pairwise_iou(boxes, everything).argmax(1)].tolist())
-    share = torch.bincount(torch.tensor(best), minlength=5) / len(best)
+    share = share_of_levels(cfg, strides)
     assert (share > 0.03).all(), share

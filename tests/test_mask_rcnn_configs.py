@@ -14,18 +14,15 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
-from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
-from detectron2.modeling.anchor_generator import build_anchor_generator
-from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.events import EventStorage
 
 from rethinking_bn import add_rethinking_bn_config
-from rethinking_bn.data.shapes import draw_sample
 from rethinking_bn.engine import Trainer
 from rethinking_bn.engine.checks import check_batch_size
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
 from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d, shuffle
+from tests.anchor_levels import share_of_levels
 from tests.helpers import run_distributed
 from tests.modeling.roi_cases import SHUFFLED, gradients, mask_config, norms, register_masks
 
@@ -95,17 +92,7 @@ def test_the_heads_norms_are_the_only_ones_that_are_trained() -> None:
 def test_every_level_of_the_shapes_twins_gets_objects() -> None:
     cfg = load("shapes/mask_rcnn_bn_head.yaml")
     strides = (4, 8, 16, 32, 64)
-    generator = build_anchor_generator(cfg, [ShapeSpec(stride=stride) for stride in strides])
-    grids = [torch.zeros(1, 1, 224 // s, 224 // s) for s in strides]
-    anchors = [boxes.tensor for boxes in generator(grids)]
-    level = torch.cat([torch.full((len(a),), i) for i, a in enumerate(anchors)])
-    everything = Boxes(torch.cat(anchors))
-    best: list[int] = []
-    for index in range(40):
-        _, shapes = draw_sample("train", index)
-        boxes = Boxes(torch.tensor([shape.box for shape in shapes], dtype=torch.float32))
-        best.extend(level[pairwise_iou(boxes, everything).argmax(1)].tolist())
-    share = torch.bincount(torch.tensor(best), minlength=5) / len(best)
+    share = share_of_levels(cfg, strides)
     assert (share > 0.05).all(), share
 
 

@@ -13,26 +13,30 @@ from torch import Tensor, nn
 from rethinking_bn.modeling.norm_head import NormHead
 
 
-@ROI_HEADS_REGISTRY.register()
-class NormImagesROIHeads(StandardROIHeads):
-    """detectron2's StandardROIHeads, whose box head learns how many RoIs each image has.
-
-    That is all it adds: mask heads see the instances anyway, and with NORM_IMAGES 0, or another
-    package's box head, nothing differs.
-    """
+class _TellsImageRows:
+    """Mixin, before detectron2's ROI heads, that checks whether the heads can be told."""
 
     tells_image_rows = True
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Any) -> dict[str, Any]:
-        """Read what StandardROIHeads reads, and MODEL.ROI_HEADS.NORM_IMAGES.
+        """Read what detectron2's class reads, and MODEL.ROI_HEADS.NORM_IMAGES.
 
         Raises:
             ValueError: if NORM_IMAGES is set for heads that know nothing of it.
         """
-        arguments = super().from_config(cfg, input_shape)
+        arguments = super().from_config(cfg, input_shape)  # type: ignore[misc]
         _check_heads(cfg, arguments)
         return arguments
+
+
+@ROI_HEADS_REGISTRY.register()
+class NormImagesROIHeads(_TellsImageRows, StandardROIHeads):
+    """detectron2's StandardROIHeads, whose box head learns how many RoIs each image has.
+
+    That is all it adds: mask heads see the instances anyway, and with NORM_IMAGES 0, or another
+    package's box head, nothing differs.
+    """
 
     def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]) -> Any:
         with _image_rows(self.box_head, proposals):
@@ -40,21 +44,8 @@ class NormImagesROIHeads(StandardROIHeads):
 
 
 @ROI_HEADS_REGISTRY.register()
-class NormImagesCascadeROIHeads(CascadeROIHeads):
+class NormImagesCascadeROIHeads(_TellsImageRows, CascadeROIHeads):
     """detectron2's CascadeROIHeads; adds what :class:`NormImagesROIHeads` adds, at every stage."""
-
-    tells_image_rows = True
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: Any) -> dict[str, Any]:
-        """Read what CascadeROIHeads reads, and MODEL.ROI_HEADS.NORM_IMAGES.
-
-        Raises:
-            ValueError: if NORM_IMAGES is set for heads that know nothing of it.
-        """
-        arguments = super().from_config(cfg, input_shape)
-        _check_heads(cfg, arguments)
-        return arguments
 
     def _run_stage(self, features: list[Tensor], proposals: list[Instances], stage: int) -> Any:
         with _image_rows(self.box_head[stage], proposals):
