@@ -101,7 +101,7 @@ STUDY = Study(
         "train_images": 1000,
         "val_images": 200,
         "batch_size": 8,
-        "steps": 800,
+        "steps": 1600,
         "lr": 0.02,
         "population_batches": 40,
     },

@@ -65,12 +65,19 @@ def test_batch_statistics_at_inference() -> None:
     torch.testing.assert_close(single, torch.zeros_like(single), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("sizes", [[4, 0, 2, 3], [3, 3, 3], [9]], ids=["uneven", "even", "one"])
 @pytest.mark.parametrize("kind", [BatchNorm2d, BatchStatNorm2d])
-def test_row_groups_are_separate_batches(kind: type[BatchNorm2d]) -> None:
-    mine, theirs = kind(CHANNELS), nn.BatchNorm2d(CHANNELS)
+def test_row_groups_are_separate_batches(
+    kind: type[BatchNorm2d], sizes: list[int], affine: bool, momentum: float | None
+) -> None:
+    options = {"affine": affine, "momentum": momentum}
+    mine, theirs = kind(CHANNELS, **options), nn.BatchNorm2d(CHANNELS, **options)
+    for parameter in (*mine.parameters(), *theirs.parameters()):
+        nn.init.constant_(parameter, 1.5)
     x = torch.randn(9, CHANNELS, 3, 3) * 2
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    sizes = [4, 0, 2, 3]
     with mine.row_groups(sizes):
         y = mine(a)
     z = torch.cat([theirs(rows) for rows in b.split(sizes) if len(rows)])
@@ -78,6 +85,8 @@ def test_row_groups_are_separate_batches(kind: type[BatchNorm2d]) -> None:
     reference.loss([z]).backward()
     torch.testing.assert_close(y, z)
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dict(mine.state_dict()), dict(theirs.state_dict()))
     with pytest.raises(ValueError, match="do not sum up"), mine.row_groups([4, 4]):
         mine(a)
