@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rethinking_bn.data.corruptions import corrupt
+from rethinking_bn.seeding import derive_seed
 
 NUM_CLASSES = 10
 NUM_TRAIN = 1000  # of 1797 images; the rest is for testing
@@ -34,8 +35,14 @@ class Digits(NamedTuple):
     test: Split
 
 
-def load_digits(device: torch.device) -> Digits:
+def load_digits(
+    device: torch.device, seed: int = 0, conditions: Mapping[str, Any] | None = None
+) -> Digits:
     """Return the 1797 digits of the UCI test set (8x8, 17 grey levels), split once and for all.
+
+    Args:
+        seed: of the training images' conditions; those of the test images are always the same.
+        conditions: arguments of :func:`varied`; None: the scans as they are.
 
     Raises:
         ImportError: without scikit-learn.
@@ -46,7 +53,11 @@ def load_digits(device: torch.device) -> Digits:
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(labels))
     x = torch.from_numpy(images[order] / 16).float().view(-1, 1, 8, 8).to(device)
     y = torch.from_numpy(labels[order]).long().to(device)
-    return Digits(Split(x[:NUM_TRAIN], y[:NUM_TRAIN]), Split(x[NUM_TRAIN:], y[NUM_TRAIN:]))
+    train, test = Split(x[:NUM_TRAIN], y[:NUM_TRAIN]), Split(x[NUM_TRAIN:], y[NUM_TRAIN:])
+    if conditions is not None:
+        train = varied(train, **conditions, seed=derive_seed(_SPLIT_SEED, seed + 1))
+        test = varied(test, **conditions, seed=_SPLIT_SEED)
+    return Digits(train, test)
 
 
 def corrupted(split: Split, name: str, severity: int, seed: int) -> Split:
@@ -58,6 +69,36 @@ def corrupted(split: Split, name: str, severity: int, seed: int) -> Split:
     ]
     x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
     return Split(x.to(split.images.device), split.labels)
+
+
+def varied(
+    split: Split,
+    *,
+    copies: int = 1,
+    contrast: float = 1.0,
+    brightness: float = 0.0,
+    noise: float = 0.0,
+    seed: int,
+) -> Split:
+    """Return every image as ``copies`` cameras may have seen it: scale · image + offset + noise.
+
+    The scans are all alike, photographs are not. What one image's features have to do with
+    another's is what BatchNorm lives on.
+
+    Args:
+        copies: of each image, each with its own scale, offset and noise.
+        contrast: the lowest scale; the highest is 1, and its logarithm is uniform.
+        brightness: offsets are uniform in ±brightness, in units of the full range of grey.
+        noise: standard deviation of the pixels' Gaussian noise, likewise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = split.images.repeat(copies, 1, 1, 1)
+    each = (len(x), 1, 1, 1)
+    scale = contrast ** torch.rand(each, generator=generator)
+    offset = brightness * (2 * torch.rand(each, generator=generator) - 1)
+    grain = noise * torch.randn(x.shape, generator=generator)
+    x = x * scale.to(x) + offset.to(x) + grain.to(x)
+    return Split(x, split.labels.repeat(copies))
 
 
 def shuffled_indices(num_samples: int, batch_size: int, seed: int) -> Iterator[Tensor]:

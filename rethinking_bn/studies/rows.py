@@ -89,9 +89,7 @@ STUDY = Study(
         ),
     ),
     claims=(
-        *(
-            Claim(f"row 3 is below row {n}", low="row 3", high=f"row {n}") for n in (1, 4, 6)
-        ),
+        *(Claim(f"row 3 is below row {n}", low="row 3", high=f"row {n}") for n in (1, 4, 6)),
         Claim("row 5 is below row 6", low="row 5", high="row 6"),
         Claim("row 2 is at the bottom", low="row 2", high="row 3"),
         Claim("rows 1 and 4 are about equal", low="row 1", high="row 4", similar=True),

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from rethinking_bn.layers import BatchNorm2d, CenConv2d, MABN2d
 
-from .data import NUM_TRAIN, Digits, load_digits, shuffled_indices
+from .data import Digits, load_digits, shuffled_indices
+from .network import make_net
 from .study import Claim, Panel, Point, Series, Settings, Study, Values
-from .training import error, make_net, precise, train_to_the_end
+from .training import error, precise, train_to_the_end
 
-_SIZES = (2, 4, 8, 32)
+_SIZES = (2, 8, 32)
 _GROUPS = {"1 (LayerNorm)": 1, "2": 2, "4": 4, "8": 8, "C (InstanceNorm)": None}  # of C channels
 # The MABN paper: ImageNet ResNet-50 error in % (100 - top-1), the GN paper's is relative to BN's.
 _PAPER = {"BN": {2: 35.22, 32: 23.41}, "Batch Renorm": {2: 30.29}, "MABN": {2: 23.67}, "GN": {}}
@@ -59,10 +60,10 @@ class BatchRenorm2d(nn.BatchNorm2d):
 
 def run(settings: Settings, seed: int, device: torch.device) -> Iterator[Values]:
     """Yield once per norm and batch size, then once per number of groups."""
-    digits = load_digits(device)
+    digits = load_digits(device, seed, settings["conditions"])
     for size in _SIZES:
-        steps = settings["epochs"] * settings["samples"] // size
-        warmup = max(1, round(settings["warmup"] * steps))
+        calls = settings["steps"] * settings["batch_size"] // size  # of a layer, in the training
+        warmup = max(1, round(settings["warmup"] * calls))
         renorm: Any = partial(BatchRenorm2d, warmup=warmup, r_max=3.0, d_max=5.0)
         mabn: Any = partial(
             MABN2d, simulated_batch_size=32, batch_size=size,
@@ -73,7 +74,7 @@ def run(settings: Settings, seed: int, device: torch.device) -> Iterator[Values]
         yield {f"GN, {size}": _error(settings, digits, seed, size, _group_norm(settings["groups"]))}
     for label, groups in _GROUPS.items():
         norm = _group_norm(groups)
-        yield {f"GN, G={label}": _error(settings, digits, seed, settings["gn_batch"], norm)}
+        yield {f"GN, G={label}": _error(settings, digits, seed, settings["batch_size"], norm)}
 
 
 def _group_norm(groups: int | None) -> Any:
@@ -89,9 +90,10 @@ def _error(
     train_to_the_end(
         net,
         digits.train,
-        shuffled_indices(settings["samples"], size, seed),
-        steps=settings["epochs"] * settings["samples"] // size,
-        lr=settings["lr_per_sample"] * size,
+        shuffled_indices(len(digits.train.labels), settings["batch_size"], seed),
+        steps=settings["steps"],
+        lr=settings["lr"],
+        micro_batch=size,
         label=f"batch size {size}",
     )
     if any(hasattr(module, "momentum") for module in net.modules()):  # not GN
@@ -100,12 +102,12 @@ def _error(
 
 
 _SETTINGS = {
-    "epochs": 6,
-    "samples": NUM_TRAIN,  # to train on
-    "lr_per_sample": 0.1 / 32,
+    "steps": 180,
+    "batch_size": 32,  # of an SGD step
+    "conditions": {"copies": 2, "contrast": 0.1, "brightness": 0.5},
+    "lr": 0.05,
     "warmup": 0.1,  # of the training: before moving averages are used (MABN, Batch Renorm)
     "groups": 4,  # of GN over batch sizes
-    "gn_batch": 32,  # of GN over groups
     "population_batch": 100,
 }
 
@@ -139,7 +141,7 @@ STUDY = Study(
         Claim("GN beats BN at batch size 2", low="GN, 2", high="BN, 2"),
     ),
     settings=_SETTINGS,
-    quick={**_SETTINGS, "epochs": 1, "samples": 800},
+    quick={**_SETTINGS, "steps": 8},
     parts=4 * len(_SIZES) + len(_GROUPS),
     run=run,
 )

@@ -1,9 +1,9 @@
-"""The small network of the classification studies: how it is built, trained, run."""
+"""How the classification studies train and evaluate their network."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -14,30 +14,11 @@ from tqdm import tqdm
 from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d
 from rethinking_bn.population import estimate_population_statistics
 
-from .data import NUM_CLASSES, Split
+from .data import Split
+from .network import make_net
 
-NormFactory = Callable[[int], nn.Module]
-WIDTH = 16  # channels at full size, twice as many after each stride
 MOMENTUM, WEIGHT_DECAY, WARMUP = 0.9, 1e-4, 0.05  # WARMUP: fraction of the steps
-
-
-def make_net(
-    norm: NormFactory = BatchNorm2d, *, conv: type[nn.Conv2d] = nn.Conv2d
-) -> nn.Sequential:
-    """Return a classifier of 8x8 images: six 3x3 convolutions with norm and ReLU, mean, linear.
-
-    The last maps are 2x2 pixels, so that an image alone says little about a channel's statistics.
-    """
-    layers: list[nn.Module] = []
-    channels = 1
-    for out, stride in ((1, 1), (1, 1), (2, 2), (2, 1), (4, 2), (4, 1)):
-        width = out * WIDTH
-        layers.append(conv(channels, width, 3, stride=stride, padding=1, bias=False))
-        layers += [norm(width), nn.ReLU()]
-        channels = width
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, NUM_CLASSES)
-    )
+_ROWS = 512  # images in one forward of an evaluation
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -54,6 +35,7 @@ def train(
     steps: int,
     lr: float,
     nbs: int | None = None,
+    micro_batch: int | None = None,
     label: str | None = "",
 ) -> Iterator[int]:
     """Train with SGD; yields the number of steps done after each, the network in training mode.
@@ -63,6 +45,8 @@ def train(
         lr: peak learning rate.
         nbs: normalisation batch size: consecutive samples that BatchNorm normalises together;
             None: the whole batch.
+        micro_batch: samples in one forward and backward, whose gradients add up to the batch's;
+            None: the whole batch.
         label: what the progress bar says; None: no bar.
     """
     optimizer = torch.optim.SGD(
@@ -71,13 +55,14 @@ def train(
     net.train()
     bar = tqdm(range(steps), desc=label, leave=False, mininterval=0.5, disable=label is None)
     for step, indices in zip(bar, batches, strict=False):
-        images, labels = data.take(indices)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
-        with normalised_in_groups(net, len(indices), nbs):
-            loss = F.cross_entropy(net(images), labels)
         optimizer.zero_grad()
-        loss.backward()
+        for part in indices.split(micro_batch or len(indices)):
+            images, labels = data.take(part)
+            with normalised_in_groups(net, len(part), nbs):
+                loss = F.cross_entropy(net(images), labels)
+            (loss * (len(part) / len(indices))).backward()
         optimizer.step()
         yield step + 1
 
@@ -104,19 +89,26 @@ def normalised_in_groups(net: nn.Module, rows: int, nbs: int | None) -> Iterator
 def error(net: nn.Module, data: Split) -> float:
     """Return the error in % by population statistics."""
     net.eval()
-    wrong = (net(data.images).argmax(dim=1) != data.labels).float().mean()
+    wrong = [net(x).argmax(dim=1) != y for x, y in _chunks(data, _ROWS)]
     net.train()
-    return 100 * float(wrong)
+    return 100 * float(torch.cat(wrong).float().mean())
 
 
 @torch.no_grad()
-def mini_batch_error(net: nn.Module, data: Split, batches: Iterable[Tensor]) -> float:
-    """Return the error in % when every batch (indices into ``data``) is normalised by itself."""
+def mini_batch_error(net: nn.Module, data: Split, nbs: int) -> float:
+    """Return the error in % when every ``nbs`` consecutive samples are normalised by themselves."""
     own = make_net(BatchStatNorm2d).to(data.images.device)
     own.load_state_dict(net.state_dict())
     own.eval()
-    wrong = [own(data.images[i]).argmax(dim=1) != data.labels[i] for i in batches]
+    wrong = []
+    for x, y in _chunks(data, max(1, _ROWS // nbs) * nbs):
+        with normalised_in_groups(own, len(x), nbs):
+            wrong.append(own(x).argmax(dim=1) != y)
     return 100 * float(torch.cat(wrong).float().mean())
+
+
+def _chunks(data: Split, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(data.images.split(rows), data.labels.split(rows), strict=True)
 
 
 def precise(net: nn.Module, images: Tensor, batch_size: int) -> None:

@@ -70,10 +70,13 @@ def shares(total: int, parts: int) -> list[int]:
 def loss(out: Tensor, rows: slice) -> Tensor:
     """A loss of a part of all rows, with another gradient for each number of each row."""
     weights = torch.arange(1, 10_000, dtype=torch.float64)
-    return sum(  # type: ignore[return-value]
-        ((out[i].flatten() * weights[: out[i].numel()]).sin() * (row + 1)).sum()
-        for i, row in enumerate(range(rows.start, rows.stop))
-    ) + 0 * out.sum()
+    return (
+        sum(  # type: ignore[return-value]
+            ((out[i].flatten() * weights[: out[i].numel()]).sin() * (row + 1)).sum()
+            for i, row in enumerate(range(rows.start, rows.stop))
+        )
+        + 0 * out.sum()
+    )
 
 
 def _run_cases(rank: int) -> list[dict[str, Any]]:
@@ -85,9 +88,12 @@ def _run_cases(rank: int) -> list[dict[str, Any]]:
         first = sum(sum(images) for images in rows[:rank])
         mine = slice(first, first + sum(rows[rank]))
         x = rois(sum(map(sum, rows)))[mine].clone().requires_grad_()
-        with mock.patch.object(
-            row_exchange, "all_to_all_rows", wraps=row_exchange.all_to_all_rows
-        ) as exchange, head.image_rows(rows[rank]):
+        with (
+            mock.patch.object(
+                row_exchange, "all_to_all_rows", wraps=row_exchange.all_to_all_rows
+            ) as exchange,
+            head.image_rows(rows[rank]),
+        ):
             out = call(head, x)
             loss(out, mine).backward()
         sent = [
@@ -100,8 +106,7 @@ def _run_cases(rank: int) -> list[dict[str, Any]]:
                 "grad": x.grad,
                 "gradients": gradients(head),
                 "running": [
-                    (conv.norm.running_mean, conv.norm.running_var)
-                    for conv in head.conv_norm_relus
+                    (conv.norm.running_mean, conv.norm.running_var) for conv in head.conv_norm_relus
                 ],
                 "sent": sent,
             }

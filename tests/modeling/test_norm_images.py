@@ -211,9 +211,7 @@ def test_population_training_normalises_the_same_batches(labelled: bool) -> None
                 return self.head(rois(sum(rows), seed=len(rows)))
 
     model, batches = Model(), [(3, 2, 4, 1), (0, 3)]
-    report = estimate_population_statistics(
-        model, batches, 2, labelled=labelled, progress=False
-    )
+    report = estimate_population_statistics(model, batches, 2, labelled=labelled, progress=False)
     assert not report.unreached
     inputs: list[list[torch.Tensor]] = [[], []]
     for rows in batches:
