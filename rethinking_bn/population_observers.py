@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from rethinking_bn.layers.moments import Moments, local_moments, merge_moments
+from rethinking_bn.layers.local_moments import local_moments
+from rethinking_bn.layers.moments import Moments, merge_moments
 from rethinking_bn.layers.population_layer import PopulationLayer
 
 _BLOCK = 32  # forwards between two merges in float64

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from ..distributed import all_gather, all_reduce_sum, get_world_size
-from .moments import Moments, local_moments, merge_moments, stack_moments, statistics_dtype
+from .local_moments import local_moments
+from .moments import Moments, merge_moments, stack_moments, statistics_dtype
 
 
 class Normalized(NamedTuple):

@@ -12,13 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_HALF_TYPES = (torch.float16, torch.bfloat16)
-# The CPU's channels-last kernels add up in float32, one value after the other, which loses digits
-# over many values. Moments of blocks this long are merged instead, in the same time.
-_ROWS = 4096
-# CUDA's kernel returns 1 / sqrt(variance + eps), and 0 for a variance and an eps of 0. This one
-# tells those from an infinite variance, and is far below what float32 activations vary by.
-_TINY = 1e-30
+HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 class Moments(NamedTuple):
@@ -46,7 +40,7 @@ class Moments(NamedTuple):
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which statistics of an input of type ``dtype`` are computed."""
-    return torch.float32 if dtype in _HALF_TYPES else dtype
+    return torch.float32 if dtype in HALF_TYPES else dtype
 
 
 def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, dim: int = 0) -> Moments:
@@ -84,60 +78,6 @@ def mix_statistics(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """
     pooled = mean.mean(0)
     return pooled, variance.mean(0) + (mean - pooled).square().mean(0)
-
-
-def local_moments(x: Tensor) -> Moments:
-    """Return this process's moments of one tensor, without gradient.
-
-    Args:
-        x: (N, C, *); half types are accumulated in float32. May be empty.
-
-    Returns:
-        Moments of one set: count (), mean (C,), m2 (C,). No host synchronisation on CUDA.
-    """
-    x = x.detach()
-    channels, dtype = x.shape[1], statistics_dtype(x.dtype)
-    size = x.numel() // max(channels, 1)
-    count = torch.full((), float(size), dtype=dtype, device=x.device)
-    if size == 0:
-        zeros = torch.zeros(channels, dtype=dtype, device=x.device)
-        return Moments(count, zeros, zeros.clone())
-    if torch.compiler.is_compiling():  # plain operators are what a compiler can fuse
-        mean, variance = _plain_mean_variance(x)
-    elif x.device.type == "cpu":
-        if size > _ROWS and _is_channels_last(x):
-            rows = x.permute(0, 2, 3, 1).reshape(-1, channels)  # a view
-            return merge_moments(
-                *stack_moments([local_moments(part) for part in rows.split(_ROWS)])
-            )
-        # Given float32 buffers it returns float32 statistics for half types too.
-        mean, variance = torch.batch_norm_update_stats(
-            x, torch.zeros(channels, dtype=dtype), torch.zeros(channels, dtype=dtype), 0.0
-        )
-    elif x.device.type == "cuda":
-        mean, variance = _cuda_mean_variance(x)
-    else:
-        mean, variance = _plain_mean_variance(x)
-    return Moments(count, mean, variance * size)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return last and not x.is_contiguous()
-
-
-def _cuda_mean_variance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance from CUDA's fused pass; a constant channel has variance 0."""
-    mean, invstd = torch.batch_norm_stats(x, _TINY)
-    variance = invstd.square().reciprocal()
-    return mean, variance.masked_fill(variance < 2 * _TINY, 0.0)  # NaN and inf stay
-
-
-def _plain_mean_variance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance in plain operators, for compilers and devices without fused ones."""
-    dims = [d for d in range(x.dim()) if d != 1]
-    variance, mean = torch.var_mean(x.to(statistics_dtype(x.dtype)), dims, correction=0)
-    return mean, variance
 
 
 def stack_moments(moments: list[Moments]) -> Moments:

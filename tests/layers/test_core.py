@@ -5,11 +5,8 @@ import torch
 
 from rethinking_bn.layers import Moments, local_moments, merge_moments, mix_statistics
 from rethinking_bn.layers.core import _plain_gradient_sums, gradient_sums, normalize
-from rethinking_bn.layers.moments import (
-    _cuda_mean_variance,
-    _plain_mean_variance,
-    stack_moments,
-)
+from rethinking_bn.layers.local_moments import _plain_mean_variance
+from rethinking_bn.layers.moments import stack_moments
 
 from . import reference
 
@@ -43,21 +40,6 @@ def test_empty_sets_contribute_nothing_even_when_their_mean_is_nan() -> None:
     assert nothing.count == 0 and not nothing.mean.any() and not nothing.variance().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_local_moments_accumulate_in_float32(dtype: torch.dtype, channels_last: bool) -> None:
-    x = (torch.randn(2, 3, 50, 40) * 2 + 5).to(dtype)
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    got = local_moments(x)
-    values = reference.values_per_channel([x.double()])
-    assert got.mean.dtype == torch.float32
-    torch.testing.assert_close(got.mean.double(), values.mean(1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        got.m2.double() / got.count, values.var(1, unbiased=False), rtol=1e-4, atol=1e-4
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain_paths_of_other_devices_agree_with_the_fused_ones(dtype: torch.dtype) -> None:
     x, dy = (torch.randn(3, 4, 5, 6).to(dtype) for _ in range(2))
@@ -72,52 +54,6 @@ def test_plain_paths_of_other_devices_agree_with_the_fused_ones(dtype: torch.dty
         strict=True,
     ):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-
-
-def _cuda_kernel(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What torch.batch_norm_stats returns on CUDA: 0 for a variance and an eps of 0."""
-    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-    both_zero = (variance == 0) & (eps == 0)
-    return mean, torch.where(both_zero, 0.0, 1 / (variance + eps).sqrt())
-
-
-def test_what_cuda_returns_becomes_a_variance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A constant channel has variance 0, not infinity, and an overflow is not taken for one."""
-    monkeypatch.setattr(torch, "batch_norm_stats", _cuda_kernel)
-    x = torch.randn(4, 5, 3, 3) * 2
-    x[:, 1] = 0.0  # a dead channel
-    x[:, 2] = 7.0
-    x[:, 3] *= 1e30
-    x[:, 4] *= 1e-10
-    mean, variance = _cuda_mean_variance(x)
-    values = reference.values_per_channel([x.double()])
-    expected = values.var(1, unbiased=False)
-    expected[3] = float("inf")
-    torch.testing.assert_close(variance.double(), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(mean.double(), values.mean(1), rtol=1e-4, atol=1e-5)
-    x[0, 0, 0, 0] = float("nan")
-    assert _cuda_mean_variance(x)[1][0].isnan()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_values_in_channels_last_keep_their_digits(dtype: torch.dtype) -> None:
-    """The CPU's kernel alone is off by 1e-3 standard deviations here, and by 2 at a mean of 1e3."""
-    x = (100 + torch.randn(1, 2, 300, 401)).to(dtype).to(memory_format=torch.channels_last)
-    got = local_moments(x)
-    values = reference.values_per_channel([x.double()])
-    assert got.count == values.shape[1] and got.mean.dtype == torch.float32
-    torch.testing.assert_close(got.mean.double(), values.mean(1), rtol=0, atol=2e-4)
-    expected = values.var(1, unbiased=False)
-    torch.testing.assert_close(got.variance().double(), expected, rtol=5e-5, atol=0)
-    one_over = x[:, :, :17, :241]  # 4097 values: a block of a single one
-    assert one_over.numel() == 2 * 4097
-    one_over = one_over.to(memory_format=torch.channels_last, copy=True)
-    torch.testing.assert_close(
-        local_moments(one_over).variance().double(),
-        reference.values_per_channel([one_over.double()]).var(1, unbiased=False),
-        rtol=5e-5,
-        atol=0,
-    )
 
 
 def test_large_mean_small_spread_keeps_its_variance() -> None:
