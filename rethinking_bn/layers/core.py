@@ -121,15 +121,14 @@ class _Normalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         weight, mean, variance, count, *xs = ctx.saved_tensors
-        index, num_pools = ctx.index, mean.shape[0]
-        invstd = (variance + ctx.eps).rsqrt()
+        num_pools = mean.shape[0]
+        means, variances = mean.unbind(), variance.unbind()
         # per tensor: Σ dy and Σ dy·x̂, in one pass over dy and x
-        sums = torch.stack(
-            [
-                torch.stack(gradient_sums(dy, x, mean[p], variance[p], ctx.eps))
-                for dy, x, p in zip(grads, xs, index, strict=True)
-            ]
-        )
+        pairs = [
+            gradient_sums(dy, x, means[p], variances[p], ctx.eps)
+            for dy, x, p in zip(grads, xs, ctx.index, strict=True)
+        ]
+        sums = torch.stack([value for pair in pairs for value in pair]).view(len(xs), 2, -1)
         scaled = sums if weight is None else sums * weight[:, None].to(sums.dtype)
         if num_pools == 1:
             scaled = scaled.sum(0, keepdim=True)
@@ -137,18 +136,17 @@ class _Normalize(torch.autograd.Function):
             # Reached by every rank, empty or not: the others are waiting in it.
             scaled = all_reduce_sum(scaled, ctx.group)
         scaled = scaled / count.clamp(min=1)[:, None, None]
-        grad_x: list[Tensor | None] = []
-        first = len(ctx.needs_input_grad) - len(xs)
-        for i, (dy, x, p) in enumerate(zip(grads, xs, index, strict=True)):
-            if not ctx.needs_input_grad[first + i]:
-                grad_x.append(None)
-                continue
-            # dx = a·dy + b·x + c with per-channel a, b, c: one fused affine, one fused add
-            w = _row(weight, i)
-            a = invstd[p] if w is None else invstd[p] * w.to(invstd.dtype)
-            b = -invstd[p].square() * scaled[p, 1]
-            c = -invstd[p] * scaled[p, 0] - b * mean[p]
-            grad_x.append(combine(dy, x, a, b, c))
+        # dx = a·dy + b·x + c with per-channel a, b, c: one fused affine, one fused add. Each has
+        # one row for all tensors or one per tensor.
+        invstd = (variance + ctx.eps).rsqrt()
+        a = invstd if weight is None else invstd * weight.to(invstd.dtype)
+        b = -invstd.square() * scaled[:, 1]
+        c = -invstd * scaled[:, 0] - b * mean
+        needed = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(xs) :]
+        grad_x: list[Tensor | None] = [
+            combine(dy, x, *(_row(row, i) for row in (a, b, c))) if need else None
+            for i, (dy, x, need) in enumerate(zip(grads, xs, needed, strict=True))
+        ]
         grad_weight = grad_bias = None
         if weight is not None and ctx.needs_input_grad[0]:
             grad_weight = _affine_gradient(sums[:, 1], weight)
@@ -162,8 +160,8 @@ def _affine_gradient(per_tensor: Tensor, parameter: Tensor) -> Tensor:
     return summed.to(parameter.dtype)
 
 
-def _row(parameter: Tensor | None, i: int) -> Tensor | None:
-    return None if parameter is None else parameter[i if parameter.shape[0] > 1 else 0]
+def _row(rows: Tensor | None, i: int) -> Any:
+    return None if rows is None else rows[i if len(rows) > 1 else 0]
 
 
 def _broadcast(channels: Tensor, like: Tensor) -> Tensor:
@@ -192,10 +190,13 @@ def affine_normalize(
                 out = out + _broadcast(parameter, x).to(x.dtype) * 0.0
         return out
     dtype = statistics_dtype(x.dtype)
-    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
-    return F.batch_norm(
-        x, mean.to(dtype), variance.to(dtype), weight, bias, training=False, momentum=0.0, eps=eps
-    )
+    statistics = (_typed(p, dtype) for p in (mean, variance, weight, bias))
+    return F.batch_norm(x, *statistics, training=False, momentum=0.0, eps=eps)
+
+
+def _typed(channels: Tensor | None, dtype: torch.dtype) -> Any:
+    # quicker than a Tensor.to that has nothing to do
+    return channels if channels is None or channels.dtype == dtype else channels.to(dtype)
 
 
 def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -216,16 +217,16 @@ def gradient_sums(
     if x.numel() == 0:  # the fused CPU operator ends the process on an empty tensor
         zeros = torch.zeros_like(mean)
         return zeros, zeros
-    invstd = (variance + eps).rsqrt()
-    if torch.compiler.is_compiling():
-        return _plain_gradient_sums(dy, x, mean, invstd)
-    if x.device.type == "cpu":
-        one = torch.ones_like(mean)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         dy = _match_memory_format(dy, x)
+        one = torch.ones_like(mean)  # tells it the type to return
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             dy, x, one, mean, variance, None, None, False, eps, [False, True, True]
         )
         return grad_bias.to(dtype), grad_weight.to(dtype)
+    invstd = (variance + eps).rsqrt()
+    if torch.compiler.is_compiling():
+        return _plain_gradient_sums(dy, x, mean, invstd)
     if x.device.type == "cuda":
         dy = _match_memory_format(dy, x)
         sum_dy, sum_dy_centred, _, _ = torch.batch_norm_backward_reduce(

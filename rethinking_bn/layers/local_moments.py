@@ -46,9 +46,8 @@ def local_moments(x: Tensor) -> Moments:
                 *stack_moments([local_moments(part) for part in rows.split(_ROWS)])
             )
         # Given float32 buffers it returns float32 statistics for half types too.
-        mean, variance = torch.batch_norm_update_stats(
-            x, torch.zeros(channels, dtype=dtype), torch.zeros(channels, dtype=dtype), 0.0
-        )
+        buffer = torch.zeros(channels, dtype=dtype) if dtype != x.dtype else None
+        mean, variance = torch.batch_norm_update_stats(x, buffer, buffer, 0.0)
     elif x.device.type == "cuda":
         mean, variance = _cuda_mean_variance(x)
     else:

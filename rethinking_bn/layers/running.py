@@ -30,8 +30,9 @@ def update_running_statistics(
         momentum: fraction of the new value; None: 1 / number of steps so far.
     """
     values = torch.stack([moments.mean, moments.variance(unbiased=True)])  # (2, K, C)
-    finite = values.isfinite().all(2).all(0)  # (K,)
-    values = values.masked_fill(~finite[:, None], 0.0)
+    # x·0 is NaN for what is not finite, so that a row's sum tells
+    finite = (values * 0).sum((0, 2)) == 0  # (K,)
+    values = values.where(finite[:, None], 0.0)
     seen = torch.stack([moments.count > 0, moments.count > 1]) & finite  # (2, K): mean, variance
     buffers = [h.running_mean for h in holders] + [h.running_var for h in holders]
     old = torch.stack(buffers).to(values.dtype).view(2, len(holders), -1)
