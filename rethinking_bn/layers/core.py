@@ -190,8 +190,9 @@ def affine_normalize(
                 out = out + _broadcast(parameter, x).to(x.dtype) * 0.0
         return out
     dtype = statistics_dtype(x.dtype)
-    statistics = (_typed(p, dtype) for p in (mean, variance, weight, bias))
-    return F.batch_norm(x, *statistics, training=False, momentum=0.0, eps=eps)
+    mean, variance = _typed(mean, dtype), _typed(variance, dtype)
+    weight, bias = _typed(weight, dtype), _typed(bias, dtype)
+    return F.batch_norm(x, mean, variance, weight, bias, training=False, momentum=0.0, eps=eps)
 
 
 def _typed(channels: Tensor | None, dtype: torch.dtype) -> Any:
