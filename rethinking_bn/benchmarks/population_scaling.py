@@ -23,25 +23,25 @@ from .timing import Plan
 def add_scaling(result: Result, options: Options) -> None:
     """Time W · k batches on one process, and k on each of W; a CPU thread each.
 
-    More processes than cores are not tried: they could only share them.
+    Beside it the floor: W processes at once that each estimate from k batches of their own and
+    have nothing to tell each other. More processes than cores are not tried: they could only share
+    them.
     """
     cores = available_cores()
     worlds = (2,) if options.quick else tuple(w for w in (2, 4, 8) if w <= cores)
     if not worlds:
         result.skip("several processes", f"there is {cores} core")
-    size, images, count = options.pick(quick=(64, 1, 1), cpu=(96, 2, 3), cuda=(96, 2, 3))
+    size, images, count = options.pick(quick=(64, 1, 1), cpu=(96, 2, 8), cuda=(96, 2, 8))
     for world in worlds:
         args = (size, images, count, options.plan(10.0))
         answer = run_processes(_measure, world, *args)[0]
         result.checks[f"{world} processes = one"] = answer["error"]
         times = answer["times"]
         case = f"{world * count} batches of resnet18, {images} x {size} x {size}, cpu"
-        result.measure(
-            case,
-            (f"{world} processes", times["all"]),
-            ("one process", times["one"]),
-            target=population_target(world),
-        )
+        together = (f"{world} processes", times["all"])
+        goal = population_target(world)
+        result.measure(case, together, ("one process", times["one"]), target=goal)
+        result.measure(case, together, (f"{world} that share nothing", times["apart"]))
 
 
 def _measure(
@@ -53,9 +53,8 @@ def _measure(
     rank, world = get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     together = torchvision.models.resnet18(num_classes=10).to(device).train()
-    alone = copy.deepcopy(together)
-    solo = dist.new_group([0])
-    group = solo if isinstance(solo, dist.ProcessGroup) else None  # of no use to other ranks
+    alone, apart = copy.deepcopy(together), copy.deepcopy(together)
+    mine, _ = dist.new_subgroups(1)  # this rank and no other
     batches = [
         [torch.randn(images, 3, size, size, device=device) * (r + 1) for _ in range(count)]
         for r in range(world)
@@ -68,8 +67,11 @@ def _measure(
     def with_one() -> None:
         if rank == 0:
             estimate_population_statistics(
-                alone, everything, len(everything), group=group, progress=False
+                alone, everything, len(everything), group=mine, progress=False
             )
+
+    def with_nobody() -> None:
+        estimate_population_statistics(apart, batches[rank], count, group=mine, progress=False)
 
     with_all()
     with_one()
@@ -82,5 +84,7 @@ def _measure(
         error = require_equal_state(what, states[0], states[1], tolerance_of(torch.float32))
     return {
         "error": error,
-        "times": alternate_together({"all": with_all, "one": with_one}, device, plan),
+        "times": alternate_together(
+            {"all": with_all, "one": with_one, "apart": with_nobody}, device, plan
+        ),
     }

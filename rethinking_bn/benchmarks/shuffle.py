@@ -18,10 +18,11 @@ from .options import Options
 from .processes import alternate_together, run_processes
 from .result import Result, Table
 from .targets import shuffle_targets
-from .timing import Plan, spread
+from .timing import Plan, Step, spread
 from .traffic import counting_traffic
 
 _OURS, _OTHER = "shuffle_rows", "padded all_gather"
+_BARE = "four bare all_to_all_single"  # the floor: no rows picked, packed or put in their places
 _SEED = 17
 
 Row = tuple[str | int | float, ...]
@@ -52,6 +53,7 @@ def run(options: Options, other: type[PaddedShuffle] = PaddedShuffle) -> Result:
         time_goal, bytes_goal = shuffle_targets(world)
         goal = time_goal if device.type == "cpu" else None
         result.measure(case, (_OURS, times[_OURS]), (_OTHER, times[_OTHER]), target=goal)
+        result.measure(case, (_OURS, times[_OURS]), (_BARE, times[_BARE]))
         pair = [
             (side, [max(answer["sent"][rows][side] for answer in answers)])
             for side in (_OURS, _OTHER)
@@ -108,8 +110,24 @@ def _measure(
                 gradient = step()
             sent[count][name] = traffic.sent
             require_equal(f"{name}: gradient of the identity", [gradient], [dy], 0.0)
-        times[count] = alternate_together(sides, device, plan)
+        times[count] = alternate_together(
+            {**sides, _BARE: _bare_exchanges(x.detach())}, device, plan
+        )
     return {"checks": checks, "times": times, "sent": sent}
+
+
+def _bare_exchanges(rows: Tensor) -> Step:
+    """Send what shuffle, unshuffle and their backward do: all rows but a W-th, four times."""
+    world, rank = dist.get_world_size(), get_rank()
+    sizes = [0 if r == rank else len(rows) // world for r in range(world)]
+    sent = rows[: sum(sizes)].contiguous()
+    received = torch.empty_like(sent)
+
+    def step() -> None:
+        for _ in range(4):
+            dist.all_to_all_single(received, sent, sizes, sizes)
+
+    return step
 
 
 def _check(
