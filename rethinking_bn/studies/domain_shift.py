@@ -75,6 +75,7 @@ STUDY = Study(
                 for i, arm in enumerate(_ARMS)
             ],
             "Table 4",
+            ordered=False,
         ),
         Panel(
             "Few target images, no labels",

@@ -5,9 +5,10 @@ training learns to read that, and inference by population statistics, where it i
 
 The paper's toy has 16 of 1000 classes, two samples each. Here two of ten classes, two samples
 each, come nearest: a sample's classmate is one of three others. The digits are noisy, so that the
-image alone leaves doubt. With eight of ten classes a batch gives away too little for training to
-rely on. One class a batch is nearer to Mask R-CNN's heads (Table 6), where all that a GPU
-normalises is of one image; there the cure is tried, on four processes with a class each.
+image alone leaves doubt. (With eight classes, two samples each, too little is given away: 30.7 %
+same pattern, 33.2 random, 31.4 population, mean of three seeds.) One class a batch is nearer to
+Mask R-CNN's heads (Table 6), where all that a GPU normalises is of one image; there the cure is
+tried, on four processes with a class each.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .study import Claim, Panel, Point, Series, Settings, Study, Values
 from .training import error, mini_batch_error, normalised_in_groups, train_to_the_end
 
 _TOY, _ONE = "2 classes x 2", "1 class x 16"
-_PATTERNS = {_TOY: (2, 2), "8 classes x 2": (8, 2), _ONE: (1, 16), "no pattern": None}
+_PATTERNS = {_TOY: (2, 2), _ONE: (1, 16), "no pattern": None}
 _BATCH = 64  # samples of a training batch
 # Figure 8, read off: error in % at epoch 100. Table 6: box AP of heads at one image per GPU.
 _FIGURE_8 = (("same pattern", 23.0), ("random mini-batches", 31.0), ("population", 51.0))
@@ -81,7 +82,7 @@ def _figure_8(settings: Settings, seed: int, device: torch.device, arm: str) -> 
 
 _SETTINGS = {
     "steps": 600,
-    "process_steps": 150,  # on several processes
+    "process_steps": 250,  # on several processes
     "lr": 0.1,
     "population_batches": 50,
     "conditions": {"copies": 20, "noise": 0.6},
@@ -109,6 +110,7 @@ STUDY = Study(
             [Series("", [Point(_of_table_6(a), a, v) for a, v in _TABLE_6.items()])],
             "Table 6",
             "box AP",
+            ordered=False,
         ),
     ),
     claims=(

@@ -111,7 +111,7 @@ def write_csv(path: Path, report: dict[str, Any]) -> None:
 
 
 def plot(path: Path, study: Study, report: dict[str, Any]) -> None:
-    """Draw ours with error bars over seeds; the paper's values, dashed, have an axis of their own.
+    """Draw ours with error bars over seeds; the paper's values, hollow, have an axis of their own.
 
     Other data and another network make other numbers: what compares is the shape.
     """
@@ -125,17 +125,19 @@ def plot(path: Path, study: Study, report: dict[str, Any]) -> None:
         paper = axes.twinx() if panel.paper else None
         for number, series in enumerate(panel.series):
             colour, rows = f"C{number}", [found[point.key] for point in series.points]
-            x = [ticks.index(point.x) for point in series.points]
+            aside = 0.0 if panel.ordered else 0.12 * (number - (len(panel.series) - 1) / 2)
+            x = [ticks.index(point.x) + aside for point in series.points]
             axes.errorbar(
                 x,
                 [row["mean"] for row in rows],
                 [row["std"] or 0.0 for row in rows],
-                marker="o", capsize=3, color=colour, label=series.label,
+                fmt="o-" if panel.ordered else "o", capsize=3, color=colour, label=series.label,
             )  # fmt: skip
             known = [(i, p.paper) for i, p in zip(x, series.points, strict=True) if p.paper]
             if paper is not None and known:
                 places, numbers = zip(*known, strict=True)
-                paper.plot(places, numbers, "D--", color=colour, mfc="none", alpha=0.5)
+                style = "D--" if panel.ordered else "D"
+                paper.plot(places, numbers, style, color=colour, mfc="none", alpha=0.5)
         axes.set(title=panel.title, xlabel=panel.x_label, ylabel=f"ours: {panel.y_label}")
         axes.set_xticks(range(len(ticks)), ticks)
         if len("".join(ticks)) > 60:
@@ -143,7 +145,7 @@ def plot(path: Path, study: Study, report: dict[str, Any]) -> None:
         axes.grid(alpha=0.3)
         if paper is not None:
             label = panel.paper_label or panel.y_label
-            paper.set_ylabel(f"paper ({panel.paper}): {label}, dashed")
+            paper.set_ylabel(f"◇ paper ({panel.paper}): {label}")
         if len(panel.series) > 1:
             axes.legend(fontsize="small")
     count = len(report["seeds"])

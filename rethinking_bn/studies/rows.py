@@ -86,6 +86,7 @@ STUDY = Study(
                 )
             ],
             "Table 5",
+            ordered=False,
         ),
     ),
     claims=(

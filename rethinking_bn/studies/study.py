@@ -30,7 +30,8 @@ class Series(NamedTuple):
 class Panel(NamedTuple):
     """One pair of axes. ``paper`` says where its values are from; None where it has none.
 
-    ``paper_label`` says what they are where that is not ``y_label``.
+    ``paper_label`` says what they are where that is not ``y_label``. Points are joined by lines
+    where x has an order.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Panel(NamedTuple):
     series: Sequence[Series]
     paper: str | None = None
     paper_label: str | None = None
+    ordered: bool = True
 
 
 class Claim(NamedTuple):
