@@ -102,9 +102,9 @@ def _error(
 
 
 _SETTINGS = {
-    "steps": 180,
+    "steps": 300,
     "batch_size": 32,  # of an SGD step
-    "conditions": {"copies": 2, "contrast": 0.1, "brightness": 0.5},
+    "conditions": {"copies": 2, "contrast": 0.1, "brightness": 2.0},
     "lr": 0.05,
     "warmup": 0.1,  # of the training: before moving averages are used (MABN, Batch Renorm)
     "groups": 4,  # of GN over batch sizes
@@ -144,4 +144,5 @@ STUDY = Study(
     quick={**_SETTINGS, "steps": 8},
     parts=4 * len(_SIZES) + len(_GROUPS),
     run=run,
+    seeds=1,
 )
