@@ -37,7 +37,7 @@ def run(options: Options) -> Result:
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, num_classes=10).train()
     size, images = options.pick(quick=(32, 2), cpu=(128, 2), cuda=(224, 32))
-    count = options.pick(quick=2, cpu=6, cuda=8)
+    count = options.pick(quick=2, cpu=20, cuda=20)
     batches: list[Any] = [torch.randn(images, 3, size, size) * (i + 1) for i in range(count)]
     batches = [batch.to(options.device) for batch in batches]
     _compare(result, f"{name}, {images} x {size} x {size}", model, batches, options)
