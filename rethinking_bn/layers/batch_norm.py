@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..distributed import get_world_size
-from .core import affine_normalize, normalize
+from .channel_ops import affine_normalize
+from .core import normalize
 from .moments import Moments, merge_moments
 from .population_layer import PopulationLayer
 from .running import update_running_statistics, write_statistics

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from ..distributed import all_gather, all_reduce_sum, get_world_size
+from .channel_ops import affine_normalize, combine, gradient_sums
 from .local_moments import local_moments
-from .moments import Moments, merge_moments, stack_moments, statistics_dtype
+from .moments import Moments, merge_moments, stack_moments
 
 
 class Normalized(NamedTuple):
@@ -162,92 +162,3 @@ def _affine_gradient(per_tensor: Tensor, parameter: Tensor) -> Tensor:
 
 def _row(rows: Tensor | None, i: int) -> Any:
     return None if rows is None else rows[i if len(rows) > 1 else 0]
-
-
-def _broadcast(channels: Tensor, like: Tensor) -> Tensor:
-    return channels.view(1, -1, *([1] * (like.dim() - 2)))
-
-
-def affine_normalize(
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """Return weight · (x - mean) / sqrt(variance + eps) + bias in one pass, in x's type.
-
-    Args:
-        x: (N, C, *), may be empty.
-        mean, variance, weight, bias: (C,).
-    """
-    if x.numel() == 0:
-        # batch_norm refuses some empty inputs; this keeps the graph and gives zero gradients
-        out = x * 1.0
-        for parameter in (weight, bias):
-            if parameter is not None:
-                out = out + _broadcast(parameter, x).to(x.dtype) * 0.0
-        return out
-    dtype = statistics_dtype(x.dtype)
-    mean, variance = _typed(mean, dtype), _typed(variance, dtype)
-    weight, bias = _typed(weight, dtype), _typed(bias, dtype)
-    return F.batch_norm(x, mean, variance, weight, bias, training=False, momentum=0.0, eps=eps)
-
-
-def _typed(channels: Tensor | None, dtype: torch.dtype) -> Any:
-    # quicker than a Tensor.to that has nothing to do
-    return channels if channels is None or channels.dtype == dtype else channels.to(dtype)
-
-
-def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return a·dy + b·x + c per channel as a new tensor in x's type: two fused passes."""
-    if x.dtype != a.dtype:
-        # Half types: the terms may nearly cancel, so they are added before anything is rounded.
-        out = torch.addcmul(_broadcast(c, x), x, _broadcast(b, x))
-        return out.addcmul_(dy, _broadcast(a, x)).to(x.dtype)
-    zero, one = torch.zeros_like(b), torch.ones_like(b)
-    return affine_normalize(x, zero, one, b, c, 0.0).addcmul_(dy, _broadcast(a, dy))
-
-
-def gradient_sums(
-    dy: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Return (C,) Σ dy and (C,) Σ dy·x̂ with x̂ = (x - mean) / sqrt(variance + eps)."""
-    dtype = mean.dtype
-    if x.numel() == 0:  # the fused CPU operator ends the process on an empty tensor
-        zeros = torch.zeros_like(mean)
-        return zeros, zeros
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        dy = _match_memory_format(dy, x)
-        one = torch.ones_like(mean)  # tells it the type to return
-        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, one, mean, variance, None, None, False, eps, [False, True, True]
-        )
-        return grad_bias.to(dtype), grad_weight.to(dtype)
-    invstd = (variance + eps).rsqrt()
-    if torch.compiler.is_compiling():
-        return _plain_gradient_sums(dy, x, mean, invstd)
-    if x.device.type == "cuda":
-        dy = _match_memory_format(dy, x)
-        sum_dy, sum_dy_centred, _, _ = torch.batch_norm_backward_reduce(
-            dy, x, mean, invstd, None, True, False, False
-        )
-        return sum_dy.to(dtype), sum_dy_centred.to(dtype) * invstd
-    return _plain_gradient_sums(dy, x, mean, invstd)
-
-
-def _plain_gradient_sums(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same in plain operators, for compilers and devices without fused ones."""
-    dims = [d for d in range(x.dim()) if d != 1]
-    dy = dy.to(mean.dtype)
-    normalized = (x.to(mean.dtype) - _broadcast(mean, x)) * _broadcast(invstd, x)
-    return dy.sum(dims), (dy * normalized).sum(dims)
-
-
-def _match_memory_format(dy: Tensor, x: Tensor) -> Tensor:
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return dy.contiguous(memory_format=torch.channels_last)
-    return dy.contiguous()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .core import affine_normalize, normalize
+from .channel_ops import affine_normalize
+from .core import normalize
 from .domain_state import DomainBatchNormBase
 from .moments import Moments
 from .running import update_running_statistics

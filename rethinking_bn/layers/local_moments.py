@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .moments import HALF_TYPES, Moments, merge_moments, stack_moments, statistics_dtype
+from .blocks import block_buffer, blocks, per_plane, planes, worth_blocks
+from .moments import Moments, merge_moments, stack_moments, statistics_dtype
 
 # The CPU's channels-last kernels add up in float32, one value after the other, which loses digits
 # over many values. Moments of blocks this long are merged instead, in the same time.
@@ -13,10 +14,6 @@ _ROWS = 4096
 # CUDA's kernel returns 1 / sqrt(variance + eps), and 0 for a variance and an eps of 0. This one
 # tells those from an infinite variance, and is far below what float32 activations vary by.
 _TINY = 1e-30
-# The CPU's kernel for contiguous tensors adds up one value after the other in float64. From so
-# many values, in planes (H·W) of so many, vectorised sums over blocks are 1.3 to 3 times faster.
-_PLANAR, _PLANE = 2**16, 16
-_BLOCK = 2**18  # values: 1 MiB of float32, which a core's cache holds
 
 
 def local_moments(x: Tensor) -> Moments:
@@ -38,8 +35,8 @@ def local_moments(x: Tensor) -> Moments:
     if torch.compiler.is_compiling():  # plain operators are what a compiler can fuse
         mean, variance = _plain_mean_variance(x)
     elif x.device.type == "cpu":
-        if _is_planar(x):
-            return _planar_moments(x, count)
+        if dtype == x.dtype and worth_blocks(x):
+            return _block_moments(x, count)
         if size > _ROWS and _is_channels_last(x):
             rows = x.permute(0, 2, 3, 1).reshape(-1, channels)  # a view
             return merge_moments(
@@ -55,26 +52,20 @@ def local_moments(x: Tensor) -> Moments:
     return Moments(count, mean, variance * size)
 
 
-def _is_planar(x: Tensor) -> bool:
-    """Whether x has the layout for which the CPU's own kernel adds up value by value."""
-    if x.dim() < 3 or x.dtype in HALF_TYPES or not x.is_contiguous():
-        return False
-    return x.numel() >= _PLANAR and x[0, 0].numel() >= _PLANE
-
-
-def _planar_moments(x: Tensor, count: Tensor) -> Moments:
-    """Moments in the corrected two-pass algorithm, block by block in the processor's cache.
+def _block_moments(x: Tensor, count: Tensor) -> Moments:
+    """Moments of a large contiguous tensor in the corrected two-pass algorithm, by blocks.
 
     With d = x - s for a shift s near the mean: mean = s + Σd/n and M2 = Σd² - (Σd)²/n, whose
-    last term takes back what rounding s left (Chan, Golub and LeVeque, 1983).
+    last term takes back what rounding s left (Chan, Golub and LeVeque, 1983). torch's own kernel
+    adds up such tensors one value after the other in float64, which takes about three times as
+    long.
     """
-    rows = x.flatten(2).flatten(0, 1)  # (N·C, H·W), a view
+    rows = planes(x)
     shift = x.sum([0, *range(2, x.dim())]) / count
-    step = max(1, _BLOCK // rows.shape[1])
-    buffer = rows.new_empty(min(step, len(rows)), rows.shape[1])
+    shifts, buffer = per_plane(shift, len(x)), block_buffer(rows, x.dtype)
     sums, squares = [], []
-    for part, s in zip(rows.split(step), shift.repeat(len(x))[:, None].split(step), strict=True):
-        d = torch.sub(part, s, out=buffer[: len(part)])
+    for block in blocks(rows):
+        d = torch.sub(rows[block], shifts[block], out=buffer[: block.stop - block.start])
         sums.append(d.sum(1))
         squares.append(d.square_().sum(1))
     total = torch.cat(sums).view(x.shape[:2]).sum(0)

@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .core import affine_normalize
+from .channel_ops import affine_normalize
 from .mabn_functional import Statistics, mabn_normalize, mean_square
 from .mabn_replay import is_recomputing
 from .mabn_state import MABNState

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .core import affine_normalize, combine, gradient_sums
+from .channel_ops import affine_normalize, combine, gradient_sums
 from .moments import statistics_dtype
 
 

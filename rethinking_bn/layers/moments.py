@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-HALF_TYPES = (torch.float16, torch.bfloat16)
+_HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 class Moments(NamedTuple):
@@ -40,7 +40,7 @@ class Moments(NamedTuple):
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which statistics of an input of type ``dtype`` are computed."""
-    return torch.float32 if dtype in HALF_TYPES else dtype
+    return torch.float32 if dtype in _HALF_TYPES else dtype
 
 
 def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, dim: int = 0) -> Moments:

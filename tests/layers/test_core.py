@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rethinking_bn.layers import Moments, local_moments, merge_moments, mix_statistics
-from rethinking_bn.layers.core import _plain_gradient_sums, gradient_sums, normalize
+from rethinking_bn.layers.channel_ops import _plain_gradient_sums, combine, gradient_sums
+from rethinking_bn.layers.core import normalize
 from rethinking_bn.layers.local_moments import _plain_mean_variance
 from rethinking_bn.layers.moments import stack_moments
 
@@ -106,3 +107,21 @@ def test_an_expanded_gradient_is_read_correctly() -> None:
     assert x.grad is not None and bias.grad is not None
     torch.testing.assert_close(x.grad, torch.zeros_like(x), atol=1e-12, rtol=0)
     torch.testing.assert_close(bias.grad, torch.full_like(bias, 18.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (2, 30, 60, 50), (1, 2, 700, 600)], ids=str)
+def test_combine_rounds_once(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Terms that nearly cancel, in tensors below and above the size that is done in blocks."""
+    x = torch.randn(shape).to(dtype)
+    dy = (0.999 * x.float()).to(dtype)
+    a, b, c = torch.rand(3, shape[1]) + 1
+    b = -a + 0.01 * b
+    got = combine(dy, x, a, b, c)
+    wide = [v.double().view(1, -1, 1, 1) for v in (a, b, c)]
+    expected = wide[0] * dy.double() + wide[1] * x.double() + wide[2]
+    assert got.dtype == dtype and got.is_contiguous()
+    half_ulp = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(got.double(), expected, rtol=1.01 * half_ulp, atol=1e-6)
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (dy, x)]
+    torch.testing.assert_close(combine(*last, a, b, c), got, rtol=2 * half_ulp, atol=1e-6)

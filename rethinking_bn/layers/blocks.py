@@ -1,0 +1,45 @@
+"""Working through a large tensor on the CPU in blocks that a core's cache holds.
+
+Temporaries of the tensor's size would be fetched from memory, and paged in, for every operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# From so many values, in planes (H·W) of so many, blocks pay for the loop over them.
+_MANY, _PLANE = 2**16, 16
+_BLOCK = 2**18  # values: 1 MiB of float32
+
+
+def worth_blocks(x: Tensor) -> bool:
+    """Whether x (N, C, *) is on the CPU, contiguous and large, and nothing is being compiled."""
+    if x.device.type != "cpu" or x.dim() < 3 or x.numel() < _MANY or not x.is_contiguous():
+        return False
+    return x[0, 0].numel() >= _PLANE and not torch.compiler.is_compiling()
+
+
+def planes(x: Tensor) -> Tensor:
+    """View contiguous (N, C, *) as (N·C, K), one row a channel of an image."""
+    return x.flatten(2).flatten(0, 1)
+
+
+def per_plane(channels: Tensor, images: int) -> Tensor:
+    """Return (C,) values as (N·C, 1), beside the rows of :func:`planes`."""
+    return channels.repeat(images)[:, None]
+
+
+def blocks(rows: Tensor) -> Iterator[slice]:
+    """Yield slices of consecutive rows, each of about a block."""
+    step = max(1, _BLOCK // rows.shape[1])
+    for start in range(0, len(rows), step):
+        yield slice(start, min(start + step, len(rows)))
+
+
+def block_buffer(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised buffer for any of the :func:`blocks`, its leading rows to be used."""
+    step = max(1, _BLOCK // rows.shape[1])
+    return rows.new_empty(min(step, len(rows)), rows.shape[1], dtype=dtype)
