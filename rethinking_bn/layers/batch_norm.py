@@ -120,6 +120,8 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
     def _split(self, x: Tensor) -> list[Tensor]:
         if self._groups is None or len(self._groups) == 1:
             return [x]
+        if not self._groups and len(x) == 0:
+            return [x]
         if sum(self._groups) != len(x):
             raise ValueError(f"row groups {self._groups} do not sum up to the {len(x)} rows given")
         return list(x.split(self._groups))

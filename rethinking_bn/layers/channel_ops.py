@@ -80,6 +80,8 @@ def gradient_sums(
         zeros = torch.zeros_like(mean)
         return zeros, zeros
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if dtype != x.dtype and not _is_dense(x):
+            x = x.contiguous()  # of other strides the kernel rounds sums to the half type
         dy = _match_memory_format(dy, x)
         one = torch.ones_like(mean)  # tells it the type to return
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
@@ -106,6 +108,11 @@ def _plain_gradient_sums(
     dy = dy.to(mean.dtype)
     normalized = (x.to(mean.dtype) - _broadcast(mean, x)) * _broadcast(invstd, x)
     return dy.sum(dims), (dy * normalized).sum(dims)
+
+
+def _is_dense(x: Tensor) -> bool:
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x.is_contiguous() or last
 
 
 def _match_memory_format(dy: Tensor, x: Tensor) -> Tensor:

@@ -57,8 +57,7 @@ def _block_moments(x: Tensor, count: Tensor) -> Moments:
 
     With d = x - s for a shift s near the mean: mean = s + Σd/n and M2 = Σd² - (Σd)²/n, whose
     last term takes back what rounding s left (Chan, Golub and LeVeque, 1983). torch's own kernel
-    adds up such tensors one value after the other in float64, which takes about three times as
-    long.
+    adds up such tensors one value after the other in float64, which takes longer.
     """
     rows = planes(x)
     shift = x.sum([0, *range(2, x.dim())]) / count

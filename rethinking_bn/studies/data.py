@@ -18,7 +18,7 @@ _SPLIT_SEED = 2021  # the same split in every study and for every seed
 
 
 class Split(NamedTuple):
-    """Images (N, 1, 8, 8) float32 in [0, 1] and labels (N,) int64."""
+    """Images (N, 1, 8, 8) float32, as scanned in [0, 1], and labels (N,) int64."""
 
     images: Tensor
     labels: Tensor
@@ -61,7 +61,7 @@ def load_digits(
 
 
 def corrupted(split: Split, name: str, severity: int, seed: int) -> Split:
-    """Return the same samples with every image corrupted by :func:`rethinking_bn.data.corrupt`."""
+    """Return the same scans with every image corrupted by :func:`rethinking_bn.data.corrupt`."""
     pixels = (split.images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     images = [
         corrupt(image, name, severity=severity, seed=(seed, number))

@@ -17,7 +17,10 @@ BLOCKS = 2  # per stage
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, each with norm, as in ResNet-18."""
+    """Two 3x3 convolutions beside a shortcut, each with norm, as in ResNet-18.
+
+    (N, inputs, H, W) -> (N, outputs, ceil(H / stride), ceil(W / stride)).
+    """
 
     def __init__(
         self, inputs: int, outputs: int, stride: int, norm: NormFactory, conv: type[nn.Conv2d]

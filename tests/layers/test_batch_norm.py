@@ -90,6 +90,8 @@ def test_row_groups_are_separate_batches(
     torch.testing.assert_close(dict(mine.state_dict()), dict(theirs.state_dict()))
     with pytest.raises(ValueError, match="do not sum up"), mine.row_groups([4, 4]):
         mine(a)
+    with mine.row_groups([]):
+        assert len(mine(a[:0])) == 0
     mine(a)  # the bracket left no trace
     seen = []
     with mine.observing(seen.append), mine.row_groups(sizes):

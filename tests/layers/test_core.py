@@ -125,3 +125,23 @@ def test_combine_rounds_once(shape: tuple[int, ...], dtype: torch.dtype) -> None
     torch.testing.assert_close(got.double(), expected, rtol=1.01 * half_ulp, atol=1e-6)
     last = [t.contiguous(memory_format=torch.channels_last) for t in (dy, x)]
     torch.testing.assert_close(combine(*last, a, b, c), got, rtol=2 * half_ulp, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("where", ["crop", "channels", "transposed"])
+def test_gradients_of_half_types_with_any_strides(dtype: torch.dtype, where: str) -> None:
+    """Sums are kept in float32 whatever the strides of the input."""
+    whole = torch.randn(4, 8, 30, 28).to(dtype)
+    x = {
+        "crop": whole[:, :, 3:, 5:],
+        "channels": whole[:, 2:6],
+        "transposed": whole.transpose(2, 3),
+    }[where]
+    dy = (torch.randn(x.shape) + 5).to(dtype)
+    mean, variance = torch.randn(x.shape[1]), torch.rand(x.shape[1]) + 0.5
+    got = gradient_sums(dy, x, mean, variance, 1e-5)
+    wide = [v.double().view(1, -1, 1, 1) for v in (mean, variance)]
+    normalized = (x.double() - wide[0]) / (wide[1] + 1e-5).sqrt()
+    torch.testing.assert_close(got[0].double(), dy.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-3)
+    expected = (dy.double() * normalized).sum((0, 2, 3))
+    torch.testing.assert_close(got[1].double(), expected, rtol=1e-5, atol=2e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib
 import importlib.util
@@ -16,9 +17,16 @@ import torch
 
 from rethinking_bn.data import ShapesDataset
 from rethinking_bn.studies import STUDIES, Study, report, rows
-from rethinking_bn.studies.data import load_digits, patterned_indices, shuffled_indices
+from rethinking_bn.studies.data import (
+    load_digits,
+    patterned_indices,
+    shuffled_indices,
+    varied,
+)
 from rethinking_bn.studies.detection import batches, box_ap, make_detector
+from rethinking_bn.studies.network import make_net
 from rethinking_bn.studies.study import Claim, Panel, Point, Series
+from rethinking_bn.studies.training import mini_batch_error, train_to_the_end
 
 pytest.importorskip("sklearn", reason="needs scikit-learn, which is not installed")
 
@@ -194,6 +202,58 @@ def test_digits_are_split_and_in_range() -> None:
     assert train.images.shape[1:] == (1, 8, 8)
     assert train.images.min() == 0 and train.images.max() == 1
     assert set(train.labels.tolist()) == set(test.labels.tolist()) == set(range(10))
+
+
+def test_conditions_of_the_images() -> None:
+    device, conditions = torch.device("cpu"), {"copies": 3, "contrast": 0.1, "brightness": 2.0}
+    scans = load_digits(device)
+    one, other = (load_digits(device, seed, conditions) for seed in (0, 1))
+    assert len(one.train.labels) == 3 * len(scans.train.labels)
+    assert torch.equal(one.test.images, other.test.images)
+    assert not torch.equal(one.train.images, other.train.images)
+    assert torch.equal(one.train.labels[: len(scans.train.labels)], scans.train.labels)
+    # each image is scale · scan + offset: its two extremes say which
+    low, high = (f(scans.train.images.flatten(1), 1) for f in (torch.amin, torch.amax))
+    seen_low, seen_high = (f(one.train.images.flatten(1), 1) for f in (torch.amin, torch.amax))
+    scale = (seen_high - seen_low) / (high - low).repeat(3)
+    offset = seen_low - scale * low.repeat(3)
+    assert 0.0999 < scale.min() < 0.11 and 0.98 < scale.max() < 1.0001
+    assert -2 <= offset.min() < -1.9 and 1.9 < offset.max() <= 2
+    expected = scans.train.images.repeat(3, 1, 1, 1) * scale.view(-1, 1, 1, 1)
+    torch.testing.assert_close(
+        one.train.images, expected + offset.view(-1, 1, 1, 1), atol=1e-5, rtol=1e-5
+    )
+    grainy = varied(scans.test, noise=0.5, seed=3).images - scans.test.images
+    assert grainy.std() == pytest.approx(0.5, rel=0.02) and abs(grainy.mean()) < 0.01
+
+
+def test_micro_batches_add_up_to_the_batch() -> None:
+    """GN does not look at the batch, so that its training must not depend on their size."""
+    data, weights = load_digits(torch.device("cpu")).train, []
+    for micro_batch in (None, 8, 3):
+        torch.manual_seed(0)
+        net = make_net(lambda channels: torch.nn.GroupNorm(4, channels)).double()
+        doubled = data._replace(images=data.images.double())
+        indices = shuffled_indices(100, 16, seed=0)
+        train_to_the_end(
+            net, doubled, indices, steps=3, lr=0.1, micro_batch=micro_batch, label=None
+        )
+        weights.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(weights[2], weights[0], rtol=1e-9, atol=1e-9)
+
+
+def test_mini_batch_error_normalises_groups_by_themselves() -> None:
+    torch.manual_seed(0)
+    data = load_digits(torch.device("cpu")).test.take(torch.arange(301))
+    net = make_net()
+    train_to_the_end(net, data, shuffled_indices(301, 32, seed=0), steps=8, lr=0.1, label=None)
+    for nbs in (4, 32):
+        net.train()
+        with torch.no_grad():
+            outputs = [copy.deepcopy(net)(x) for x in data.images.split(nbs)]
+        wrong = torch.cat(outputs).argmax(1) != data.labels
+        assert mini_batch_error(net, data, nbs) == pytest.approx(100 * wrong.float().mean())
 
 
 def test_batches_of_indices() -> None:
