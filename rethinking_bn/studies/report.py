@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from .files import replace
@@ -118,7 +119,7 @@ def plot(path: Path, study: Study, report: dict[str, Any]) -> None:
     from matplotlib.figure import Figure  # slow to import, and needed only here
 
     found = {row["key"]: row for row in report["table"]}
-    figure = Figure(figsize=(6.4 * len(study.panels), 4.4), layout="constrained")
+    figure = Figure(figsize=(max(8.0, 6.4 * len(study.panels)), 4.4), layout="constrained")
     axes_of = figure.subplots(1, len(study.panels), squeeze=False)[0]
     for axes, panel in zip(axes_of, study.panels, strict=True):
         ticks = list(dict.fromkeys(p.x for series in panel.series for p in series.points))
@@ -149,5 +150,6 @@ def plot(path: Path, study: Study, report: dict[str, Any]) -> None:
         if len(panel.series) > 1:
             axes.legend(fontsize="small")
     count = len(report["seeds"])
-    figure.suptitle(f"{study.title} ({count} seed{'s' * (count > 1)})")
+    title = f"{study.title} ({count} seed{'s' * (count > 1)})"
+    figure.suptitle("\n".join(wrap(title, width=round(10 * figure.get_figwidth()))))
     replace(path, lambda aside: figure.savefig(aside, dpi=120))
