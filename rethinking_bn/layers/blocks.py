@@ -12,7 +12,7 @@ from torch import Tensor
 
 # From so many values, in planes (H·W) of so many, blocks pay for the loop over them.
 _MANY, _PLANE = 2**16, 16
-_BLOCK = 2**18  # values: 1 MiB of float32
+_BLOCK = 2**18  # values for a thread: 1 MiB of float32
 
 
 def worth_blocks(x: Tensor) -> bool:
@@ -32,14 +32,18 @@ def per_plane(channels: Tensor, images: int) -> Tensor:
     return channels.repeat(images)[:, None]
 
 
+def _rows_of_a_block(rows: Tensor) -> int:
+    return max(1, torch.get_num_threads() * _BLOCK // rows.shape[1])
+
+
 def blocks(rows: Tensor) -> Iterator[slice]:
     """Yield slices of consecutive rows, each of about a block."""
-    step = max(1, _BLOCK // rows.shape[1])
+    step = _rows_of_a_block(rows)
     for start in range(0, len(rows), step):
         yield slice(start, min(start + step, len(rows)))
 
 
 def block_buffer(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return an uninitialised buffer for any of the :func:`blocks`, its leading rows to be used."""
-    step = max(1, _BLOCK // rows.shape[1])
+    step = _rows_of_a_block(rows)
     return rows.new_empty(min(step, len(rows)), rows.shape[1], dtype=dtype)
