@@ -37,6 +37,7 @@ def floor_table(nbytes: int, sides: dict[str, Spread], device: torch.device, pla
     speed = 2 * nbytes / times["copy"] / 1e9
     title = (
         f"Floor: {PASSES} passes over {nbytes / 2**20:.1f} MiB at the {speed:.1f} GB/s of a copy, "
-        f"{moved * 1e3:.3g} ms (an input that fits a cache can go below), and two newly allocated tensors, {fresh * 1e3:.3g} ms"
+        f"{moved * 1e3:.3g} ms (an input that fits a cache can go below), and two newly allocated "
+        f"tensors, {fresh * 1e3:.3g} ms"
     )
     return Table(title, ("side", "ms", "floor ms", "times the floor"), rows)
