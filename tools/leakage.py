@@ -27,6 +27,7 @@ import warnings
 # detectron2 uses what recent versions of torch deprecate: nothing a user of this tool can change
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch|detectron2|fvcore")
 
+import rethinking_bn.engine  # noqa: E402, F401, isort: skip  # says so where detectron2 is missing
 from detectron2.config import CfgNode  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
