@@ -124,7 +124,9 @@ def test_combine_rounds_once(shape: tuple[int, ...], dtype: torch.dtype) -> None
     half_ulp = torch.finfo(dtype).eps / 2
     torch.testing.assert_close(got.double(), expected, rtol=1.01 * half_ulp, atol=1e-6)
     last = [t.contiguous(memory_format=torch.channels_last) for t in (dy, x)]
-    torch.testing.assert_close(combine(last[0], last[1], a, b, c), got, rtol=2 * half_ulp, atol=1e-6)
+    torch.testing.assert_close(
+        combine(last[0], last[1], a, b, c), got, rtol=2 * half_ulp, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
