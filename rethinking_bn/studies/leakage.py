@@ -132,4 +132,5 @@ STUDY = Study(
     quick={**_SETTINGS, "steps": 8, "process_steps": 8, "population_batches": 4},
     parts=len(_PATTERNS) + len(_TABLE_6),
     run=run,
+    seeds=2,
 )
