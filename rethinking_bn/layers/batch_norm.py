@@ -19,8 +19,8 @@ from .running import update_running_statistics, write_statistics
 
 logger = logging.getLogger(__name__)
 
-# Row groups of at most so many values are normalised all at once: a group costs some 15 small
-# operators, copying a value there and back about a nanosecond.
+# Row groups of at most so many values are normalised all at once: the small operators of each group
+# then cost more than copying its values there and back.
 _SMALL_GROUP = 2**16
 
 

@@ -22,6 +22,11 @@ def worth_blocks(x: Tensor) -> bool:
     return x[0, 0].numel() >= _PLANE and not torch.compiler.is_compiling()
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x is 4-d and in channels-last format; it may be contiguous as well."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def planes(x: Tensor) -> Tensor:
     """View contiguous (N, C, *) as (N·C, K), one row a channel of an image."""
     return x.flatten(2).flatten(0, 1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import block_buffer, blocks, per_plane, planes, worth_blocks
+from .blocks import block_buffer, blocks, is_channels_last, per_plane, planes, worth_blocks
 from .moments import statistics_dtype
 
 
@@ -80,7 +80,7 @@ def gradient_sums(
         zeros = torch.zeros_like(mean)
         return zeros, zeros
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        if dtype != x.dtype and not _is_dense(x):
+        if dtype != x.dtype and not (x.is_contiguous() or is_channels_last(x)):
             x = x.contiguous()  # of other strides the kernel rounds sums to the half type
         dy = _match_memory_format(dy, x)
         one = torch.ones_like(mean)  # tells it the type to return
@@ -110,12 +110,7 @@ def _plain_gradient_sums(
     return dy.sum(dims), (dy * normalized).sum(dims)
 
 
-def _is_dense(x: Tensor) -> bool:
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x.is_contiguous() or last
-
-
 def _match_memory_format(dy: Tensor, x: Tensor) -> Tensor:
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+    if is_channels_last(x):
         return dy.contiguous(memory_format=torch.channels_last)
     return dy.contiguous()

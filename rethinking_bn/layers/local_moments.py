@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blocks import block_buffer, blocks, per_plane, planes, worth_blocks
+from .blocks import block_buffer, blocks, is_channels_last, per_plane, planes, worth_blocks
 from .moments import Moments, merge_moments, stack_moments, statistics_dtype
 
 # The CPU's channels-last kernels add up in float32, one value after the other, which loses digits
@@ -37,7 +37,7 @@ def local_moments(x: Tensor) -> Moments:
     elif x.device.type == "cpu":
         if dtype == x.dtype and worth_blocks(x):
             return _block_moments(x, count)
-        if size > _ROWS and _is_channels_last(x):
+        if size > _ROWS and is_channels_last(x) and not x.is_contiguous():
             rows = x.permute(0, 2, 3, 1).reshape(-1, channels)  # a view
             return merge_moments(
                 *stack_moments([local_moments(part) for part in rows.split(_ROWS)])
@@ -71,11 +71,6 @@ def _block_moments(x: Tensor, count: Tensor) -> Moments:
     square = torch.cat(squares).view(x.shape[:2]).sum(0)
     m2 = (square - total.square() / count).clamp_(min=0)
     return Moments(count, shift + total / count, m2)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return last and not x.is_contiguous()
 
 
 def _cuda_mean_variance(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ Renormalization and MABN: what is compared is training, not how well an average 
 
 The images differ in brightness, which a filter passes on as an offset of its own. MABN's centred
 filters do not, and GN with one group per channel takes it away, which is to their advantage here;
-larger groups keep it, and with them GN is far from trained when BN has long arrived.
+larger groups keep it, and GN is behind BN with them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _GN_GROUPS = 4  # of GN beside the others
 
 
 def run(settings: Settings, seed: int, device: torch.device) -> Iterator[Values]:
-    """Yield once per norm and batch size, then once per number of groups."""
+    """Yield once per norm and batch size, then once per number of groups of GN."""
     digits = load_digits(device, seed, settings["conditions"])
     for size in _SIZES:
         calls = settings["steps"] * settings["batch_size"] // size  # of a layer, in the training
