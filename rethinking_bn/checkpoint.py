@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rethinking_bn.layers import MABN2d, MultiDomainBatchNorm2d, PopulationLayer
 from rethinking_bn.layers.domain_state import Choice, DomainBatchNormBase, check_choice
-from rethinking_bn.layers.mabn_official import convert_official, is_official
+from rethinking_bn.layers.mabn.official import convert_official, is_official
 
 _MEAN = re.compile(r"^(?:(?P<layer>.+)\.)?running_mean$")
 _LEVEL_MEAN = re.compile(r"^(?:(?P<layer>.+)\.)?(?P<level>\d+)\.running_mean$")

@@ -42,7 +42,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from rethinking_bn.layers import MABN2d, MultiDomainBatchNorm2d, get_norm
 from rethinking_bn.layers.levels import run_layer_by_layer
-from rethinking_bn.layers.shuffled_layers import ShuffledLayers, mixes_rows_of_a_rank
+from rethinking_bn.shuffle.layers import ShuffledLayers, mixes_rows_of_a_rank
 
 __all__ = [
     "MultiDomainBNClassificationHead",
@@ -219,9 +219,9 @@ class ShuffleBNBoxHead(_ShuffledBlocks, FastRCNNConvFCHead):
     is the unshuffled head's. In one process rows are permuted among themselves, which leaves
     BN's statistics as they are.
 
-    **Which permutation.** Call :func:`rethinking_bn.seeding.announce_iteration` (model, run seed,
-    iteration) before each training step, and a resumed run draws the permutations it would have
-    drawn. Otherwise they follow from the number of calls since the head was built, which a
+    **Which permutation.** Call :func:`rethinking_bn.randomness.announce_iteration` (model, run
+    seed, iteration) before each training step, and a resumed run draws the permutations it would
+    have drawn. Otherwise they follow from the number of calls since the head was built, which a
     resumed run counts from zero again.
 
     **Every rank** must call the head equally often, and its loss must depend on the result, also

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rethinking_bn.checkpoint import convert_mabn_checkpoint, mabn_without_statistics
 from rethinking_bn.layers import CenConv2d, MABN2d
 from tests.engine.tiny import tiny_config
-from tests.layers.mabn_reference import Reference
+from tests.layers.mabn.reference import Reference
 
 C, M = 3, 4
 

@@ -17,9 +17,8 @@ from detectron2.utils.events import EventStorage
 from rethinking_bn import add_rethinking_bn_config, get_config_file
 from rethinking_bn.config_files import list_config_files
 from rethinking_bn.layers import CenConv2d
-
-from .anchor_levels import share_of_levels
-from .test_config import flat
+from tests.anchor_levels import share_of_levels
+from tests.test_config import flat
 
 FILES = [name for name in list_config_files() if not Path(name).name.startswith("Base-")]
 PAPER = [name for name in FILES if not name.startswith("shapes/")]

@@ -21,13 +21,13 @@ from rethinking_bn import add_rethinking_bn_config
 from rethinking_bn.engine import Trainer
 from rethinking_bn.engine.checks import check_batch_size
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
-from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d, shuffle
+from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d
+from rethinking_bn.shuffle import rows
 from tests.anchor_levels import share_of_levels
 from tests.helpers import run_distributed
 from tests.modeling.roi_cases import SHUFFLED, gradients, mask_config, norms, register_masks
-
-from .test_config import flat
-from .test_configs import batch, load
+from tests.test_config import flat
+from tests.test_configs import batch, load
 
 TRAIN_NET = Path(__file__).parents[1] / "tools" / "train_net.py"
 BOX, MASK = "MODEL.ROI_BOX_HEAD.", "MODEL.ROI_MASK_HEAD."
@@ -178,7 +178,7 @@ def test_a_project_with_detectron2s_trainer_names_the_heads_in_its_yaml(tmp_path
     cfg = run_config(tmp_path, tmp_path / "out", **SHUFFLED, **keys)
     Path(cfg.OUTPUT_DIR).mkdir()
     trainer = DefaultTrainer(cfg)
-    with mock.patch.object(shuffle, "plan_exchange", wraps=shuffle.plan_exchange) as plans:
+    with mock.patch.object(rows, "plan_exchange", wraps=rows.plan_exchange) as plans:
         trainer.train()
     seeds = [seed for _, (_, _, seed), _ in plans.mock_calls]
     # two heads, two iterations; detectron2's population training counts from iteration 0 again

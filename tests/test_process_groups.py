@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from rethinking_bn.engine import merge_statistics
 from rethinking_bn.layers import MultiDomainBatchNorm2d, SyncBatchNorm2d
 from rethinking_bn.population import estimate_population_statistics
+from tests import reference
 from tests.helpers import run_distributed
-
-from .layers import reference
-from .layers.reference import CHANNELS, SHAPES
+from tests.reference import CHANNELS, SHAPES
 
 GROUPS = ((0, 1), (2,))
 

@@ -21,8 +21,8 @@ from rethinking_bn.torchvision import (
     level_norm,
     run_detector,
 )
+from tests import reference
 from tests.helpers import run_distributed
-from tests.layers import reference
 from tests.torchvision_cases import (
     ANCHORS,
     CHANNELS,

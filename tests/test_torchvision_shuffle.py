@@ -15,12 +15,13 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops import FrozenBatchNorm2d
 
-from rethinking_bn.layers import BatchNorm2d, row_exchange, shuffle_rows
+from rethinking_bn.layers import BatchNorm2d, shuffle_rows
 from rethinking_bn.population import estimate_population_statistics
-from rethinking_bn.seeding import announce_iteration, derive_seed
+from rethinking_bn.randomness import announce_iteration, derive_seed
+from rethinking_bn.shuffle import exchange as row_exchange
 from rethinking_bn.torchvision import ShuffleBNBoxHead, ShuffleBNMaskHead, run_detector
 from tests.helpers import run_distributed
-from tests.layers.reference import ema, normalize
+from tests.reference import ema, normalize
 from tests.torchvision_cases import batch, mask_rcnn
 
 KINDS = ("box", "mask")

@@ -31,9 +31,10 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 warnings.filterwarnings("ignore", message="torch.meshgrid")
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # for the processes started here
 
-from rethinking_bn.benchmarks import COMPARISONS, Options, ResultsDiffer, compare  # noqa: E402
-from rethinking_bn.benchmarks.environment import describe_environment  # noqa: E402
-from rethinking_bn.benchmarks.report import as_markdown, write_report  # noqa: E402
+from benchmarks import COMPARISONS, Options, ResultsDiffer, compare  # noqa: E402
+from benchmarks.report import as_markdown, write_report  # noqa: E402
+
+from rethinking_bn.studies.environment import describe_environment  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -8,6 +8,7 @@ require_detectron2("rethinking_bn.engine")
 
 from rethinking_bn.engine.checkpointer import Checkpointer  # noqa: E402
 from rethinking_bn.engine.load_config import load_config  # noqa: E402
+from rethinking_bn.engine.merge_statistics import MergeStatistics, merge_statistics  # noqa: E402
 from rethinking_bn.engine.optimizer import build_optimizer  # noqa: E402
 from rethinking_bn.engine.precise_bn import (  # noqa: E402
     PreciseBN,
@@ -15,7 +16,6 @@ from rethinking_bn.engine.precise_bn import (  # noqa: E402
     run_population_training,
     with_precise_bn,
 )
-from rethinking_bn.engine.statistics import MergeStatistics, merge_statistics  # noqa: E402
 from rethinking_bn.engine.train_loader import ResumableTrainLoader, build_train_loader  # noqa: E402
 from rethinking_bn.engine.trainer import Trainer  # noqa: E402
 

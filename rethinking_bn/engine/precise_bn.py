@@ -16,10 +16,10 @@ from torch import nn
 
 from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.autocast import CPUAutocastTrainer
+from rethinking_bn.engine.merge_statistics import MergeStatistics
 from rethinking_bn.engine.population_loader import build_population_loader
-from rethinking_bn.engine.statistics import MergeStatistics
 from rethinking_bn.population import PopulationReport, estimate_population_statistics
-from rethinking_bn.population_observers import find_population_layers
+from rethinking_bn.population.observers import find_population_layers
 
 __all__ = [
     "PreciseBN",

@@ -15,8 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from rethinking_bn.random_state import isolated_random_state
-from rethinking_bn.seeding import derive_seed
+from rethinking_bn.randomness import derive_seed, isolated_random_state
 
 Sample = dict[str, Any]  # detectron2's dataset dict, before or after mapping
 Mapper = Callable[[Sample], "Sample | None"]

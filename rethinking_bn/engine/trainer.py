@@ -21,12 +21,12 @@ from rethinking_bn.engine.autocast import CPUAutocastTrainer
 from rethinking_bn.engine.checkpointer import Checkpointer
 from rethinking_bn.engine.checks import check_required_weights
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
+from rethinking_bn.engine.merge_statistics import MergeStatistics
 from rethinking_bn.engine.optimizer import build_optimizer
 from rethinking_bn.engine.precise_bn import with_precise_bn
 from rethinking_bn.engine.rank_state import RankState, gather_rank_state, load_rank_state
-from rethinking_bn.engine.statistics import MergeStatistics
 from rethinking_bn.engine.train_loader import build_train_loader
-from rethinking_bn.seeding import announce_iteration, derive_seed
+from rethinking_bn.randomness import announce_iteration, derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Trainer(DefaultTrainer):
       evaluation or population training drew does not matter. ``cfg.SEED`` < 0 stands for a random
       run seed, which the checkpoint keeps;
     - before each step, modules with a method ``set_iteration`` are told the run seed and the
-      iteration (see rethinking_bn.seeding).
+      iteration (see rethinking_bn.randomness).
 
     Attributes:
         cfg: the config in use: scaled to the number of processes, and SEED is the run seed.

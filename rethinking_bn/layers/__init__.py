@@ -1,15 +1,15 @@
 """Normalisation layers that treat the batch in BatchNorm as a choice; torch only."""
 
-from .batch_norm import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d
-from .cen_conv import CenConv2d, fold_centring
-from .cycle import CycleBatchNorm2d
-from .get_norm import get_norm, norm_names
-from .local_moments import local_moments
-from .mabn import MABN2d
-from .moments import Moments, merge_moments, mix_statistics
-from .multi_domain import MultiDomainBatchNorm2d
-from .population_layer import PopulationLayer
-from .shuffle import shuffle_rows, unshuffle_rows
+from rethinking_bn.layers.batch_norm import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d
+from rethinking_bn.layers.cycle import CycleBatchNorm2d
+from rethinking_bn.layers.mabn.cen_conv import CenConv2d, fold_centring
+from rethinking_bn.layers.mabn.layer import MABN2d
+from rethinking_bn.layers.multi_domain import MultiDomainBatchNorm2d
+from rethinking_bn.layers.population_layer import PopulationLayer
+from rethinking_bn.layers.registry import get_norm, norm_names
+from rethinking_bn.numerics.moments import Moments, merge_moments, mix_statistics
+from rethinking_bn.numerics.tensor_moments import local_moments
+from rethinking_bn.shuffle.rows import shuffle_rows, unshuffle_rows
 
 __all__ = [
     "BatchNorm2d",

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ..distributed import get_world_size
-from .channel_ops import affine_normalize
-from .core import normalize
-from .moments import Moments, merge_moments
-from .population_layer import PopulationLayer
-from .running import update_running_statistics, write_statistics
+from rethinking_bn.distributed import get_world_size
+from rethinking_bn.layers.population_layer import PopulationLayer
+from rethinking_bn.numerics.channel_ops import affine_normalize
+from rethinking_bn.numerics.moments import Moments, merge_moments
+from rethinking_bn.numerics.normalize import normalize
+from rethinking_bn.numerics.running import update_running_statistics, write_statistics
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .moments import Moments, mix_statistics
-from .population_layer import PopulationLayer
-from .running import write_statistics
+from rethinking_bn.layers.population_layer import PopulationLayer
+from rethinking_bn.numerics.moments import Moments, mix_statistics
+from rethinking_bn.numerics.running import write_statistics
 
 Choice = Literal["shared", "domain_specific"]
 CHOICES: tuple[Choice, ...] = ("shared", "domain_specific")

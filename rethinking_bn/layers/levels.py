@@ -7,9 +7,9 @@ from contextlib import nullcontext
 
 from torch import Tensor, nn
 
-from .cycle import CycleBatchNorm2d
-from .mabn import MABN2d
-from .multi_domain import MultiDomainBatchNorm2d
+from rethinking_bn.layers.cycle import CycleBatchNorm2d
+from rethinking_bn.layers.mabn.layer import MABN2d
+from rethinking_bn.layers.multi_domain import MultiDomainBatchNorm2d
 
 
 def run_layer_by_layer(layers: Iterable[nn.Module], features: Sequence[Tensor]) -> list[Tensor]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .channel_ops import affine_normalize
-from .core import normalize
-from .domain_state import Choice, DomainBatchNormBase, check_choice
-from .running import update_running_statistics
+from rethinking_bn.layers.domain_state import Choice, DomainBatchNormBase, check_choice
+from rethinking_bn.numerics.channel_ops import affine_normalize
+from rethinking_bn.numerics.normalize import normalize
+from rethinking_bn.numerics.running import update_running_statistics
 
 
 class MultiDomainBatchNorm2d(DomainBatchNormBase):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .moments import Moments
+from rethinking_bn.numerics.moments import Moments
 
 Observer = Callable[[Moments], None]
 

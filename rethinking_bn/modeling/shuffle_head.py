@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from rethinking_bn.layers.shuffled_layers import ShuffledLayers, mixes_rows_of_a_rank
 from rethinking_bn.modeling.norm_head import NormHead
+from rethinking_bn.shuffle.layers import ShuffledLayers, mixes_rows_of_a_rank
 
 
 class ShuffleHead(ShuffledLayers, NormHead):
     """Mixin, before a NormHead: its BN layers see rows of all ranks, mixed at random.
 
     What is shuffled, when, and by which permutation is said at
-    :class:`~rethinking_bn.layers.shuffled_layers.ShuffledLayers`. With ``norm_images`` = k, each
+    :class:`~rethinking_bn.shuffle.layers.ShuffledLayers`. With ``norm_images`` = k, each
     rank splits its share into (images on the rank / k) equal normalisation batches: 8 ranks with
     two images each and k = 1 make the 16 batches of 16 ranks with one image each.
 

@@ -7,9 +7,9 @@ command line.
 
 from __future__ import annotations
 
-from . import domain_shift, leakage, population, rows, small_batch, train_test
-from .runner import Interrupted, run_study
-from .study import Study
+from rethinking_bn.studies import domain_shift, leakage, population, rows, small_batch, train_test
+from rethinking_bn.studies.runner import Interrupted, run_study
+from rethinking_bn.studies.study import Study
 
 _MODULES = (rows, population, train_test, domain_shift, leakage, small_batch)
 STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in _MODULES}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rethinking_bn.data.corruptions import corrupt
-from rethinking_bn.seeding import derive_seed
+from rethinking_bn.randomness import derive_seed
 
 NUM_CLASSES = 10
 NUM_TRAIN = 1000  # of 1797 images; the rest is for testing

@@ -17,14 +17,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rethinking_bn.benchmarks.processes import run_processes
 from rethinking_bn.population import estimate_population_statistics
-
-from .data import load_digits, patterned_indices, shuffled_indices
-from .leakage_processes import ROWS, WORLD, train_on_processes
-from .network import make_net
-from .study import Claim, Panel, Point, Series, Settings, Study, Values
-from .training import error, mini_batch_error, normalised_in_groups, train_to_the_end
+from rethinking_bn.studies.data import load_digits, patterned_indices, shuffled_indices
+from rethinking_bn.studies.leakage_processes import ROWS, WORLD, train_on_processes
+from rethinking_bn.studies.network import make_net
+from rethinking_bn.studies.processes import run_processes
+from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, Study, Values
+from rethinking_bn.studies.training import (
+    error,
+    mini_batch_error,
+    normalised_in_groups,
+    train_to_the_end,
+)
 
 _TOY, _ONE = "2 classes x 2", f"1 class x {ROWS}"
 _PATTERNS = {_TOY: (2, 2), _ONE: (1, ROWS), "no pattern": None}

@@ -9,12 +9,11 @@ from torch.nn.parallel import DistributedDataParallel
 from rethinking_bn.distributed import get_rank
 from rethinking_bn.layers import BatchNorm2d, SyncBatchNorm2d, shuffle_rows, unshuffle_rows
 from rethinking_bn.population import estimate_population_statistics
-from rethinking_bn.seeding import derive_seed
-
-from .data import load_digits, patterned_indices
-from .network import make_net
-from .study import Settings
-from .training import error, train_to_the_end
+from rethinking_bn.randomness import derive_seed
+from rethinking_bn.studies.data import load_digits, patterned_indices
+from rethinking_bn.studies.network import make_net
+from rethinking_bn.studies.study import Settings
+from rethinking_bn.studies.training import error, train_to_the_end
 
 WORLD, ROWS = 4, 16  # processes; samples of one class on each
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from .files import replace
-from .study import Claim, Study
+from rethinking_bn.studies.files import replace
+from rethinking_bn.studies.study import Claim, Study
 
 
 def summarise(study: Study, values: dict[str, list[float]]) -> dict[str, Any]:

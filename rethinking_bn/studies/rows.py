@@ -16,10 +16,9 @@ import torch
 
 from rethinking_bn.data import ShapesDataset
 from rethinking_bn.population import estimate_population_statistics
+from rethinking_bn.studies.detection import batches, box_ap, make_detector, train_detector
+from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, Study, Values
 from rethinking_bn.torchvision import run_detector
-
-from .detection import batches, box_ap, make_detector, train_detector
-from .study import Claim, Panel, Point, Series, Settings, Study, Values
 
 # Train statistics, population statistics, affine (S shared, D domain-specific); the paper's AP.
 _ROWS = {

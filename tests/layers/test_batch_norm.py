@@ -8,9 +8,8 @@ from torch import nn
 
 from rethinking_bn.layers import BatchStatNorm2d, SyncBatchNorm2d, get_norm, norm_names
 from rethinking_bn.layers.batch_norm import BatchNorm2d
-
-from . import reference
-from .reference import CHANNELS
+from tests import reference
+from tests.reference import CHANNELS
 
 OURS = [BatchNorm2d, SyncBatchNorm2d, BatchStatNorm2d]
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from rethinking_bn.layers import MultiDomainBatchNorm2d, SyncBatchNorm2d
-
-from . import reference
-from .reference import CHANNELS
+from tests import reference
+from tests.reference import CHANNELS
 
 
 class Head(nn.Module):

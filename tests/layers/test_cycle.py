@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d
-
-from . import reference
-from .reference import CHANNELS, SHAPES
+from tests import reference
+from tests.reference import CHANNELS, SHAPES
 
 L = len(SHAPES)
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rethinking_bn.layers import MultiDomainBatchNorm2d
-
-from . import reference
-from .reference import CHANNELS, SHAPES
+from tests import reference
+from tests.reference import CHANNELS, SHAPES
 
 CHOICES = ("shared", "domain_specific")
 ALL_EIGHT = list(itertools.product(CHOICES, repeat=3))

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from rethinking_bn.layers import MultiDomainBatchNorm2d
-
-from . import reference
-from .reference import CHANNELS
-from .test_multi_domain import L, build
+from tests import reference
+from tests.layers.test_multi_domain import L, build
+from tests.reference import CHANNELS
 
 
 def test_shared_keys_equal_batch_norm_and_domain_keys_cycle_list() -> None:

@@ -12,10 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, SyncBatchNorm2d
+from tests import reference
 from tests.helpers import run_distributed
-
-from . import reference
-from .reference import CHANNELS, SHAPES
+from tests.reference import CHANNELS, SHAPES
 
 L = len(SHAPES)
 COMBINATIONS = list(itertools.product(("shared", "domain_specific"), repeat=3))

@@ -23,9 +23,9 @@ from rethinking_bn.modeling import (
     ShuffleBNBoxHead,
     ShuffleBNMaskHead,
 )
-from rethinking_bn.seeding import derive_seed
+from rethinking_bn.randomness import derive_seed
 from tests.engine.tiny import tiny_config
-from tests.layers.reference import ema, normalize
+from tests.reference import ema, normalize
 
 CHANNELS, SIDE, SIZE = 4, 3, (48, 64)
 INPUT = ShapeSpec(channels=CHANNELS, height=SIDE, width=SIDE)

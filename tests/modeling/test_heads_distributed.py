@@ -19,11 +19,10 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rethinking_bn.layers import row_exchange
 from rethinking_bn.population import estimate_population_statistics
+from rethinking_bn.shuffle import exchange as row_exchange
 from tests.helpers import run_distributed
-
-from .roi_cases import (
+from tests.modeling.roi_cases import (
     CASCADE,
     SHUFFLED,
     call,

@@ -21,8 +21,7 @@ from rethinking_bn.layers import (
     norm_names,
 )
 from rethinking_bn.modeling import NormBoxHead, NormMaskHead
-
-from .roi_cases import BOX, INPUT, MASK, call, make_head, mask_config, norms, rois
+from tests.modeling.roi_cases import BOX, INPUT, MASK, call, make_head, mask_config, norms, rois
 
 WIDE = ShapeSpec(channels=32, height=3, width=3)
 KINDS = {

@@ -13,8 +13,7 @@ from torch import nn
 
 from rethinking_bn.modeling import NormImagesROIHeads
 from rethinking_bn.population import estimate_population_statistics
-
-from .roi_cases import (
+from tests.modeling.roi_cases import (
     CASCADE,
     call,
     gradients,

@@ -18,8 +18,7 @@ from rethinking_bn.modeling import (
     DomainBNRetinaNetHead,
     SharedBNRetinaNetHead,
 )
-
-from .models import retinanet_config, training_batch
+from tests.modeling.models import retinanet_config, training_batch
 
 
 def build(cfg: CfgNode, seed: int = 3) -> tuple[nn.Module, Tensor]:

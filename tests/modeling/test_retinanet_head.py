@@ -24,8 +24,7 @@ from rethinking_bn.modeling import (
     MultiDomainBNRetinaNetHead,
     SharedBNRetinaNetHead,
 )
-
-from .models import features, head_arguments
+from tests.modeling.models import features, head_arguments
 
 CHOICES = list(product(("shared", "domain_specific"), repeat=3))
 NAMES = ("train_stats", "population_stats", "affine")

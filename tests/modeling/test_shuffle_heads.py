@@ -12,7 +12,6 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from rethinking_bn.layers.shuffled_layers import point_of_return
 from rethinking_bn.modeling import (
     NormBoxHead,
     NormMaskHead,
@@ -20,8 +19,8 @@ from rethinking_bn.modeling import (
     ShuffleBNMaskHead,
 )
 from rethinking_bn.population import estimate_population_statistics
-
-from .roi_cases import (
+from rethinking_bn.shuffle.layers import point_of_return
+from tests.modeling.roi_cases import (
     SHUFFLED,
     call,
     gradients,

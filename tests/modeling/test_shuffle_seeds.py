@@ -10,9 +10,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rethinking_bn.seeding import announce_iteration
-
-from .roi_cases import call, gradients, make_head, order_of, rois
+from rethinking_bn.randomness import announce_iteration
+from tests.modeling.roi_cases import call, gradients, make_head, order_of, rois
 
 
 def test_permutations_follow_from_run_seed_iteration_head_and_call() -> None:

@@ -15,9 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-from rethinking_bn.benchmarks import (
+from benchmarks import (
     COMPARISONS,
     Options,
     ResultsDiffer,
@@ -27,19 +25,22 @@ from rethinking_bn.benchmarks import (
     precise_bn,
     shuffle,
 )
-from rethinking_bn.benchmarks.comparators.batch_norm import (
+from benchmarks.comparators.batch_norm import (
     ConcatenatedBatchNorm2d,
     PlainSyncBatchNorm2d,
 )
-from rethinking_bn.benchmarks.comparators.mabn import EagerMABN2d
-from rethinking_bn.benchmarks.comparators.shuffle import PaddedShuffle, PaddedState
-from rethinking_bn.benchmarks.equality import require_equal, require_equal_state
-from rethinking_bn.benchmarks.extrapolate import norm_bytes, shuffle_bytes
-from rethinking_bn.benchmarks.memory import saved_bytes
-from rethinking_bn.benchmarks.processes import alternate_together, run_processes
-from rethinking_bn.benchmarks.result import Result
-from rethinking_bn.benchmarks.targets import target
-from rethinking_bn.benchmarks.timing import Plan, alternate, ratios, spread
+from benchmarks.comparators.mabn import EagerMABN2d
+from benchmarks.comparators.shuffle import PaddedShuffle, PaddedState
+from benchmarks.equality import require_equal, require_equal_state
+from benchmarks.extrapolate import norm_bytes, shuffle_bytes
+from benchmarks.memory import saved_bytes
+from benchmarks.processes import alternate_together
+from benchmarks.result import Result
+from benchmarks.targets import target
+from benchmarks.timing import Plan, alternate, ratios, spread
+from torch import Tensor
+
+from rethinking_bn.studies.processes import run_processes
 
 QUICK = Options(quick=True)
 

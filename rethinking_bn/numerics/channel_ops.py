@@ -1,0 +1,123 @@
+"""Passes over one tensor with a coefficient per channel, fused as far as torch has operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rethinking_bn.numerics.blocks import (
+    block_buffer,
+    blocks,
+    is_channels_last,
+    per_plane,
+    planes,
+    worth_blocks,
+)
+from rethinking_bn.numerics.moments import statistics_dtype
+
+
+def _broadcast(channels: Tensor, like: Tensor) -> Tensor:
+    return channels.view(1, -1, *([1] * (like.dim() - 2)))
+
+
+def affine_normalize(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Return weight · (x - mean) / sqrt(variance + eps) + bias in one pass, in x's type.
+
+    Args:
+        x: (N, C, *), may be empty.
+        mean, variance, weight, bias: (C,).
+    """
+    if x.numel() == 0:
+        # batch_norm refuses some empty inputs; this keeps the graph and gives zero gradients
+        out = x * 1.0
+        for parameter in (weight, bias):
+            if parameter is not None:
+                out = out + _broadcast(parameter, x).to(x.dtype) * 0.0
+        return out
+    dtype = statistics_dtype(x.dtype)
+    mean, variance = _typed(mean, dtype), _typed(variance, dtype)
+    weight, bias = _typed(weight, dtype), _typed(bias, dtype)
+    return F.batch_norm(x, mean, variance, weight, bias, training=False, momentum=0.0, eps=eps)
+
+
+def _typed(channels: Tensor | None, dtype: torch.dtype) -> Any:
+    # quicker than a Tensor.to that has nothing to do
+    return channels if channels is None or channels.dtype == dtype else channels.to(dtype)
+
+
+def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Return a·dy + b·x + c per channel as a new tensor in x's type: two fused passes."""
+    if x.dtype != a.dtype:
+        # Half types: the terms may nearly cancel, so they are added before anything is rounded.
+        if worth_blocks(x) and dy.is_contiguous():
+            return _combine_blocks(dy, x, a, b, c)
+        out = torch.addcmul(_broadcast(c, x), x, _broadcast(b, x))
+        return out.addcmul_(dy, _broadcast(a, x)).to(x.dtype)
+    zero, one = torch.zeros_like(b), torch.ones_like(b)
+    return affine_normalize(x, zero, one, b, c, 0.0).addcmul_(dy, _broadcast(a, dy))
+
+
+def _combine_blocks(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    xs, dys, outs = planes(x), planes(dy), planes(out)
+    a, b, c = (per_plane(channels, len(x)) for channels in (a, b, c))
+    buffer = block_buffer(xs, a.dtype)
+    for block in blocks(xs):
+        part = torch.mul(xs[block], b[block], out=buffer[: block.stop - block.start])
+        outs[block] = part.add_(c[block]).addcmul_(dys[block], a[block])
+    return out
+
+
+def gradient_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return (C,) Σ dy and (C,) Σ dy·x̂ with x̂ = (x - mean) / sqrt(variance + eps)."""
+    dtype = mean.dtype
+    if x.numel() == 0:  # the fused CPU operator ends the process on an empty tensor
+        zeros = torch.zeros_like(mean)
+        return zeros, zeros
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if dtype != x.dtype and not (x.is_contiguous() or is_channels_last(x)):
+            x = x.contiguous()  # of other strides the kernel rounds sums to the half type
+        dy = _match_memory_format(dy, x)
+        one = torch.ones_like(mean)  # tells it the type to return
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, one, mean, variance, None, None, False, eps, [False, True, True]
+        )
+        return grad_bias.to(dtype), grad_weight.to(dtype)
+    invstd = (variance + eps).rsqrt()
+    if torch.compiler.is_compiling():
+        return _plain_gradient_sums(dy, x, mean, invstd)
+    if x.device.type == "cuda":
+        dy = _match_memory_format(dy, x)
+        sum_dy, sum_dy_centred, _, _ = torch.batch_norm_backward_reduce(
+            dy, x, mean, invstd, None, True, False, False
+        )
+        return sum_dy.to(dtype), sum_dy_centred.to(dtype) * invstd
+    return _plain_gradient_sums(dy, x, mean, invstd)
+
+
+def _plain_gradient_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same in plain operators, for compilers and devices without fused ones."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    dy = dy.to(mean.dtype)
+    normalized = (x.to(mean.dtype) - _broadcast(mean, x)) * _broadcast(invstd, x)
+    return dy.sum(dims), (dy * normalized).sum(dims)
+
+
+def _match_memory_format(dy: Tensor, x: Tensor) -> Tensor:
+    if is_channels_last(x):
+        return dy.contiguous(memory_format=torch.channels_last)
+    return dy.contiguous()

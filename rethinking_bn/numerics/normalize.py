@@ -1,0 +1,164 @@
+"""The numeric core: normalise tensors by moments pooled over a chosen set of (tensors x ranks).
+
+Every BN variant of the package is a choice of that set. Each tensor belongs to a *part*, whose
+moments the caller gets back (for its population statistics), and each part to a *pool*, by whose
+moments its tensors are normalised. Shared BN puts all levels into one pool, domain-specific BN
+each into its own, and SyncBN pools every part over the ranks as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from rethinking_bn.distributed import all_gather, all_reduce_sum, get_world_size
+from rethinking_bn.numerics.channel_ops import affine_normalize, combine, gradient_sums
+from rethinking_bn.numerics.moments import Moments, merge_moments, stack_moments
+from rethinking_bn.numerics.tensor_moments import local_moments
+
+
+class Normalized(NamedTuple):
+    """What :func:`normalize` returns.
+
+    Attributes:
+        outputs: L tensors, shaped and typed as the inputs.
+        local: this rank's moments, one row per part.
+        pooled: the same over all ranks taking part (``local`` itself when not synchronised).
+    """
+
+    outputs: list[Tensor]
+    local: Moments
+    pooled: Moments
+
+
+def normalize(
+    xs: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    parts: Sequence[int],
+    pools: Sequence[int],
+    eps: float,
+    sync: bool = False,
+    group: ProcessGroup | None = None,
+) -> Normalized:
+    """Normalise each tensor by its pool's mean and biased variance, then apply its affine.
+
+    y = weight · (x - mean) / sqrt(var + eps) + bias. The gradient is the true one, through the
+    mean and the variance, over everything in the pool; the affine's gradient is this rank's sum.
+    Synchronised, the forward and the backward take one collective each, however many tensors
+    there are, and every rank takes both whatever it holds. Differentiable once.
+
+    Args:
+        xs: L tensors (N, C, *) of one type; any of them may be empty. Not copied.
+        weight, bias: both (1, C) for all tensors, (L, C) for one row each, or None.
+        parts: the part of each tensor, in 0..K-1: either all 0, or 0, 1, ..., L-1.
+        pools: the pool of each of the K parts, likewise.
+        eps: added to the variance.
+        sync: pool over the ranks of ``group`` (None: the default group).
+    """
+    sync = sync and get_world_size(group) > 1
+    with torch.no_grad():
+        per_tensor = stack_moments([local_moments(x) for x in xs])
+        local = _merge_rows(per_tensor, parts)
+        pooled = _merge_ranks(local, group) if sync else local
+        pool = _merge_rows(pooled, pools)
+        count, mean, variance = pool.count, pool.mean, pool.variance()
+    index = [pools[part] for part in parts]
+    outputs = _Normalize.apply(
+        weight, bias, mean, variance, count, index, eps, group if sync else None, sync, *xs
+    )
+    return Normalized(list(outputs), local, pooled)
+
+
+def _merge_rows(rows: Moments, index: Sequence[int]) -> Moments:
+    if all(i == 0 for i in index):
+        return rows if len(index) == 1 else Moments(*(v[None] for v in merge_moments(*rows)))
+    if list(index) != list(range(len(index))):
+        raise ValueError(f"rows are merged into one or not at all, got the index {list(index)}")
+    return rows
+
+
+def _merge_ranks(rows: Moments, group: ProcessGroup | None) -> Moments:
+    packed = torch.cat([rows.count[:, None], rows.mean, rows.m2], dim=1)
+    gathered = all_gather(packed, group)
+    channels = rows.mean.shape[1]
+    return merge_moments(
+        gathered[..., 0], gathered[..., 1 : 1 + channels], gathered[..., 1 + channels :]
+    )
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalisation by given pool statistics whose backward knows they came from the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        count: Tensor,
+        index: list[int],
+        eps: float,
+        group: ProcessGroup | None,
+        sync: bool,
+        *xs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(weight, mean, variance, count, *xs)
+        ctx.index, ctx.eps, ctx.group, ctx.sync = index, eps, group, sync
+        return tuple(
+            affine_normalize(x, mean[p], variance[p], _row(weight, i), _row(bias, i), eps)
+            for i, (x, p) in enumerate(zip(xs, index, strict=True))
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        weight, mean, variance, count, *xs = ctx.saved_tensors
+        num_pools = mean.shape[0]
+        means, variances = mean.unbind(), variance.unbind()
+        # per tensor: Σ dy and Σ dy·x̂, in one pass over dy and x
+        pairs = [
+            gradient_sums(dy, x, means[p], variances[p], ctx.eps)
+            for dy, x, p in zip(grads, xs, ctx.index, strict=True)
+        ]
+        sums = torch.stack([value for pair in pairs for value in pair]).view(len(xs), 2, -1)
+        scaled = sums if weight is None else sums * weight[:, None].to(sums.dtype)
+        if num_pools == 1:
+            scaled = scaled.sum(0, keepdim=True)
+        if ctx.sync:
+            # Reached by every rank, empty or not: the others are waiting in it.
+            scaled = all_reduce_sum(scaled, ctx.group)
+        scaled = scaled / count.clamp(min=1)[:, None, None]
+        # dx = a·dy + b·x + c with per-channel a, b, c: one fused affine, one fused add. Each has
+        # one row for all tensors or one per tensor.
+        invstd = (variance + ctx.eps).rsqrt()
+        a = invstd if weight is None else invstd * weight.to(invstd.dtype)
+        b = -invstd.square() * scaled[:, 1]
+        c = -invstd * scaled[:, 0] - b * mean
+        needed = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(xs) :]
+        grad_x: list[Tensor | None] = [
+            combine(dy, x, *(_row(row, i) for row in (a, b, c))) if need else None
+            for i, (dy, x, need) in enumerate(zip(grads, xs, needed, strict=True))
+        ]
+        grad_weight = grad_bias = None
+        if weight is not None and ctx.needs_input_grad[0]:
+            grad_weight = _affine_gradient(sums[:, 1], weight)
+        if weight is not None and ctx.needs_input_grad[1]:
+            grad_bias = _affine_gradient(sums[:, 0], weight)
+        return grad_weight, grad_bias, None, None, None, None, None, None, None, *grad_x
+
+
+def _affine_gradient(per_tensor: Tensor, parameter: Tensor) -> Tensor:
+    summed = per_tensor.sum(0, keepdim=True) if parameter.shape[0] == 1 else per_tensor
+    return summed.to(parameter.dtype)
+
+
+def _row(rows: Tensor | None, i: int) -> Any:
+    return None if rows is None else rows[i if len(rows) > 1 else 0]

@@ -1,0 +1,87 @@
+"""Writing moments into BatchNorm's buffers: the EMA step and the exact assignment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rethinking_bn.numerics.moments import Moments
+
+
+@torch.no_grad()
+def update_running_statistics(
+    holders: Sequence[Any], moments: Moments, momentum: float | None
+) -> None:
+    """Move BatchNorm-like buffers towards moments: one EMA step per row that saw a value.
+
+    With one holder and several rows the steps follow each other, row after row, as when one
+    nn.BatchNorm2d is called once per level. Rows are skipped on the device, without a host
+    synchronisation: those without a value entirely, those with one value for the variance. A row
+    that is not finite is skipped as well: under mixed precision one forward may overflow, in a
+    step that the optimizer then leaves out, and NaN would never leave a moving average again.
+
+    Args:
+        holders: modules with running_mean, running_var (C,) and num_batches_tracked; either one
+            for all K rows, or one per row.
+        moments: K rows.
+        momentum: fraction of the new value; None: 1 / number of steps so far.
+    """
+    values = torch.stack([moments.mean, moments.variance(unbiased=True)])  # (2, K, C)
+    # x·0 is NaN for what is not finite, so that a row's sum tells
+    finite = (values * 0).sum((0, 2)) == 0  # (K,)
+    values = values.where(finite[:, None], 0.0)
+    seen = torch.stack([moments.count > 0, moments.count > 1]) & finite  # (2, K): mean, variance
+    buffers = [h.running_mean for h in holders] + [h.running_var for h in holders]
+    old = torch.stack(buffers).to(values.dtype).view(2, len(holders), -1)
+    counters = [h.num_batches_tracked for h in holders]
+    sequential = len(holders) == 1 and seen.shape[1] > 1
+    if momentum is None:
+        steps = seen[0].cumsum(0) if sequential else seen[0].long()
+        rate = seen / (torch.stack(counters) + steps).clamp(min=1).to(values.dtype)
+    else:
+        rate = seen.to(values.dtype) * momentum
+    if sequential:
+        rate, remains = _sequential_rates(rate)
+        new = old * remains[:, None, None] + (values * rate[..., None]).sum(1, keepdim=True)
+    else:
+        new = old.lerp(values, rate[..., None])
+    torch._foreach_copy_(buffers, list(new.flatten(0, 1)))
+    counted = seen[0].sum(0, keepdim=True) if sequential else seen[0].long()
+    torch._foreach_add_(counters, list(counted))
+
+
+def _sequential_rates(rate: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold K EMA steps into one: new = remains · old + Σ rate'ₖ · valueₖ.
+
+    Args:
+        rate: (2, K) rates of the steps, the first step first.
+
+    Returns:
+        rate' (2, K) = rateₖ · Π_{j>k} (1 - rateⱼ), and remains (2,) = Π (1 - rateⱼ).
+    """
+    keep = (1 - rate).flip(1).cumprod(1).flip(1)  # Π_{j≥k}
+    after = torch.cat([keep[:, 1:], torch.ones_like(keep[:, :1])], dim=1)
+    return rate * after, keep[:, 0]
+
+
+@torch.no_grad()
+def write_statistics(holders: Sequence[Any], moments: Moments) -> None:
+    """Write row after row of moments into BatchNorm-like holders, in place.
+
+    The variance written is the unbiased one. A row without a value leaves its holder alone, a row
+    of one value leaves the variance alone.
+
+    Raises:
+        ValueError: unless there are as many rows as holders.
+    """
+    if len(moments.mean) != len(holders):
+        raise ValueError(f"{len(moments.mean)} rows of moments for {len(holders)} domains")
+    variance = moments.variance(unbiased=True)
+    for row, holder in enumerate(holders):
+        mean, var = holder.running_mean, holder.running_var
+        count = moments.count[row].to(mean.device)
+        mean.copy_(torch.where(count > 0, moments.mean[row].to(mean), mean))
+        var.copy_(torch.where(count > 1, variance[row].to(var), var))

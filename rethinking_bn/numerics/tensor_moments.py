@@ -1,0 +1,94 @@
+"""Moments of one tensor on this process, by the fastest exact way for its device and layout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rethinking_bn.numerics.blocks import (
+    block_buffer,
+    blocks,
+    is_channels_last,
+    per_plane,
+    planes,
+    worth_blocks,
+)
+from rethinking_bn.numerics.moments import Moments, merge_moments, stack_moments, statistics_dtype
+
+# The CPU's channels-last kernels add up in float32, one value after the other, which loses digits
+# over many values. Moments of blocks this long are merged instead, in the same time.
+_ROWS = 4096
+# CUDA's kernel returns 1 / sqrt(variance + eps), and 0 for a variance and an eps of 0. This one
+# tells those from an infinite variance, and is far below what float32 activations vary by.
+_TINY = 1e-30
+
+
+def local_moments(x: Tensor) -> Moments:
+    """Return this process's moments of one tensor, without gradient.
+
+    Args:
+        x: (N, C, *); half types are accumulated in float32. May be empty.
+
+    Returns:
+        Moments of one set: count (), mean (C,), m2 (C,). No host synchronisation on CUDA.
+    """
+    x = x.detach()
+    channels, dtype = x.shape[1], statistics_dtype(x.dtype)
+    size = x.numel() // max(channels, 1)
+    count = torch.full((), float(size), dtype=dtype, device=x.device)
+    if size == 0:
+        zeros = torch.zeros(channels, dtype=dtype, device=x.device)
+        return Moments(count, zeros, zeros.clone())
+    if torch.compiler.is_compiling():  # plain operators are what a compiler can fuse
+        mean, variance = _plain_mean_variance(x)
+    elif x.device.type == "cpu":
+        if dtype == x.dtype and worth_blocks(x):
+            return _block_moments(x, count)
+        if size > _ROWS and is_channels_last(x) and not x.is_contiguous():
+            rows = x.permute(0, 2, 3, 1).reshape(-1, channels)  # a view
+            return merge_moments(
+                *stack_moments([local_moments(part) for part in rows.split(_ROWS)])
+            )
+        # Given float32 buffers it returns float32 statistics for half types too.
+        buffer = torch.zeros(channels, dtype=dtype) if dtype != x.dtype else None
+        mean, variance = torch.batch_norm_update_stats(x, buffer, buffer, 0.0)
+    elif x.device.type == "cuda":
+        mean, variance = _cuda_mean_variance(x)
+    else:
+        mean, variance = _plain_mean_variance(x)
+    return Moments(count, mean, variance * size)
+
+
+def _block_moments(x: Tensor, count: Tensor) -> Moments:
+    """Moments of a large contiguous tensor in the corrected two-pass algorithm, by blocks.
+
+    With d = x - s for a shift s near the mean: mean = s + Σd/n and M2 = Σd² - (Σd)²/n, whose
+    last term takes back what rounding s left (Chan, Golub and LeVeque, 1983). torch's own kernel
+    adds up such tensors one value after the other in float64, which takes longer.
+    """
+    rows = planes(x)
+    shift = x.sum([0, *range(2, x.dim())]) / count
+    shifts, buffer = per_plane(shift, len(x)), block_buffer(rows, x.dtype)
+    sums, squares = [], []
+    for block in blocks(rows):
+        d = torch.sub(rows[block], shifts[block], out=buffer[: block.stop - block.start])
+        sums.append(d.sum(1))
+        squares.append(d.square_().sum(1))
+    total = torch.cat(sums).view(x.shape[:2]).sum(0)
+    square = torch.cat(squares).view(x.shape[:2]).sum(0)
+    m2 = (square - total.square() / count).clamp_(min=0)
+    return Moments(count, shift + total / count, m2)
+
+
+def _cuda_mean_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance from CUDA's fused pass; a constant channel has variance 0."""
+    mean, invstd = torch.batch_norm_stats(x, _TINY)
+    variance = invstd.square().reciprocal()
+    return mean, variance.masked_fill(variance < 2 * _TINY, 0.0)  # NaN and inf stay
+
+
+def _plain_mean_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance in plain operators, for compilers and devices without fused ones."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    variance, mean = torch.var_mean(x.to(statistics_dtype(x.dtype)), dims, correction=0)
+    return mean, variance

@@ -1,0 +1,190 @@
+"""The forwards of population training: ranks in step, with or without labels."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from rethinking_bn.distributed import (
+    all_gather,
+    collective_device,
+    get_rank,
+    get_world_size,
+    raise_together,
+)
+from rethinking_bn.population.observers import ObservedLayer
+from rethinking_bn.randomness import announce_iteration
+
+# one name for all of population training
+logger = logging.getLogger("rethinking_bn.population")
+
+_LABELS = ("instances", "sem_seg")  # detectron2's keys of ground truth
+_SECONDS_BETWEEN_LINES = 10.0
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+Forward = Callable[[Any, Any], Any]  # (model, batch)
+
+
+def is_labelled(batch: Any) -> bool:
+    """Return whether a batch has ground truth: False only for detectron2's dicts without any."""
+    if not isinstance(batch, (list, tuple)) or not batch:
+        return True
+    if not all(isinstance(sample, dict) and "image" in sample for sample in batch):
+        return True
+    return all(any(key in sample for key in _LABELS) for sample in batch)
+
+
+class PopulationRun:
+    """The forwards, each begun only when every rank has a batch and none has failed.
+
+    Args:
+        model: unwrapped.
+        layers: those under estimation, not yet observed.
+        num_batches, group, autocast, forward, seed, progress: as in
+            :func:`rethinking_bn.population.estimate_population_statistics`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[ObservedLayer],
+        num_batches: int,
+        *,
+        group: ProcessGroup | None,
+        autocast: Autocast,
+        forward: Forward,
+        seed: int | None,
+        progress: bool,
+    ) -> None:
+        self.model, self.layers, self.num_batches = model, layers, num_batches
+        self.group, self.rank, self.world = group, get_rank(group), get_world_size(group)
+        self.autocast, self.forward, self.seed = autocast, forward, seed
+        self.progress = progress and self.rank == 0
+        self.communicates = any(_communicates(module) for module in model.modules())
+
+    def __call__(self, batches: Iterable[Any], labelled: bool | None) -> bool:
+        """Run every batch and return whether they were taken as labelled."""
+        clock = _Clock(len(self.layers), self.num_batches, self.progress)
+        error: BaseException | None = None
+        iterator: Iterator[Any] | None = None
+        with _throwaway_event_storage() as storage:
+            # once more than there are batches: the last forward may have failed, too
+            for index in range(self.num_batches + 1):
+                batch = None
+                if error is None and index < self.num_batches:
+                    try:
+                        iterator = iter(batches) if iterator is None else iterator
+                        batch = next(iterator)
+                    except BaseException as raised:
+                        error = self._loader_error(raised, index)
+                labels = self._agree(error, is_labelled(batch) if labelled is None else labelled)
+                if index == 0:
+                    labelled = labels
+                    if not labelled:
+                        self._only_normalise_by_batches()
+                if index < self.num_batches:
+                    error = self._forward(index, batch)
+                    storage.step()
+                    clock.tick(index + 1)
+        return bool(labelled)
+
+    def _forward(self, index: int, batch: Any) -> BaseException | None:
+        """Run one forward; return what it raised, to be told to the other ranks."""
+        try:
+            if self.seed is not None:
+                announce_iteration(self.model, self.seed, index)
+            with self.autocast():
+                self.forward(self.model, batch)
+        except BaseException as raised:
+            if self.world == 1 or self.communicates:
+                raise
+            logger.error("rank %d: the forward of batch %d failed: %r", self.rank, index, raised)
+            return raised
+        return None
+
+    def _loader_error(self, raised: BaseException, had: int) -> BaseException:
+        where = f"rank {self.rank}: the loader"
+        if isinstance(raised, StopIteration):
+            return ValueError(f"{where} ended after {had} of {self.num_batches} batches")
+        if not isinstance(raised, Exception):
+            return raised
+        error = RuntimeError(
+            f"{where} failed after {had} of {self.num_batches} batches: "
+            f"{type(raised).__name__}: {raised}"
+        )
+        error.__cause__ = raised
+        return error
+
+    def _agree(self, error: BaseException | None, labelled: bool) -> bool:
+        """Fail together, or return whether all ranks have labels: one small collective."""
+        if self.world == 1:
+            if error is not None:
+                raise error
+            return labelled
+        flags = torch.tensor([error is not None, labelled], dtype=torch.int64)
+        try:
+            gathered = all_gather(flags.to(collective_device(self.group)), self.group).tolist()
+        except BaseException:
+            if error is not None:
+                raise error from None
+            raise
+        if any(failed for failed, _ in gathered):
+            raise_together(error, self.group)
+        return all(has_labels for _, has_labels in gathered)
+
+    def _only_normalise_by_batches(self) -> None:
+        """Set eval mode but for the estimated layers, without calling train(), which does more."""
+        keep = {m for layer in self.layers for m in layer.layer.modules() if m.training}
+        for module in self.model.modules():
+            module.training = module in keep
+
+
+class _Clock:
+    """Logs how far the run is and when it will be done, every few seconds."""
+
+    def __init__(self, layers: int, total: int, enabled: bool) -> None:
+        self.total, self.enabled = total, enabled
+        self.start = self.last = time.monotonic()
+        if enabled:
+            logger.info("population training of %d layers: %d batches per rank", layers, total)
+
+    def tick(self, done: int) -> None:
+        now = time.monotonic()
+        if self.enabled and now - self.last >= _SECONDS_BETWEEN_LINES and done < self.total:
+            self.last = now
+            each = (now - self.start) / done
+            left = datetime.timedelta(seconds=round(each * (self.total - done)))
+            logger.info(
+                "population training: %d/%d batches, %.3f s each, eta %s",
+                *(done, self.total, each, left),
+            )
+
+
+class _NoStorage:
+    def step(self) -> None:
+        """Take the place of EventStorage.step where there is no event storage."""
+
+
+def _throwaway_event_storage() -> AbstractContextManager[Any]:
+    """Return a context that swallows what models write to detectron2's event storage."""
+    events = sys.modules.get("detectron2.utils.events")
+    # from 1: models draw pictures at iteration 0 when they draw any
+    return nullcontext(_NoStorage()) if events is None else events.EventStorage(1)
+
+
+def _communicates(module: nn.Module) -> bool:
+    """Return whether a module's forward in training may wait for other ranks.
+
+    Modules that do without being a SyncBatchNorm say so by ``sync`` or ``communicates`` = True.
+    """
+    says_so = getattr(module, "sync", False) is True or getattr(module, "communicates", False)
+    return "SyncBatchNorm" in type(module).__name__ or bool(says_so)

@@ -1,0 +1,176 @@
+"""Running the normalised layers of a head on RoIs shuffled over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from rethinking_bn.layers.batch_norm import SyncBatchNorm2d
+from rethinking_bn.randomness import derive_seed
+from rethinking_bn.recomputation import is_recomputing
+from rethinking_bn.shuffle.rows import shuffle_rows, unshuffle_rows
+
+_REMEMBERED = 64  # calls of one iteration that can be recomputed
+_SAMPLED = 16  # rows by which a recomputed call is recognised
+
+# Layers for which it does not matter which other rows there are, or which rank they are on.
+_EACH_ROW_APART = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d, FrozenBatchNorm2d)
+ALL_RANKS = (SyncBatchNorm2d, nn.SyncBatchNorm)
+
+
+class ShuffledLayers:
+    """Mixin, before an nn.Sequential: its BN layers see rows of all ranks, mixed at random.
+
+    A BN head whose rows all come from the one or two images of a rank learns to read the image
+    from its batch, and fails at inference (arXiv 2105.07576, section 6). Here the rows of all
+    ranks are permuted before the normalised layers, so that each rank normalises an equal share
+    of them, and brought back after; see :func:`rethinking_bn.layers.shuffle_rows`.
+
+    Rows are shuffled while a BN layer of the head is in training mode, so in population training
+    too, labelled or not, and not at inference, nor without such a layer (GN; SyncBN, which
+    pools all ranks anyway). Parameters and state dict are those of the unshuffled head.
+
+    The permutation is a function of (run seed, iteration, kind of head, call within the
+    iteration). Both are announced through :meth:`set_iteration`; under a trainer that does not,
+    the run seed is 0, the iteration that of :meth:`unannounced_iteration`. Heads of one kind, as
+    in a cascade, draw the same permutation when they shuffle the same number of rows.
+    A recomputation (activation checkpointing) repeats the permutation of its first pass.
+
+    Every rank must call the head equally often, with zero rows where it has none, and every
+    rank's loss must depend on the result, also on zero rows.
+    """
+
+    #: sets the permutations of one kind of head apart from another's
+    seed_of_head: int
+
+    _announced: tuple[int, int] | None = None
+    _iteration: tuple[int, int] | None = None  # that of the calls below
+    _num_calls: int = 0
+    # the number and the mark of the newest calls; rebound, never changed, so that population
+    # training can put it back
+    _calls: tuple[tuple[int, Tensor], ...] = ()
+
+    def shuffled_norms(self) -> list[nn.Module]:
+        """Return the norm layers whose result depends on which rows are on this rank."""
+        raise NotImplementedError
+
+    @property
+    def communicates(self) -> bool:
+        """Whether a forward shuffles now, and so waits for the other ranks."""
+        return any(norm.training for norm in self.shuffled_norms())
+
+    def set_iteration(self, run_seed: int, iteration: int) -> None:
+        """Take note of the iteration, and count calls from zero; see rethinking_bn.randomness."""
+        self._announced = self._iteration = (run_seed, iteration)
+        self._num_calls, self._calls = 0, ()
+
+    def unannounced_iteration(self) -> int:
+        """Return the iteration under a trainer that announces none, the same on all ranks.
+
+        0 throughout unless a subclass knows better: calls are then counted from the head's
+        construction on, so that permutations still differ, but a resumed run begins anew.
+        """
+        return 0
+
+    def forward_shuffled(self, x: Tensor) -> Tensor:
+        """Run all layers on (R, C, H, W), those up to :func:`point_of_return` on shuffled rows."""
+        assert isinstance(self, nn.Sequential)  # for the type checker
+        layers: list[nn.Module] = list(self)
+        norms = set(self.shuffled_norms())
+        last = max(i for i, layer in enumerate(layers) if norms.intersection(layer.modules()))
+        end = point_of_return(layers, last, tuple(x.shape[1:]))
+        rows, state = shuffle_rows(x, generator_seed=self._seed(x))
+        x = unshuffle_rows(self.run_on_shuffled(layers[:end], rows), state)
+        for layer in layers[end:]:
+            x = layer(x)
+        return x
+
+    def run_on_shuffled(self, layers: Sequence[nn.Module], rows: Tensor) -> Tensor:
+        """Run layers one after the other on the rows that came from a shuffle."""
+        for layer in layers:
+            rows = layer(rows)
+        return rows
+
+    def _seed(self, x: Tensor) -> int:
+        """Return the seed of this call, the same on all ranks."""
+        now = self._announced or (0, self.unannounced_iteration())
+        # A few sums are enough to tell the calls of an iteration apart, and are left on the device.
+        step = max(1, len(x) // _SAMPLED)
+        mark = x.detach()[::step].flatten(1).float().sum(1)
+        if is_recomputing() and self._calls:
+            call = _recognise(mark, self._calls)
+        else:
+            if now != self._iteration:
+                self._iteration, self._num_calls, self._calls = now, 0, ()
+            call = self._num_calls
+            self._num_calls += 1
+            self._calls = (*self._calls, (call, mark))[-_REMEMBERED:]
+        return derive_seed(*now, self.seed_of_head, call)
+
+
+def _recognise(mark: Tensor, calls: Sequence[tuple[int, Tensor]]) -> int:
+    """Return the number of the call whose mark is nearest, of equal ones the newest."""
+    if len(calls) == 1:
+        return calls[0][0]
+    alike = [(call, other) for call, other in reversed(calls) if other.shape == mark.shape]
+    if not alike:
+        return calls[-1][0]
+    distances = torch.stack([(other - mark).abs().sum() for _, other in alike])
+    return alike[int(distances.nan_to_num(math.inf).argmin())][0]
+
+
+def mixes_rows(norm: nn.Module) -> bool:
+    """Return whether what the layer makes of a row in training depends on the other rows."""
+    return not isinstance(norm, _EACH_ROW_APART)
+
+
+def mixes_rows_of_a_rank(norm: nn.Module) -> bool:
+    """Return whether it also depends on which rank the rows are on."""
+    pools_all = isinstance(norm, ALL_RANKS) and norm.process_group is None
+    return mixes_rows(norm) and not pools_all
+
+
+def point_of_return(layers: Sequence[nn.Module], last: int, shape: tuple[int, ...]) -> int:
+    """Return how many layers to run on shuffled rows, so that the fewest numbers travel back.
+
+    Args:
+        layers: run one after the other.
+        last: the index of the last one that must see shuffled rows.
+        shape: of an input row.
+
+    Returns:
+        The number of layers after which a row is smallest, more than ``last``; of equal ones the
+        largest, as shuffled rows are shared equally among the ranks.
+    """
+    sizes = []
+    for layer in layers:
+        shape = _row_shape(layer, shape)
+        sizes.append(math.prod(shape))
+    return min(range(last, len(layers)), key=lambda i: (sizes[i], -i)) + 1
+
+
+def _row_shape(layer: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that a layer of detectron2's or torchvision's heads gives a row."""
+    if isinstance(layer, nn.Sequential):
+        for part in layer:
+            shape = _row_shape(part, shape)
+        return shape
+    if isinstance(layer, nn.Linear):
+        return (*shape[:-1], layer.out_features)
+    if isinstance(layer, nn.Flatten):
+        return (math.prod(shape),)
+    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+        return (layer.out_channels, *(_extent(layer, i, n) for i, n in enumerate(shape[1:])))
+    return shape
+
+
+def _extent(layer: nn.Conv2d | nn.ConvTranspose2d, i: int, n: int) -> int:
+    stride, border = layer.stride[i], 2 * int(layer.padding[i])
+    window = layer.dilation[i] * (layer.kernel_size[i] - 1)
+    if isinstance(layer, nn.ConvTranspose2d):
+        return (n - 1) * stride - border + window + layer.output_padding[i] + 1
+    return (n + border - window - 1) // stride + 1

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rethinking_bn.layers import Moments, local_moments, merge_moments, mix_statistics
+from rethinking_bn.numerics.channel_ops import _plain_gradient_sums, combine, gradient_sums
+from rethinking_bn.numerics.moments import stack_moments
+from rethinking_bn.numerics.normalize import normalize
+from rethinking_bn.numerics.tensor_moments import _plain_mean_variance
+from tests import reference
+
+
+def test_merging_moments_equals_the_moments_of_everything() -> None:
+    xs = reference.levels()
+    merged = merge_moments(*stack_moments([local_moments(x) for x in xs]))
+    values = reference.values_per_channel(xs)
+    assert merged.count == values.shape[1]
+    torch.testing.assert_close(merged.mean, values.mean(1))
+    torch.testing.assert_close(merged.variance(unbiased=True), values.var(1))
+    torch.testing.assert_close(merged.variance(), values.var(1, unbiased=False))
+
+
+def test_merging_is_independent_of_order_and_grouping() -> None:
+    rows = stack_moments([local_moments(x) for x in reference.levels()])
+    backwards = merge_moments(*(v.flip(0) for v in rows))
+    halves = [merge_moments(*(v[s] for v in rows)) for s in (slice(0, 1), slice(1, None))]
+    for other in (backwards, merge_moments(*stack_moments(halves))):
+        for a, b in zip(merge_moments(*rows), other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_empty_sets_contribute_nothing_even_when_their_mean_is_nan() -> None:
+    nan = torch.full((3,), float("nan"))
+    some = local_moments(torch.randn(4, 3, 2, 2))
+    rows = stack_moments([Moments(torch.tensor(0.0), nan, nan), some])
+    for got, expected in zip(merge_moments(*rows), some, strict=True):
+        torch.testing.assert_close(got, expected)
+    nothing = merge_moments(*(v[:1] for v in rows))
+    assert nothing.count == 0 and not nothing.mean.any() and not nothing.variance().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_paths_of_other_devices_agree_with_the_fused_ones(dtype: torch.dtype) -> None:
+    x, dy = (torch.randn(3, 4, 5, 6).to(dtype) for _ in range(2))
+    fused = local_moments(x)
+    mean, variance = _plain_mean_variance(x)
+    torch.testing.assert_close(fused.mean, mean)
+    torch.testing.assert_close(fused.m2 / fused.count, variance)
+    invstd = (variance + 1e-5).rsqrt()
+    for got, expected in zip(
+        _plain_gradient_sums(dy, x, mean, invstd),
+        gradient_sums(dy, x, mean, variance, 1e-5),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_large_mean_small_spread_keeps_its_variance() -> None:
+    """E[x²] - E[x]² would give 0 or a negative number here."""
+    x = 1e3 + 1e-3 * torch.randn(8, 2, 40, 40, generator=torch.Generator().manual_seed(0))
+    got = merge_moments(*stack_moments([local_moments(half) for half in x.chunk(2)])).variance()
+    expected = reference.values_per_channel([x.double()]).var(1, unbiased=False)
+    torch.testing.assert_close(got.double(), expected, rtol=0.01, atol=0)
+
+
+def test_mixture_is_the_pooled_population_of_equal_parts() -> None:
+    parts = [torch.randn(3, 100, dtype=torch.float64) * (i + 1) + i for i in range(4)]
+    mean, variance = mix_statistics(
+        torch.stack([p.mean(1) for p in parts]),
+        torch.stack([p.var(1, unbiased=False) for p in parts]),
+    )
+    together = torch.cat(parts, 1)
+    torch.testing.assert_close(mean, together.mean(1))
+    torch.testing.assert_close(variance, together.var(1, unbiased=False))
+
+
+@pytest.mark.parametrize("pools", ["shared", "domain_specific"])
+@pytest.mark.parametrize("affine_rows", [0, 1, 3])
+def test_gradcheck(pools: str, affine_rows: int) -> None:
+    xs = reference.levels(shapes=[(2, 3), (1, 2), (1, 1)])
+    affine = [torch.randn(affine_rows, 4, dtype=torch.float64) for _ in range(2)]
+    weight, bias = (affine[0], affine[1]) if affine_rows else (None, None)
+
+    def function(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        w, b = (inputs[3], inputs[4]) if affine_rows else (weight, bias)
+        index = [0, 0, 0] if pools == "shared" else [0, 1, 2]
+        return tuple(normalize(inputs[:3], w, b, parts=[0, 1, 2], pools=index, eps=1e-3).outputs)
+
+    inputs = [t.requires_grad_() for t in (*xs, *(affine if affine_rows else []))]
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_rows_merge_into_one_or_not_at_all() -> None:
+    with pytest.raises(ValueError, match="one or not at all"):
+        normalize(reference.levels(), None, None, parts=[0, 0, 1, 1], pools=[0, 1], eps=1e-5)
+
+
+def test_an_expanded_gradient_is_read_correctly() -> None:
+    """The gradient of a sum is one element expanded to the whole shape."""
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    y = normalize([x], weight, bias, parts=[0], pools=[0], eps=1e-5).outputs[0]
+    y.sum().backward()
+    assert x.grad is not None and bias.grad is not None
+    torch.testing.assert_close(x.grad, torch.zeros_like(x), atol=1e-12, rtol=0)
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 18.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (2, 30, 60, 50), (1, 2, 700, 600)], ids=str)
+def test_combine_rounds_once(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Terms that nearly cancel, in tensors below and above the size that is done in blocks."""
+    x = torch.randn(shape).to(dtype)
+    dy = (0.999 * x.float()).to(dtype)
+    a, b, c = torch.rand(3, shape[1]) + 1
+    b = -a + 0.01 * b
+    got = combine(dy, x, a, b, c)
+    wide = [v.double().view(1, -1, 1, 1) for v in (a, b, c)]
+    expected = wide[0] * dy.double() + wide[1] * x.double() + wide[2]
+    assert got.dtype == dtype and got.is_contiguous()
+    half_ulp = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(got.double(), expected, rtol=1.01 * half_ulp, atol=1e-6)
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (dy, x)]
+    torch.testing.assert_close(
+        combine(last[0], last[1], a, b, c), got, rtol=2 * half_ulp, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("where", ["crop", "channels", "transposed"])
+def test_gradients_of_half_types_with_any_strides(dtype: torch.dtype, where: str) -> None:
+    """Sums are kept in float32 whatever the strides of the input."""
+    whole = torch.randn(4, 8, 30, 28).to(dtype)
+    x = {
+        "crop": whole[:, :, 3:, 5:],
+        "channels": whole[:, 2:6],
+        "transposed": whole.transpose(2, 3),
+    }[where]
+    dy = (torch.randn(x.shape) + 5).to(dtype)
+    mean, variance = torch.randn(x.shape[1]), torch.rand(x.shape[1]) + 0.5
+    got = gradient_sums(dy, x, mean, variance, 1e-5)
+    wide = [v.double().view(1, -1, 1, 1) for v in (mean, variance)]
+    normalized = (x.double() - wide[0]) / (wide[1] + 1e-5).sqrt()
+    torch.testing.assert_close(got[0].double(), dy.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-3)
+    expected = (dy.double() * normalized).sum((0, 2, 3))
+    torch.testing.assert_close(got[1].double(), expected, rtol=1e-5, atol=2e-2)

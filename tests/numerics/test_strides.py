@@ -1,0 +1,73 @@
+"""Inputs of any stride, with gradients of any stride, in every type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from rethinking_bn.layers import MultiDomainBatchNorm2d
+from tests import reference
+from tests.reference import CHANNELS
+
+SHAPES = [(9, 7), (5, 4), (2, 3), (1, 2)]
+
+
+def strided(x: Tensor) -> Tensor:
+    whole = x.new_zeros(x.shape[0], CHANNELS, 2 * x.shape[2], x.shape[3] + 3)
+    whole[:, :, ::2, 1:-2] = x
+    return whole[:, :, ::2, 1:-2]
+
+
+def permuted(x: Tensor) -> Tensor:
+    return x.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
+
+
+def some_channels_last_channels(x: Tensor) -> Tensor:
+    whole = x.repeat(1, 2, 1, 1).to(memory_format=torch.channels_last)
+    return whole[:, CHANNELS:]
+
+
+def expanded(x: Tensor) -> Tensor:
+    return x[:, :, :1, :1].expand_as(x)
+
+
+@pytest.mark.parametrize("view", [strided, permuted, some_channels_last_channels, expanded])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float64, 1e-9),
+        (torch.float32, 1e-4),
+        (torch.bfloat16, 3e-2),
+        (torch.float16, 5e-3),
+    ],
+)
+@pytest.mark.parametrize("shared", [True, False])
+def test_equals_the_reference(
+    view: Callable[[Tensor], Tensor], dtype: torch.dtype, tolerance: float, shared: bool
+) -> None:
+    choice = "shared" if shared else "domain_specific"
+    layer = MultiDomainBatchNorm2d(CHANNELS, len(SHAPES), train_stats=choice, affine=choice)
+    for i, parameter in enumerate(layer.parameters()):
+        torch.nn.init.constant_(parameter, 0.5 + 0.1 * i)
+    xs = [view(x.to(dtype)) for x in reference.levels(shapes=SHAPES)]
+    xs[1] = xs[1].contiguous()  # formats may differ between levels
+    mine = [x.detach().requires_grad_() for x in xs]
+    theirs = [x.double().requires_grad_() for x in xs]
+    assert not any(x.is_contiguous() for x in (mine[0], mine[2]))
+    ys = layer(mine)
+    holders = [layer if shared else layer.get_submodule(str(i)) for i in range(len(SHAPES))]
+    expected: list[Tensor] = []
+    for x, holder in zip(theirs, holders, strict=True):
+        affine = holder.weight.double(), holder.bias.double()
+        expected += reference.normalize([x], theirs if shared else [x], *affine)
+    dys = [view(torch.randn_like(x)).to(dtype) for x in xs]
+    torch.autograd.backward(ys, dys)
+    torch.autograd.backward(expected, [dy.double() for dy in dys])
+    for y, z, x, v in zip(ys, expected, mine, theirs, strict=True):
+        assert y.dtype == dtype and x.grad.dtype == dtype
+        for got, want in ((y, z), (x.grad, v.grad)):
+            scale = max(1.0, want.abs().max().item())
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance * scale)

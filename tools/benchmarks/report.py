@@ -1,0 +1,101 @@
+"""Results as Markdown, JSON and curves."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.result import Cell, Measurement, Result, Table
+from benchmarks.timing import Spread
+
+_COLUMNS = ("case", "ours", "beside", "ours", "beside", "ratio", "target", "met")
+
+
+def as_markdown(result: Result) -> str:
+    """Return a comparison's tables and notes; quartiles are in brackets."""
+    parts = [f"## {result.name} ({result.seconds:.0f} s)"]
+    if result.measurements:
+        rows = [_measurement_row(measurement) for measurement in result.measurements]
+        parts.append(_markdown_table(_COLUMNS, rows))
+    for table in result.tables:
+        parts.append(f"{table.title}:\n\n{_markdown_table(table.columns, table.rows)}")
+    if result.checks:
+        worst = max(result.checks.items(), key=lambda item: item[1])
+        parts.append(
+            f"Equal results were checked first ({len(result.checks)} checks; largest relative "
+            f"error {worst[1]:.1e}: {worst[0]})."
+        )
+    parts += [f"- {note}" for note in result.notes]
+    return "\n\n".join(parts) + "\n"
+
+
+def _measurement_row(m: Measurement) -> tuple[Cell, ...]:
+    ratio = "within noise" if m.ratio is None else _with_quartiles(m.ratio)
+    target = "" if m.target is None else f"≤ {m.target:.3g}"
+    met = {True: "met", False: "not met", None: ""}[m.met]
+    values = [
+        f"{_with_quartiles(value)} {m.unit}".rstrip() for value in (m.our_value, m.other_value)
+    ]
+    return (m.case, m.ours, m.other, *values, ratio, target, met)
+
+
+def _with_quartiles(s: Spread) -> str:
+    if s.low == s.high:
+        return _number(s.median)
+    return f"{_number(s.median)} [{_number(s.low)}, {_number(s.high)}]"
+
+
+def _number(value: Cell) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    lines = [columns, ["---"] * len(columns), *([_number(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_report(folder: Path, name: str, report: dict[str, Any], results: list[Result]) -> Path:
+    """Write ``<name>.json`` and a picture of the curves of every table made to be plotted.
+
+    Returns:
+        The path of the JSON.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {**report, "comparisons": [result.to_json() for result in results]}
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    path = folder / f"{name}.json"
+    _replace(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    tables = [table for result in results for table in result.tables if table.plot]
+    if tables:
+        _replace(folder / f"{name}.png", lambda aside: _plot(aside, tables))
+    return path
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        aside = Path(folder) / path.name
+        write(aside)
+        os.replace(aside, path)
+
+
+def _plot(path: Path, tables: list[Table]) -> None:
+    from matplotlib.figure import Figure  # slow to import, and needed only here
+
+    figure = Figure(figsize=(4.5 * len(tables), 3.6), layout="constrained")
+    for axes, table in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
+        x = [float(row[0]) for row in table.rows]
+        for column in range(1, len(table.columns)):
+            y = [float(row[column]) for row in table.rows]
+            axes.plot(x, y, marker="o", label=table.columns[column])
+        axes.set(xscale="log", yscale="log", xlabel=table.columns[0])
+        axes.set_xticks(x, [f"{value:g}" for value in x], minor=False)
+        axes.minorticks_off()
+        axes.set_title(table.title, fontsize="medium")
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
