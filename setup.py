@@ -10,6 +10,19 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 
+STUDIES = ["matplotlib", "numpy", "Pillow", "pycocotools", "scikit-learn", "tqdm"]
+DETECTION = ["fvcore", "numpy", "opencv-python", "Pillow", "pycocotools", "PyYAML", "tqdm"]
+TEST = ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
+EXTRAS = {
+    # tools/run_study.py and the shapes data set, without detectron2
+    "studies": STUDIES,
+    # what we import beside detectron2, which is on no package index
+    "detection": DETECTION,
+    # the kernels for GPUs run in Triton's interpreter
+    "test": [*TEST, *STUDIES, "triton; platform_system == 'Linux'"],
+}
+
+
 def read_version() -> str:
     """Return ``__version__`` without importing the package, whose imports are not built yet."""
     text = (ROOT / "rethinking_bn" / "version.py").read_text(encoding="utf-8")
@@ -37,18 +50,7 @@ setup(
     packages=[*find_packages(include=["rethinking_bn*"]), "rethinking_bn.configs"],
     package_dir={"rethinking_bn.configs": "configs"},
     package_data={"rethinking_bn.configs": ["*.yaml", "*/*.yaml"], "rethinking_bn": ["py.typed"]},
-    install_requires=[
-        "torch>=2.4",
-        "torchvision",
-        "fvcore",
-        "pycocotools",
-        "opencv-python",
-        "matplotlib",
-        "scikit-learn",
-        "tqdm",
-    ],
-    extras_require={
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy"],
-    },
+    install_requires=["torch>=2.4", "torchvision"],
+    extras_require=EXTRAS,
     zip_safe=False,
 )
