@@ -7,6 +7,7 @@ from rethinking_bn._detectron2 import require_detectron2
 require_detectron2("rethinking_bn.engine")
 
 from rethinking_bn.engine.checkpointer import Checkpointer  # noqa: E402
+from rethinking_bn.engine.hooks import with_rethinking_bn  # noqa: E402
 from rethinking_bn.engine.load_config import load_config  # noqa: E402
 from rethinking_bn.engine.merge_statistics import MergeStatistics, merge_statistics  # noqa: E402
 from rethinking_bn.engine.optimizer import build_optimizer  # noqa: E402
@@ -14,7 +15,6 @@ from rethinking_bn.engine.precise_bn import (  # noqa: E402
     PreciseBN,
     build_population_loader,
     run_population_training,
-    with_precise_bn,
 )
 from rethinking_bn.engine.train_loader import ResumableTrainLoader, build_train_loader  # noqa: E402
 from rethinking_bn.engine.trainer import Trainer  # noqa: E402
@@ -31,5 +31,5 @@ __all__ = [
     "load_config",
     "merge_statistics",
     "run_population_training",
-    "with_precise_bn",
+    "with_rethinking_bn",
 ]

@@ -16,6 +16,7 @@ from detectron2.data.build import (
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
+from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.train_loader import Mapper, ResumableTrainLoader, Sample
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,18 @@ def build_population_loader(
         and all("width" in sample and "height" in sample for sample in samples),
         num_workers=workers,
     )
+
+
+def build_together(cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
+    """Build :func:`build_population_loader`'s loader on every rank, or on none: a collective."""
+    error: Exception | None = None
+    loader: Iterable[list[dict[str, Any]]] = ()
+    try:
+        loader = build_population_loader(cfg)
+    except Exception as raised:
+        error = raised
+    raise_together(error)
+    return loader
 
 
 def _read(cfg: CfgNode, key: str, default: Any) -> Any:

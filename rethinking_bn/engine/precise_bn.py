@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, HookBase
-from detectron2.engine import hooks as detectron2_hooks
 from torch import nn
 
-from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.autocast import CPUAutocastTrainer
-from rethinking_bn.engine.merge_statistics import MergeStatistics
-from rethinking_bn.engine.population_loader import build_population_loader
+from rethinking_bn.engine.population_loader import build_population_loader, build_together
 from rethinking_bn.population import PopulationReport, estimate_population_statistics
 from rethinking_bn.population.observers import find_population_layers
 
@@ -25,21 +22,11 @@ __all__ = [
     "PreciseBN",
     "build_population_loader",
     "run_population_training",
-    "with_precise_bn",
 ]
 
 logger = logging.getLogger(__name__)
 
 Autocast = Callable[[], AbstractContextManager[Any]]
-
-# what reads the statistics, and so comes after their training
-_READERS = (
-    MergeStatistics,
-    detectron2_hooks.PeriodicCheckpointer,
-    detectron2_hooks.BestCheckpointer,
-    detectron2_hooks.EvalHook,
-    detectron2_hooks.PeriodicWriter,
-)
 
 
 class PreciseBN(HookBase):
@@ -78,7 +65,7 @@ class PreciseBN(HookBase):
         self._period, self._model = period, model
         self._data_loader, self._num_iter = data_loader, num_iter
         self.last_report: PopulationReport | None = None
-        self._has_layers()
+        self.has_layers(model)
 
     def after_step(self) -> None:
         """Estimate if it is time to."""
@@ -89,7 +76,7 @@ class PreciseBN(HookBase):
 
     def update_stats(self) -> PopulationReport | None:
         """Estimate now, with or without a trainer; return the report, None without layers."""
-        if not self._has_layers():
+        if not self.has_layers(self._model):
             return None
         report = estimate_population_statistics(
             self._model,
@@ -110,54 +97,13 @@ class PreciseBN(HookBase):
                 storage.put_scalar(f"precise_bn/{name}", value, smoothing_hint=False)
         return report
 
-    def _has_layers(self) -> bool:
-        found = bool(find_population_layers(self._model)[0])
+    @staticmethod
+    def has_layers(model: nn.Module) -> bool:
+        """Return whether there is something to estimate; if not, say so in the log."""
+        found = bool(find_population_layers(model)[0])
         if not found:
             logger.info("PreciseBN is disabled: no BN-like layer of the model is in training mode.")
         return found
-
-
-def with_precise_bn(
-    hooks: Sequence[HookBase | None], cfg: CfgNode, model: nn.Module
-) -> list[HookBase | None]:
-    """Put our PreciseBN into a list of hooks, in place of detectron2's.
-
-    For ``build_hooks`` of any DefaultTrainer::
-
-        def build_hooks(self):
-            return with_precise_bn(super().build_hooks(), self.cfg, self.model)
-
-    Args:
-        hooks: in their order; ours goes where detectron2's was, in any case before the hooks that
-            merge, checkpoint, evaluate or write.
-        cfg: TEST.PRECISE_BN says whether (ENABLED), on what and for how long (NUM_ITER);
-            TEST.EVAL_PERIOD how often.
-        model: the trainer's.
-
-    Returns:
-        a new list; without a change if TEST.PRECISE_BN.ENABLED is False, without any PreciseBN if
-        the model has no BN-like layer in training mode.
-
-    Raises:
-        ValueError: see :func:`build_population_loader`.
-    """
-    result = list(hooks)
-    if not cfg.TEST.PRECISE_BN.ENABLED:
-        return result
-    replaced = (detectron2_hooks.PreciseBN, PreciseBN)
-    place = next(
-        (i for i, hook in enumerate(result) if isinstance(hook, (*replaced, *_READERS))),
-        len(result),
-    )
-    # nothing before `place` is removed
-    result = [hook for hook in result if not isinstance(hook, replaced)]
-    if not find_population_layers(model)[0]:
-        logger.info("PreciseBN is disabled: no BN-like layer of the model is in training mode.")
-        return result
-    loader = _build_loader_together(cfg)
-    hook = PreciseBN(cfg.TEST.EVAL_PERIOD, model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
-    result.insert(place, hook)
-    return result
 
 
 def run_population_training(cfg: CfgNode, model: nn.Module) -> PopulationReport:
@@ -172,7 +118,7 @@ def run_population_training(cfg: CfgNode, model: nn.Module) -> PopulationReport:
     Raises:
         ValueError: see :func:`build_population_loader`.
     """
-    loader = _build_loader_together(cfg)
+    loader = build_together(cfg)
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.train()
@@ -188,18 +134,6 @@ def run_population_training(cfg: CfgNode, model: nn.Module) -> PopulationReport:
             module.training = mode
     logger.info("%s", report)
     return report
-
-
-def _build_loader_together(cfg: CfgNode) -> Iterable[Any]:
-    """Build the loader on every rank, or on none."""
-    error: Exception | None = None
-    loader: Iterable[Any] = ()
-    try:
-        loader = build_population_loader(cfg)
-    except Exception as raised:
-        error = raised
-    raise_together(error)
-    return loader
 
 
 def _autocast(model: nn.Module, dtype: torch.dtype | None = None) -> Autocast:

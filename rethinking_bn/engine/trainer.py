@@ -21,9 +21,9 @@ from rethinking_bn.engine.autocast import CPUAutocastTrainer
 from rethinking_bn.engine.checkpointer import Checkpointer
 from rethinking_bn.engine.checks import check_required_weights
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
+from rethinking_bn.engine.hooks import with_rethinking_bn
 from rethinking_bn.engine.merge_statistics import MergeStatistics
 from rethinking_bn.engine.optimizer import build_optimizer
-from rethinking_bn.engine.precise_bn import with_precise_bn
 from rethinking_bn.engine.rank_state import RankState, gather_rank_state, load_rank_state
 from rethinking_bn.engine.train_loader import build_train_loader
 from rethinking_bn.randomness import announce_iteration, derive_seed
@@ -104,7 +104,7 @@ class Trainer(DefaultTrainer):
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
             hooks.PeriodicWriter(self.build_writers()) if main else None,
         ]
-        return with_precise_bn(ret, cfg, self.model)
+        return with_rethinking_bn(ret, cfg, self.model)
 
     def _evaluate(self) -> dict[str, Any]:
         self._last_eval_results = self.test(self.cfg, self.model)

@@ -50,7 +50,7 @@ class ConfigurableHeadRetinaNet(RetinaNet):
             logger.info(
                 "TEST.PRECISE_BN is on. detectron2's own hook knows torch's BatchNorm classes only "
                 "and passes over multi-domain layers: rethinking_bn.engine's Trainer trains their "
-                "population statistics, and so does another trainer with its with_precise_bn."
+                "population statistics, and so does another trainer with its with_rethinking_bn."
             )
         with torch.random.fork_rng(devices=[]):
             arguments = super().from_config(stock)

@@ -23,7 +23,7 @@ from rethinking_bn.engine import (
     MergeStatistics,
     PreciseBN,
     run_population_training,
-    with_precise_bn,
+    with_rethinking_bn,
 )
 from rethinking_bn.engine.autocast import CPUAutocastTrainer
 from rethinking_bn.layers import MultiDomainBatchNorm2d
@@ -186,26 +186,42 @@ def test_takes_the_place_of_detectron2s_hook(cfg: CfgNode) -> None:
     ours = "rethinking_bn.PreciseBN"
     rest = "detectron2.EvalHook"
     given: list[HookBase | None] = [timer, None, stock, evaluation]
-    result = with_precise_bn(given, cfg, model)
+    result = with_rethinking_bn(given, cfg, model)
     expected = ["detectron2.IterationTimer", "builtins.NoneType", ours, rest]
     assert names(result) == expected and given[2] is stock
-    assert names(with_precise_bn(result, cfg, model)) == expected  # once is enough
-    assert names(with_precise_bn([evaluation, stock], cfg, model)) == [ours, rest]
+    assert names(with_rethinking_bn(result, cfg, model)) == expected  # once is enough
+    assert names(with_rethinking_bn([evaluation, stock], cfg, model)) == [ours, rest]
     merge = MergeStatistics(model, 1)
-    assert names(with_precise_bn([timer, merge, evaluation], cfg, model))[1] == ours
-    assert names(with_precise_bn([timer], cfg, model))[1] == ours
+    assert names(with_rethinking_bn([timer, merge, evaluation], cfg, model))[1] == ours
+    assert names(with_rethinking_bn([timer], cfg, model))[1] == ours
     cfg.TEST.PRECISE_BN.ENABLED = False
-    assert with_precise_bn(given, cfg, model) == given
+    assert with_rethinking_bn(given, cfg, model) == given
     cfg.TEST.PRECISE_BN.ENABLED = True
     model.net[1].eval()
-    assert with_precise_bn(given, cfg, model) == [timer, None, evaluation]
+    assert with_rethinking_bn(given, cfg, model) == [timer, None, evaluation]
+
+
+def test_the_list_of_a_lazy_config(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tools/lazyconfig_train_net.py's hooks; the project's own loader is not described by cfg."""
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    model, loader = Model(), Loader()
+    cfg.DATASETS.TRAIN = ()
+    given = [hooks.IterationTimer(), None, None, hooks.EvalHook(1, dict), None]
+    result = with_rethinking_bn(given, cfg, model, data_loader=loader)
+    expected = ["rethinking_bn.PreciseBN", "rethinking_bn.MergeStatistics", "detectron2.EvalHook"]
+    assert names(result)[3:6] == expected and len(result) == 7 and len(given) == 5
+    again = with_rethinking_bn(result, cfg, model, data_loader=loader)
+    assert again == result  # hooks of ours that are there stay, and are not built again
+    with pytest.raises(ValueError, match="names a data set"):
+        monkeypatch.undo()
+        with_rethinking_bn(given, cfg, model)
 
 
 class ForeignTrainer(DefaultTrainer):
     """Another project's trainer that takes nothing of ours but the hook."""
 
     def build_hooks(self) -> list[HookBase | None]:
-        return with_precise_bn(super().build_hooks(), self.cfg, self.model)
+        return with_rethinking_bn(super().build_hooks(), self.cfg, self.model)
 
 
 def test_another_projects_trainer_saves_the_estimated_statistics(cfg: CfgNode) -> None:

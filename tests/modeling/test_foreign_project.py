@@ -65,7 +65,7 @@ class ForeignTrainer(DefaultTrainer):
         return rethinking_bn.engine.build_optimizer(cfg, model)
 
     def build_hooks(self) -> list[Any]:
-        return rethinking_bn.engine.with_precise_bn(super().build_hooks(), self.cfg, self.model)
+        return rethinking_bn.engine.with_rethinking_bn(super().build_hooks(), self.cfg, self.model)
 
 
 def test_two_overrides_add_population_training_and_norm_weight_decay(tmp_path: Path) -> None:
