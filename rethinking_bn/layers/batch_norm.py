@@ -79,24 +79,22 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
             return self._normalize_folded(x)
         xs = self._split(x)
         each = list(range(len(xs)))
-        outputs, local, pooled = normalize(
+        moves = self.training and self.track_running_stats and self._observer is None
+        outputs, local, _ = normalize(
             xs,
-            None if self.weight is None else self.weight[None],
-            None if self.bias is None else self.bias[None],
+            None if self.weight is None else [self.weight],
+            None if self.bias is None else [self.bias],
             parts=each,
             pools=each,
             eps=self.eps,
             sync=self.sync and self.training,
             group=self.process_group,
+            holders=[self] if moves else (),
+            momentum=self.momentum,
         )
-        self._record(local, pooled)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _record(self, local: Moments, pooled: Moments) -> None:
         if self.training and self._observer is not None:
-            self._observer(Moments(*(v[None] for v in merge_moments(*local))))
-        elif self.training and self.track_running_stats:
-            update_running_statistics([self], pooled, self.momentum)
+            self._observer(_merged(local))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _groups_are_alike(self, x: Tensor) -> bool:
         """Whether the groups are equally large and small: they then go through as channels."""
@@ -113,8 +111,11 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
         folded = x.view(k, n, -1).transpose(0, 1).reshape(n, k * x.shape[1], *x.shape[2:])
         affine = (None if p is None else p.repeat(k)[None] for p in (self.weight, self.bias))
         (out,), local, _ = normalize([folded], *affine, parts=[0], pools=[0], eps=self.eps)
-        each = (local.count.expand(k), local.mean.view(k, -1), local.m2.view(k, -1))
-        self._record(Moments(*each), Moments(*each))
+        each = Moments(local.count.expand(k), local.mean.view(k, -1), local.m2.view(k, -1))
+        if self.training and self._observer is not None:
+            self._observer(_merged(each))
+        elif self.training and self.track_running_stats:
+            update_running_statistics([self], each, self.momentum)
         return out.view(n, k, -1).transpose(0, 1).reshape(x.shape)
 
     def _split(self, x: Tensor) -> list[Tensor]:
@@ -197,6 +198,10 @@ class BatchStatNorm2d(BatchNorm2d):
     """
 
     batch_stats_at_inference = True
+
+
+def _merged(rows: Moments) -> Moments:
+    return Moments(*(v[None] for v in merge_moments(*rows)))
 
 
 _said: set[str] = set()

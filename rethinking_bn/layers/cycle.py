@@ -14,7 +14,6 @@ from rethinking_bn.layers.domain_state import DomainBatchNormBase
 from rethinking_bn.numerics.channel_ops import affine_normalize
 from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.numerics.normalize import normalize
-from rethinking_bn.numerics.running import update_running_statistics
 
 
 class CycleBatchNorm2d(DomainBatchNormBase):
@@ -108,7 +107,7 @@ class CycleBatchNorm2d(DomainBatchNormBase):
         stats, affine = self._statistics_of(level), self._affine_of(level)
         if self.training:
             weight, bias = self._affine_rows()
-            outputs, local, pooled = normalize(
+            outputs, local, _ = normalize(
                 [x],
                 weight,
                 bias,
@@ -117,12 +116,12 @@ class CycleBatchNorm2d(DomainBatchNormBase):
                 eps=self.eps,
                 sync=self.sync,
                 group=self.process_group,
+                holders=[stats] if self._observer is None else (),
+                momentum=self.momentum,
             )
             y = outputs[0]
             if self._observer is not None:
                 self._observer(self._at(level, local))
-            else:
-                update_running_statistics([stats], pooled, self.momentum)
         else:
             y = affine_normalize(
                 x, stats.running_mean, stats.running_var, affine.weight, affine.bias, self.eps

@@ -107,12 +107,10 @@ class DomainBatchNormBase(PopulationLayer, nn.Module):
     def _statistics_holders(self) -> list[Any]:
         return self._domains(self.population_stats)
 
-    def _affine_rows(self) -> tuple[Tensor, Tensor]:
-        """Return weight and bias as (1, C) when shared, (L, C) when domain-specific."""
+    def _affine_rows(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return weights and biases (C,): one when shared, L when domain-specific."""
         holders = self._affine_holders()
-        if len(holders) == 1:
-            return holders[0].weight[None], holders[0].bias[None]
-        return torch.stack([h.weight for h in holders]), torch.stack([h.bias for h in holders])
+        return [h.weight for h in holders], [h.bias for h in holders]
 
     def _statistics_of(self, level: int) -> Any:
         return self if self.population_stats == "shared" else self._modules[str(level)]

@@ -11,7 +11,6 @@ from torch.distributed import ProcessGroup
 from rethinking_bn.layers.domain_state import Choice, DomainBatchNormBase, check_choice
 from rethinking_bn.numerics.channel_ops import affine_normalize
 from rethinking_bn.numerics.normalize import normalize
-from rethinking_bn.numerics.running import update_running_statistics
 
 
 class MultiDomainBatchNorm2d(DomainBatchNormBase):
@@ -109,7 +108,7 @@ class MultiDomainBatchNorm2d(DomainBatchNormBase):
         parts = one if all_shared else each
         pools = [0] if all_shared else one if train_stats == "shared" else each
         weight, bias = self._affine_rows()
-        outputs, local, pooled = normalize(
+        outputs, local, _ = normalize(
             xs,
             weight,
             bias,
@@ -118,11 +117,11 @@ class MultiDomainBatchNorm2d(DomainBatchNormBase):
             eps=self.eps,
             sync=self.sync,
             group=self.process_group,
+            holders=() if observed else self._statistics_holders(),
+            momentum=self.momentum,
         )
         if self._observer is not None:
             self._observer(local)
-        else:
-            update_running_statistics(self._statistics_holders(), pooled, self.momentum)
         return outputs
 
     def _check(self, xs: Sequence[Tensor]) -> None:

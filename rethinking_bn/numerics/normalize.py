@@ -19,7 +19,10 @@ from torch.distributed import ProcessGroup
 from rethinking_bn.distributed import all_gather, all_reduce_sum, get_world_size
 from rethinking_bn.numerics.channel_ops import affine_normalize, combine, gradient_sums
 from rethinking_bn.numerics.moments import Moments, merge_moments, stack_moments
+from rethinking_bn.numerics.running import update_running_statistics
 from rethinking_bn.numerics.tensor_moments import local_moments
+
+Rows = Tensor | Sequence[Tensor] | None
 
 
 class Normalized(NamedTuple):
@@ -38,14 +41,16 @@ class Normalized(NamedTuple):
 
 def normalize(
     xs: Sequence[Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Rows,
+    bias: Rows,
     *,
     parts: Sequence[int],
     pools: Sequence[int],
     eps: float,
     sync: bool = False,
     group: ProcessGroup | None = None,
+    holders: Sequence[Any] = (),
+    momentum: float | None = None,
 ) -> Normalized:
     """Normalise each tensor by its pool's mean and biased variance, then apply its affine.
 
@@ -56,12 +61,16 @@ def normalize(
 
     Args:
         xs: L tensors (N, C, *) of one type; any of them may be empty. Not copied.
-        weight, bias: both (1, C) for all tensors, (L, C) for one row each, or None.
+        weight, bias: one (C,) for all tensors, or L of them, one each (a sequence, or the rows of
+            a tensor); None: no affine.
         parts: the part of each tensor, in 0..K-1: either all 0, or 0, 1, ..., L-1.
         pools: the pool of each of the K parts, likewise.
         eps: added to the variance.
         sync: pool over the ranks of ``group`` (None: the default group).
+        holders, momentum: where the parts' running statistics are, and how far they move towards
+            the pooled moments: see :func:`update_running_statistics`. None: they stay.
     """
+    weight, bias = _as_rows(weight), _as_rows(bias)
     sync = sync and get_world_size(group) > 1
     with torch.no_grad():
         per_tensor = stack_moments([local_moments(x) for x in xs])
@@ -73,7 +82,15 @@ def normalize(
     outputs = _Normalize.apply(
         weight, bias, mean, variance, count, index, eps, group if sync else None, sync, *xs
     )
+    if holders:
+        update_running_statistics(holders, pooled, momentum)
     return Normalized(list(outputs), local, pooled)
+
+
+def _as_rows(rows: Rows) -> Tensor | None:
+    if rows is None or isinstance(rows, Tensor):
+        return rows
+    return rows[0][None] if len(rows) == 1 else torch.stack(list(rows))
 
 
 def _merge_rows(rows: Moments, index: Sequence[int]) -> Moments:
