@@ -19,7 +19,8 @@ from rethinking_bn.numerics.blocks import (
 from rethinking_bn.numerics.moments import statistics_dtype
 
 
-def _broadcast(channels: Tensor, like: Tensor) -> Tensor:
+def broadcast(channels: Tensor, like: Tensor) -> Tensor:
+    """View (C,) so that it broadcasts over the channels of (N, C, *)."""
     return channels.view(1, -1, *([1] * (like.dim() - 2)))
 
 
@@ -42,7 +43,7 @@ def affine_normalize(
         out = x * 1.0
         for parameter in (weight, bias):
             if parameter is not None:
-                out = out + _broadcast(parameter, x).to(x.dtype) * 0.0
+                out = out + broadcast(parameter, x).to(x.dtype) * 0.0
         return out
     dtype = statistics_dtype(x.dtype)
     mean, variance = _typed(mean, dtype), _typed(variance, dtype)
@@ -61,10 +62,10 @@ def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         # Half types: the terms may nearly cancel, so they are added before anything is rounded.
         if worth_blocks(x) and dy.is_contiguous():
             return _combine_blocks(dy, x, a, b, c)
-        out = torch.addcmul(_broadcast(c, x), x, _broadcast(b, x))
-        return out.addcmul_(dy, _broadcast(a, x)).to(x.dtype)
+        out = torch.addcmul(broadcast(c, x), x, broadcast(b, x))
+        return out.addcmul_(dy, broadcast(a, x)).to(x.dtype)
     zero, one = torch.zeros_like(b), torch.ones_like(b)
-    return affine_normalize(x, zero, one, b, c, 0.0).addcmul_(dy, _broadcast(a, dy))
+    return affine_normalize(x, zero, one, b, c, 0.0).addcmul_(dy, broadcast(a, dy))
 
 
 def _combine_blocks(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def _plain_gradient_sums(
     """The same in plain operators, for compilers and devices without fused ones."""
     dims = [d for d in range(x.dim()) if d != 1]
     dy = dy.to(mean.dtype)
-    normalized = (x.to(mean.dtype) - _broadcast(mean, x)) * _broadcast(invstd, x)
+    normalized = (x.to(mean.dtype) - broadcast(mean, x)) * broadcast(invstd, x)
     return dy.sum(dims), (dy * normalized).sum(dims)
 
 

@@ -17,10 +17,15 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from rethinking_bn.distributed import all_gather, all_reduce_sum, get_world_size
-from rethinking_bn.numerics.channel_ops import affine_normalize, combine, gradient_sums
+from rethinking_bn.numerics.channel_ops import (
+    affine_normalize,
+    broadcast,
+    combine,
+    gradient_sums,
+)
 from rethinking_bn.numerics.moments import Moments, merge_moments, stack_moments
 from rethinking_bn.numerics.running import update_running_statistics
-from rethinking_bn.numerics.tensor_moments import local_moments
+from rethinking_bn.numerics.tensor_moments import local_moments, plain_moments
 
 Rows = Tensor | Sequence[Tensor] | None
 
@@ -57,7 +62,8 @@ def normalize(
     y = weight · (x - mean) / sqrt(var + eps) + bias. The gradient is the true one, through the
     mean and the variance, over everything in the pool; the affine's gradient is this rank's sum.
     Synchronised, the forward and the backward take one collective each, however many tensors
-    there are, and every rank takes both whatever it holds. Differentiable once.
+    there are, and every rank takes both whatever it holds and whatever needs a gradient there.
+    Differentiable once; under a transform of torch.func as often as its plain operators are.
 
     Args:
         xs: L tensors (N, C, *) of one type; any of them may be empty. Not copied.
@@ -69,15 +75,29 @@ def normalize(
         sync: pool over the ranks of ``group`` (None: the default group).
         holders, momentum: where the parts' running statistics are, and how far they move towards
             the pooled moments: see :func:`update_running_statistics`. None: they stay.
+
+    Raises:
+        NotImplementedError: for more than one rank under a transform of torch.func.
     """
     weight, bias = _as_rows(weight), _as_rows(bias)
     sync = sync and get_world_size(group) > 1
+    if torch._C._are_functorch_transforms_active():
+        if sync:
+            raise NotImplementedError("torch.func cannot transform statistics pooled over ranks")
+        normalized = _normalize_in_plain_operators(xs, weight, bias, parts, pools, eps)
+        if holders:
+            update_running_statistics(holders, normalized.pooled, momentum)
+        return normalized
     with torch.no_grad():
         per_tensor = stack_moments([local_moments(x) for x in xs])
         local = _merge_rows(per_tensor, parts)
         pooled = _merge_ranks(local, group) if sync else local
         pool = _merge_rows(pooled, pools)
         count, mean, variance = pool.count, pool.mean, pool.variance()
+    if sync and torch.is_grad_enabled():
+        # The other ranks may wait in the backward's collective: it is part of this rank's graph
+        # even if nothing here needs a gradient.
+        count = count.detach().requires_grad_()
     index = [pools[part] for part in parts]
     outputs = _Normalize.apply(
         weight, bias, mean, variance, count, index, eps, group if sync else None, sync, *xs
@@ -91,6 +111,27 @@ def _as_rows(rows: Rows) -> Tensor | None:
     if rows is None or isinstance(rows, Tensor):
         return rows
     return rows[0][None] if len(rows) == 1 else torch.stack(list(rows))
+
+
+def _normalize_in_plain_operators(
+    xs: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    parts: Sequence[int],
+    pools: Sequence[int],
+    eps: float,
+) -> Normalized:
+    """The same for one rank, in operators that torch.func can transform in every way."""
+    local = _merge_rows(stack_moments([plain_moments(x) for x in xs]), parts)
+    pool = _merge_rows(local, pools)
+    mean, invstd = pool.mean, (pool.variance() + eps).rsqrt()
+    outputs = []
+    for i, x in enumerate(xs):
+        p = pools[parts[i]]
+        scale = invstd[p] if weight is None else invstd[p] * _row(weight, i)
+        y = (x - broadcast(mean[p], x)) * broadcast(scale, x)
+        outputs.append((y if bias is None else y + broadcast(_row(bias, i), x)).to(x.dtype))
+    return Normalized(outputs, local, local)
 
 
 def _merge_rows(rows: Moments, index: Sequence[int]) -> Moments:

@@ -87,6 +87,16 @@ def _cuda_mean_variance(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance.masked_fill(variance < 2 * _TINY, 0.0)  # NaN and inf stay
 
 
+def plain_moments(x: Tensor) -> Moments:
+    """As :func:`local_moments` in plain, differentiable operators."""
+    size = x.numel() // max(x.shape[1], 1)
+    if size == 0:
+        return local_moments(x)
+    count = torch.full((), float(size), dtype=statistics_dtype(x.dtype), device=x.device)
+    mean, variance = _plain_mean_variance(x)
+    return Moments(count, mean, variance * size)
+
+
 def _plain_mean_variance(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance in plain operators, for compilers and devices without fused ones."""
     dims = [d for d in range(x.dim()) if d != 1]

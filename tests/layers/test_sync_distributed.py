@@ -158,3 +158,45 @@ def test_synced_cycle_equals_the_multi_domain_layer() -> None:
         for key, value in state.items():
             if "running" in key:
                 torch.testing.assert_close(value, one.state_dict()[key])
+
+
+def _nothing_needs_a_gradient_on_rank_1(rank: int) -> tuple[list[Any], bool]:
+    layers: list[Any] = [
+        SyncBatchNorm2d(CHANNELS, affine=False, dtype=torch.float64),
+        MultiDomainBatchNorm2d(CHANNELS, L, sync=True, dtype=torch.float64).requires_grad_(False),
+        CycleBatchNorm2d(CHANNELS, L, sync=True, dtype=torch.float64).requires_grad_(False),
+    ]
+    gradients = []
+    for layer in layers:
+        xs = [x.requires_grad_(rank == 0) for x in reference.levels(seed=rank)]
+        if isinstance(layer, MultiDomainBatchNorm2d):
+            ys = layer(xs)
+        elif isinstance(layer, CycleBatchNorm2d):
+            with layer.cycle():
+                ys = [layer(x) for x in xs]
+        else:
+            ys = [layer(x) for x in xs]
+        reference.loss(ys).backward()
+        gradients.append([x.grad for x in xs])
+    return gradients, all(y.requires_grad for y in ys)
+
+
+def test_a_rank_without_need_of_a_gradient_reaches_the_backward_s_collective() -> None:
+    """Its layer's input and affine need none while the other rank's input does (defect 26)."""
+    (gradients, _), (nothing, in_graph) = run_distributed(
+        _nothing_needs_a_gradient_on_rank_1, 2, timeout=30
+    )
+    assert in_graph
+    assert all(gradient is None for of_layer in nothing for gradient in of_layer)
+    ranks = [reference.levels(seed=rank) for rank in range(2)]
+    own = [x.requires_grad_() for x in ranks[0]]
+    one, zero = (torch.full((CHANNELS,), value, dtype=torch.float64) for value in (1.0, 0.0))
+    each = [[levels[i] for levels in ranks] for i in range(L)]
+    for of_layer, pools in zip(gradients, (each, [sum(ranks, [])] * L, each), strict=True):
+        loss = sum(
+            reference.loss(
+                [reference.normalize([x], pools[i], one, zero)[0] for i, x in enumerate(levels)]
+            )
+            for levels in ranks
+        )
+        torch.testing.assert_close(of_layer, list(torch.autograd.grad(loss, own)))
