@@ -24,7 +24,7 @@ from rethinking_bn.distributed import (
     get_world_size,
 )
 from rethinking_bn.numerics.moments import Moments, merge_moments
-from rethinking_bn.population.model_state import ModelState
+from rethinking_bn.population.model_state import ModelState, unwrap
 from rethinking_bn.population.observers import ObservedLayer, find_population_layers, observe
 from rethinking_bn.population.report import LayerReport, PopulationReport, compare
 from rethinking_bn.population.run import Autocast, Forward, PopulationRun
@@ -106,7 +106,7 @@ def estimate_population_statistics(
             that communicate: they may be waiting inside one, and only the end of this process ends
             their wait.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     num_batches, layers, frozen = _agree_on_plan(model, num_batches, autocast, labelled, group)
     world = get_world_size(group)
     if not layers:
@@ -156,16 +156,6 @@ def estimate_population_statistics(
 
 def _call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:  # torch.compile's wrapper
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        else:
-            return model
 
 
 def _agree_on_plan(

@@ -8,6 +8,17 @@ import torch
 from torch import Tensor, nn
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside data-parallel wrappers and torch.compile's."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile's wrapper
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        else:
+            return model
+
+
 class ModelState:
     """What a forward may change in a model, as it is now; parameters are not part of it.
 

@@ -69,6 +69,7 @@ EXPECTED = {
         "2 processes | one process",
     ],
     "mabn": ["MABN2d | eager formulas", "MABN2d | nn.BatchNorm2d"],
+    "averaging": ["AveragedWeights.update | torch's AveragedModel"],
 }
 
 

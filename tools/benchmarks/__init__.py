@@ -23,6 +23,7 @@ COMPARISONS = {
     "shuffle": "shuffle",
     "precise-bn": "precise_bn",
     "mabn": "mabn",
+    "averaging": "averaging",
 }
 
 

@@ -15,6 +15,7 @@ _TARGETS: dict[str, dict[str, float]] = {
     "head norm / detectron2": {"cpu": 0.5, "cuda": 0.5},
     "collectives per layer": {"cpu": 8 / 40, "cuda": 8 / 40},
     "population / forward": {"cpu": 1.10, "cuda": 1.05},
+    "averaging / torch's EMA": {"cpu": 1.1, "cuda": 1.1},
     "MABN / eager": {"cpu": 0.5, "cuda": 0.3},
     "MABN / BatchNorm2d": {"cuda": 1.25},
 }

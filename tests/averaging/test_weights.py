@@ -1,0 +1,319 @@
+"""AveragedWeights against the formulas written out in float64, tensor by tensor."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rethinking_bn.averaging import AveragedWeights
+from rethinking_bn.layers import BatchNorm2d, CenConv2d, MABN2d, MultiDomainBatchNorm2d
+from rethinking_bn.population import estimate_population_statistics
+
+RUNNING = ("running_mean", "running_var")
+
+
+class Net(nn.Module):
+    """A convolution, a norm over two levels and a classifier."""
+
+    def __init__(self, population: str = "domain_specific") -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 1, bias=False)
+        self.norm = MultiDomainBatchNorm2d(
+            3, 2, train_stats="shared", population_stats=population, affine="shared"
+        )
+        self.bn = BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = self.norm([self.conv(x), self.conv(x[..., ::2, ::2])])
+        return sum(self.bn(level.relu()).mean() for level in levels)
+
+
+def drift(model: nn.Module, seed: int) -> None:
+    """Move every parameter, and every running statistic, as a training step might."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor += torch.rand(tensor.shape, generator=generator).to(tensor)
+
+
+def reference(
+    history: list[dict[str, Tensor]], kind: str, decay: float, warmup: bool
+) -> dict[str, Tensor]:
+    """Return the average of the states; the first is that before any update."""
+    if kind == "swa":
+        count = len(history) - 1
+        return {k: sum(s[k].double() for s in history[1:]) / count for k in history[0]}
+    average = {k: v.double() for k, v in history[0].items()}
+    for n, state in enumerate(history[1:]):
+        d = min(decay, (1 + n) / (10 + n)) if warmup else decay
+        average = {k: d * average[k] + (1 - d) * state[k].double() for k in average}
+    return average
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()}
+
+
+@pytest.mark.parametrize("statistics", ["estimate", "average", "copy"])
+@pytest.mark.parametrize(
+    ("kind", "warmup", "decay"), [("ema", True, 0.5), ("ema", False, 0.9), ("swa", True, 0.9)]
+)
+def test_equals_the_formula(kind: Any, warmup: bool, decay: float, statistics: Any) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    averaged = AveragedWeights(model, kind, decay=decay, warmup=warmup, statistics=statistics)
+    history = [snapshot(model)]
+    for step in range(12):  # the warm-up of 0.5 ends at n = 8
+        drift(model, step)
+        averaged.update(model)
+        history.append(snapshot(model))
+    live = snapshot(model)
+    expected = reference(history, kind, decay, warmup)
+    target = Net()
+    averaged.copy_to(target)
+    parameters = dict(model.named_parameters())
+    assert averaged.updates == 12
+    for name, value in snapshot(target).items():
+        if name in parameters or statistics == "average":
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(value, live[name]), name
+    assert all(torch.equal(live[name], value) for name, value in snapshot(model).items())
+
+
+def test_starts_as_a_copy_and_swa_forgets_it() -> None:
+    model = Net()
+    start = snapshot(model)
+    averaged = AveragedWeights(model, "swa")
+    drift(model, 0)
+    target = Net()
+    averaged.copy_to(target)
+    assert all(torch.equal(value, start[name]) for name, value in snapshot(target).items())
+    averaged.update(model)
+    averaged.copy_to(target)
+    assert all(torch.equal(v, snapshot(model)[name]) for name, v in snapshot(target).items())
+
+
+def test_the_last_model_is_not_held() -> None:
+    model = Net()
+    averaged = AveragedWeights(model)
+    drift(model, 0)
+    averaged.update(model)
+    before = snapshot(averaged.module)
+    drift(model, 1)
+    assert all(torch.equal(v, before[name]) for name, v in snapshot(averaged.module).items())
+
+
+def test_estimate_is_population_training_of_the_average(caplog: Any) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    averaged = AveragedWeights(model, "swa", statistics="estimate")
+    for step in range(3):
+        drift(model, step)
+        averaged.update(model)
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in expected.named_parameters():
+            parameter.copy_(dict(averaged.module.named_parameters())[name])
+    batches = [torch.randn(4, 2, 8, 8) for _ in range(3)]
+    estimate_population_statistics(expected, batches, 3)
+    target = Net()
+    with caplog.at_level(logging.WARNING):
+        averaged.copy_to(target)
+    assert "no estimate" in caplog.text and not averaged.estimated
+    assert torch.equal(target.bn.running_mean, model.bn.running_mean)  # the last model's
+    caplog.clear()
+    report = averaged.estimate_statistics(iter(batches), 3)
+    assert report.num_batches == 3 and averaged.estimated
+    averaged.copy_to(target)
+    assert not caplog.records
+    for name, value in snapshot(target).items():
+        assert torch.equal(value, snapshot(expected)[name]), name
+    averaged.update(model)
+    assert not averaged.estimated
+
+
+def test_estimate_keeps_frozen_layers_and_modes() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    model.bn.eval()
+    averaged = AveragedWeights(model, statistics="estimate")
+    averaged.update(model)
+    report = averaged.estimate_statistics([torch.randn(4, 2, 8, 8)], 1)
+    assert report.frozen == ("bn",) and torch.equal(averaged.module.bn.running_mean, torch.zeros(3))
+    model.eval()  # all of it: a model at inference, not one whose layers are frozen
+    averaged.update(model)
+    assert not averaged.estimate_statistics([torch.randn(4, 2, 8, 8)], 1).frozen
+    assert not averaged.module.training and not averaged.module.bn.training
+
+
+def test_estimate_needs_statistics_that_are_not_averaged() -> None:
+    averaged = AveragedWeights(Net(), statistics="average")
+    with pytest.raises(ValueError, match='statistics="estimate"'):
+        averaged.estimate_statistics([torch.randn(4, 2, 8, 8)], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_are_averaged_in_float32(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).to(dtype)
+    averaged = AveragedWeights(model, decay=0.999, warmup=False, statistics="average")
+    history = [snapshot(model)]
+    for step in range(50):  # a step of 1/1000 of a difference is below the half types' rounding
+        with torch.no_grad():
+            for tensor in [*model.parameters(), model[1].running_mean]:
+                tensor.fill_(1 + step / 64)
+        averaged.update(model)
+        history.append(snapshot(model))
+    expected = reference(history, "ema", 0.999, False)
+    restored = AveragedWeights(model, decay=0.999, warmup=False, statistics="average")
+    restored.load_state_dict(averaged.state_dict())
+    for one in (averaged, restored):
+        found = snapshot(one.module)
+        assert {value.dtype for value in found.values()} == {dtype}
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name].to(dtype))
+    drift(model, 0)
+    averaged.update(model)
+    restored.update(model)
+    for name, value in averaged._averages.items():
+        assert value.dtype == torch.float32 and torch.equal(value, restored._averages[name])
+
+
+def test_tied_parameters_stay_tied() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    averaged = AveragedWeights(model, "swa")
+    values = []
+    for step in range(3):
+        drift(model, step)
+        values.append(model[0].weight.detach().clone())
+        averaged.update(model)
+    assert averaged.module[0].weight is averaged.module[1].weight
+    torch.testing.assert_close(averaged.module[0].weight.detach(), sum(values) / 3)
+    averaged.copy_to(model)
+    assert model[0].weight is model[1].weight
+
+
+def test_parameters_added_or_resized_later_are_an_error() -> None:
+    model = Net()
+    averaged = AveragedWeights(model)
+    averaged.update(model)
+    before = snapshot(averaged.module)
+    drift(model, 0)
+    model.extra = nn.Linear(2, 2)
+    for call in (averaged.update, averaged.copy_to):
+        with pytest.raises(ValueError, match=r"added extra\.weight, extra\.bias, missing none"):
+            call(model)
+    del model.extra
+    model.conv = nn.Conv2d(2, 3, 3, bias=False)
+    with pytest.raises(ValueError, match=r"conv\.weight is \(3, 2, 3, 3\) now"):
+        averaged.update(model)
+    model.conv = nn.Identity()
+    with pytest.raises(ValueError, match=r"missing conv\.weight"):
+        averaged.update(model)
+    assert averaged.updates == 1
+    assert all(torch.equal(v, before[name]) for name, v in snapshot(averaged.module).items())
+    averaged.restart(model)
+    averaged.update(model)
+
+
+def test_modules_exchanged_later_are_an_error() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    averaged = AveragedWeights(model)
+    model[1] = nn.Tanh()
+    with pytest.raises(ValueError, match="modules"):
+        averaged.update(model)
+
+
+@pytest.mark.parametrize("statistics", ["estimate", "average", "copy"])
+def test_mabn(statistics: Any) -> None:
+    """Its ring buffers appear with the first forward, and their counts are no tensors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        CenConv2d(2, 3, 1, norm=MABN2d(3, simulated_batch_size=4, warmup_iters=0))
+    )
+    layer = model[0].norm
+    averaged = AveragedWeights(model, decay=0.5, warmup=False, statistics=statistics)
+    running = layer.running_mean_square.clone().double()
+    for _ in range(5):
+        model(torch.randn(2, 2, 4, 4)).square().sum().backward()
+        drift(model[0], 1)
+        averaged.update(model)
+        running = (running + layer.running_mean_square.double()) / 2
+    own = averaged.module[0].norm
+    assert own.iterations == layer.iterations == 5
+    assert torch.equal(own.mean_square_ring.values, layer.mean_square_ring.values)
+    target = copy.deepcopy(model)
+    if statistics == "estimate":
+        batches = [torch.randn(2, 2, 4, 4) for _ in range(2)]
+        averaged.estimate_statistics(batches, 2)
+        conv = averaged.module[0]
+        centred = conv.weight - conv.weight.mean((1, 2, 3), keepdim=True)
+        seen = nn.functional.conv2d(torch.cat(batches), centred, conv.bias)
+        running = seen.double().square().mean((0, 2, 3))
+    averaged.copy_to(target)
+    found = target[0].norm.running_mean_square.double()
+    if statistics == "copy":
+        running = layer.running_mean_square.double()
+    torch.testing.assert_close(found, running, rtol=1e-5, atol=1e-6)
+    target(torch.randn(2, 2, 4, 4))  # the rings still work
+    assert target[0].norm.iterations == 6
+
+
+def test_resumed_is_bit_equal() -> None:
+    model = Net()
+    whole = AveragedWeights(model, decay=0.9, statistics="average")
+    for step in range(3):
+        drift(model, step)
+        whole.update(model)
+    buffer = io.BytesIO()
+    torch.save(whole.state_dict(), buffer)
+    buffer.seek(0)
+    resumed = AveragedWeights(Net(), decay=0.9, statistics="average")
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    for step in range(3, 6):
+        drift(model, step)
+        whole.update(model)
+        resumed.update(model)
+    assert resumed.updates == 6
+    expected = snapshot(whole.module)
+    assert all(torch.equal(v, expected[name]) for name, v in snapshot(resumed.module).items())
+
+
+def test_loading_what_does_not_fit_changes_nothing() -> None:
+    averaged = AveragedWeights(Net(), "ema")
+    before = snapshot(averaged.module)
+    other = AveragedWeights(nn.Linear(2, 2), "ema")
+    with pytest.raises(ValueError, match="another model"):
+        averaged.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="'swa', not 'ema'"):
+        averaged.load_state_dict(AveragedWeights(Net(), "swa").state_dict())
+    assert all(torch.equal(v, before[name]) for name, v in snapshot(averaged.module).items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"kind": "mean"}, "ema, swa; got 'mean'"),
+        ({"statistics": "none"}, "estimate, average, copy; got 'none'"),
+        ({"decay": 1.5}, "decay must be in"),
+    ],
+)
+def test_wrong_arguments(arguments: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        AveragedWeights(nn.Linear(1, 1), **arguments)
+
+
+def test_wrappers_are_looked_through() -> None:
+    model = nn.Linear(2, 2)
+    averaged = AveragedWeights(nn.DataParallel(model), "swa")
+    averaged.update(nn.DataParallel(model))
+    averaged.update(model)
+    assert list(averaged.module.state_dict()) == ["weight", "bias"]
