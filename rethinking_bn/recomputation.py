@@ -9,6 +9,6 @@ def is_recomputing() -> bool:
     """Return whether this code runs inside a backward pass.
 
     Both kinds of ``torch.utils.checkpoint`` recompute there, and nothing else runs a training
-    forward there.
+    forward there. What a compiler traces is no recomputation: it makes its own.
     """
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -2,7 +2,7 @@
 
 from rethinking_bn.layers.batch_norm import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d
 from rethinking_bn.layers.cycle import CycleBatchNorm2d
-from rethinking_bn.layers.mabn.cen_conv import CenConv2d, fold_centring
+from rethinking_bn.layers.mabn.cen_conv import CenConv2d
 from rethinking_bn.layers.mabn.layer import MABN2d
 from rethinking_bn.layers.multi_domain import MultiDomainBatchNorm2d
 from rethinking_bn.layers.population_layer import PopulationLayer
@@ -21,7 +21,6 @@ __all__ = [
     "MultiDomainBatchNorm2d",
     "PopulationLayer",
     "SyncBatchNorm2d",
-    "fold_centring",
     "get_norm",
     "local_moments",
     "merge_moments",

@@ -10,7 +10,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from rethinking_bn.layers import MultiDomainBatchNorm2d, SyncBatchNorm2d
+from rethinking_bn.layers import MABN2d, MultiDomainBatchNorm2d, SyncBatchNorm2d
 from tests import reference
 from tests.reference import CHANNELS
 
@@ -70,3 +70,21 @@ def test_sync_batch_norm_in_one_process() -> None:
     x = torch.randn(2, CHANNELS, 3, 3)
     run = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(x), nn.BatchNorm2d(CHANNELS)(x))
+
+
+def test_moving_averages_in_one_graph() -> None:
+    """Over the warm-up, the full ring and the correction, whose turns the device takes."""
+    torch._dynamo.reset()
+    options = {"simulated_batch_size": 6, "batch_size": 2, "warmup_iters": 2}
+    compiled, eager = (MABN2d(CHANNELS, **options, correction_start=5) for _ in "ab")
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(compiled, backend=counter, fullgraph=True)
+    for t in range(10):
+        x = torch.randn(2, CHANNELS, 4, 4) * (1 + t % 3)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, z = run(a), eager(b)
+        y.square().sum().backward()
+        z.square().sum().backward()
+        torch.testing.assert_close((y, a.grad), (z, b.grad))
+        torch.testing.assert_close(compiled.state_dict(), eager.state_dict())
+    assert counter.frame_count == 1

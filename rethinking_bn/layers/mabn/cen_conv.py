@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class CenConv2d(nn.Conv2d):
@@ -46,34 +42,10 @@ class CenConv2d(nn.Conv2d):
             )
         self.norm = norm
         self.activation = activation
-        self.folded = False
 
     def centred_weight(self) -> Tensor:
         """Return the weight (C_out, C_in / groups, kh, kw) as the convolution uses it."""
-        weight = self.weight
-        if self.folded:
-            if not (torch.is_grad_enabled() and weight.requires_grad):
-                return weight
-            # These zeros leave the value as it is, bit for bit, and centre the gradient.
-            return weight - (weight - weight.detach()).mean((1, 2, 3), keepdim=True)
-        return weight - weight.mean((1, 2, 3), keepdim=True)
-
-    @torch.no_grad()
-    def fold(self) -> Self:
-        """Centre the weight in place, so that inference does not do it at every forward.
-
-        Outputs stay the same, bit for bit. The fold ends when training mode or loading a state
-        dict may change the weight; as centring again changes nothing, no weight is lost.
-
-        Raises:
-            ValueError: in training mode.
-        """
-        if self.training:
-            raise ValueError("folding is for inference: call eval() before fold()")
-        if not self.folded:
-            self.weight.copy_(self.centred_weight())
-            self.folded = True
-        return self
+        return self.weight - self.weight.mean((1, 2, 3), keepdim=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return activation(norm(conv(x))) for x (N, C_in, H, W); N may be 0."""
@@ -83,28 +55,3 @@ class CenConv2d(nn.Conv2d):
         if self.activation is not None:
             x = self.activation(x)
         return x
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; training ends a fold."""
-        if mode:
-            self.folded = False
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.folded = False
-        super()._load_from_state_dict(*args, **kwargs)
-
-
-def fold_centring(model: nn.Module) -> nn.Module:
-    """Fold every :class:`CenConv2d` of a model for inference, in place; see CenConv2d.fold.
-
-    Raises:
-        ValueError: when such a layer is in training mode.
-    """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, CenConv2d)}
-    training = [name for name, layer in layers.items() if layer.training]
-    if training:
-        raise ValueError(f"folding is for inference, call eval() first: {training} are training")
-    for layer in layers.values():
-        layer.fold()
-    return model

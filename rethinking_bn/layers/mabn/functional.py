@@ -14,6 +14,9 @@ from rethinking_bn.numerics.channel_ops import affine_normalize, combine, gradie
 from rethinking_bn.numerics.moments import statistics_dtype
 
 
+Average = Callable[[Tensor, Tensor], Tensor]
+
+
 @dataclass(eq=False)
 class Statistics:
     """What one training forward normalised by; never written to afterwards.
@@ -22,15 +25,14 @@ class Statistics:
         own: (C,) s, the mean square of the input itself.
         smoothed: (C,) S, what it was normalised by.
         correction: (C,) r, constant in the backward.
-        moving: whether the backward uses the moving average of p in place of p itself. A tensor
-            () where it is only known on the device.
+        moving: () whether the backward uses the moving average of p in place of p itself.
         replays: () how often activation checkpointing has recomputed this forward.
     """
 
     own: Tensor
     smoothed: Tensor
     correction: Tensor
-    moving: bool | Tensor
+    moving: Tensor
     replays: Tensor | None = None
 
 
@@ -64,7 +66,7 @@ def mabn_normalize(
     bias: Tensor | None,
     statistics: Statistics,
     eps: float,
-    average: Callable[[Tensor, bool | Tensor], Tensor],
+    average: Average,
 ) -> list[Tensor]:
     """Return y = weight · r · x / sqrt(S + eps) + bias with MABN's backward.
 
@@ -91,7 +93,7 @@ class _MovingAverageNormalize(torch.autograd.Function):
         bias: Tensor | None,
         statistics: Statistics,
         eps: float,
-        average: Callable[[Tensor, bool | Tensor], Tensor],
+        average: Average,
         *xs: Tensor,
     ) -> tuple[Tensor, ...]:
         # The statistics travel outside the saved tensors: they keep those of the first pass when

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rethinking_bn.layers.mabn.functional import Statistics, mabn_normalize, mean_square
-from rethinking_bn.layers.mabn.state import MABNState
+from rethinking_bn.layers.mabn.official import convert_official
+from rethinking_bn.layers.mabn.replay import ForwardRecords
+from rethinking_bn.layers.mabn.ring import FullPrecisionBuffers, ValueRing
+from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.numerics.channel_ops import affine_normalize
 from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.recomputation import is_recomputing
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class MABN2d(MABNState):
+
+class MABN2d(PopulationLayer, FullPrecisionBuffers):
     """Moving average batch normalisation (Yan et al., ICLR 2020, arXiv 2001.06838).
 
     Normalises by the root mean square and centres nothing: the convolution before it should be a
@@ -81,6 +87,87 @@ class MABN2d(MABNState):
     ``mean_square_ring.{count, last_<m>}``, ``gradient_ring.{count, last_<m>}``.
     """
 
+    running_mean_square: Tensor
+    weight: nn.Parameter  # None, as the bias, without affine
+    bias: nn.Parameter
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        simulated_batch_size: int = 32,
+        batch_size: int | None = None,
+        eps: float = 1e-5,
+        momentum: float = 0.02,
+        warmup_iters: int = 100,
+        r_max: float = 5.0,
+        correction_start: int = 1000,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_features < 1:
+            raise ValueError(f"num_features must be positive, got {num_features}")
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1], got {momentum}")
+        if r_max < 1:
+            raise ValueError(f"r_max must be at least 1, got {r_max}")
+        if warmup_iters < 0 or correction_start < 0:
+            raise ValueError(
+                "warmup_iters and correction_start must not be negative, "
+                f"got {warmup_iters} and {correction_start}"
+            )
+        self.num_features = num_features
+        self.simulated_batch_size = simulated_batch_size
+        self.batch_size = batch_size
+        self.eps, self.momentum, self.r_max = eps, momentum, r_max
+        self.warmup_iters, self.correction_start = warmup_iters, correction_start
+        self.affine = affine
+        self.frozen = False
+        if affine:
+            self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        half = dtype in (torch.float16, torch.bfloat16)
+        statistics: dict[str, Any] = {"device": device, "dtype": torch.float32 if half else dtype}
+        self.register_buffer("running_mean_square", torch.ones(num_features, **statistics))
+        length = _window(simulated_batch_size, 1 if batch_size is None else batch_size)
+        self.mean_square_ring = ValueRing(num_features, None, **statistics)
+        self.gradient_ring = ValueRing(num_features, None, **statistics)
+        if batch_size is not None:
+            self.mean_square_ring.set_length(length, self.running_mean_square)
+            self.gradient_ring.set_length(length, self.running_mean_square)
+        self._records = ForwardRecords()
+
+    @property
+    def iterations(self) -> int:
+        """t, the training iterations so far."""
+        return self.mean_square_ring.pushed
+
+    def reset_running_stats(self) -> None:
+        """Start again at iteration 0 with R = 1."""
+        self.running_mean_square.fill_(1)
+        self.restart_warmup()
+
+    def restart_warmup(self) -> None:
+        """Start again at iteration 0, keeping R: for weights whose training starts anew."""
+        self.mean_square_ring.clear()
+        self.gradient_ring.clear()
+
+    def freeze(self) -> Self:
+        """Stay in evaluation mode from now on, whatever ``train()`` says, without gradients."""
+        self.frozen = True
+        self.requires_grad_(False)
+        return self.train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a frozen layer stays in evaluation mode."""
+        super().train(mode and not self.frozen)
+        return self
+
     @overload
     def forward(self, x: Tensor) -> Tensor: ...
     @overload
@@ -128,11 +215,11 @@ class MABN2d(MABNState):
             statistics = self._records.recall(own) if recomputing else None
             known = statistics is not None
             if statistics is None:
-                statistics = self.advance(own, len(present[0]))
+                statistics = self._advance(own, len(present[0]))
         outputs = mabn_normalize(
-            xs, self.weight, self.bias, statistics, self.eps, self.average_gradient
+            xs, self.weight, self.bias, statistics, self.eps, self._average_gradient
         )
-        if not known and not torch.is_inference_mode_enabled():
+        if not (known or torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             self._records.remember(statistics, hold=not outputs[0].requires_grad)
         return outputs
 
@@ -148,13 +235,89 @@ class MABN2d(MABNState):
                 self._observer(Moments(count, mean, torch.zeros_like(mean)))
         if not present:
             return self._empty(xs)
-        statistics = Statistics(own, own, torch.ones_like(own), moving=False)
-        return mabn_normalize(xs, self.weight, self.bias, statistics, self.eps, _no_average)
+        statistics = Statistics(own, own, torch.ones_like(own), moving=torch.tensor(False))
+        return mabn_normalize(
+            xs, self.weight, self.bias, statistics, self.eps, lambda p, moving: p
+        )
 
     def _empty(self, xs: list[Tensor]) -> list[Tensor]:
         one = torch.ones_like(self.running_mean_square)
         return [affine_normalize(x, one, one, self.weight, self.bias, self.eps) for x in xs]
 
+    def _advance(self, own: Tensor, images: int) -> Statistics:
+        """Make one iteration of the state from the input's mean square (C,) and its N.
 
-def _no_average(p: Tensor, moving: bool | Tensor) -> Tensor:
-    return p
+        Raises:
+            ValueError: as :func:`_window`; nothing has changed then.
+        """
+        if self.batch_size is None:
+            length = _window(self.simulated_batch_size, images)
+            self.batch_size = images
+            for ring in (self.mean_square_ring, self.gradient_ring):
+                ring.set_length(length, self.running_mean_square)
+        ring, running = self.mean_square_ring, self.running_mean_square
+        ring.push(own)
+        t, m = ring.count, len(ring.values)
+        moving = t >= max(m + 1, self.warmup_iters)
+        smoothed = torch.where(moving, ring.mean(), own)
+        ratio = ((smoothed + self.eps) / (running + self.eps)).sqrt()
+        ratio = ratio.clamp_(1 / self.r_max, self.r_max)
+        correction = torch.where(t > max(self.correction_start, self.warmup_iters), ratio, 1.0)
+        if torch.compiler.is_compiling():
+            # A compiler recomputes in the backward what is cheap, here from an R that has moved on.
+            correction = correction.flip(0).flip(0)
+        moved = running.lerp(smoothed.to(running.dtype), self.momentum)
+        running.copy_(torch.where(moved.isfinite(), moved, running))
+        return Statistics(own, smoothed, correction, moving)
+
+    def _average_gradient(self, p: Tensor, moving: Tensor) -> Tensor:
+        """Take in p (C,) of one backward pass and return P (C,)."""
+        self.gradient_ring.push(p)
+        return torch.where(moving, self.gradient_ring.mean(), p)
+
+    def read_population(self) -> tuple[Tensor, Tensor]:
+        """Return copies of R (1, C), and zeros in place of a variance."""
+        mean = self.running_mean_square[None].clone()
+        return mean, torch.zeros_like(mean)
+
+    def write_population(self, moments: Moments) -> None:
+        """Write R, the mean of ``moments`` (one row of them), unless the count is 0."""
+        new = moments.mean[0].to(self.running_mean_square)
+        present = moments.count[0].to(new.device) > 0
+        with torch.no_grad():
+            self.running_mean_square.copy_(torch.where(present, new, self.running_mean_square))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        convert_official(state_dict, prefix)
+        rings = (prefix + "mean_square_ring.count", prefix + "gradient_ring.count")
+        if prefix + "running_mean_square" in state_dict and not all(k in state_dict for k in rings):
+            # saved for inference: its mean square with the averages of other weights would be wrong
+            self.restart_warmup()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has no graph that could ask for this layer's forwards
+        return {**super().__getstate__(), "_records": ForwardRecords()}
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, simulated_batch_size={self.simulated_batch_size}, "
+            f"batch_size={self.batch_size}, eps={self.eps}, momentum={self.momentum}, "
+            f"warmup_iters={self.warmup_iters}, r_max={self.r_max}, affine={self.affine}"
+        )
+
+
+def _window(simulated_batch_size: int, batch_size: int) -> int:
+    """Return m, the iterations whose statistics simulate the larger batch.
+
+    Raises:
+        ValueError: naming both sizes, when the batch size does not divide the simulated one.
+    """
+    if batch_size < 1 or simulated_batch_size < 1 or simulated_batch_size % batch_size:
+        raise ValueError(
+            f"the simulated batch size {simulated_batch_size} is not a multiple of the batch size "
+            f"{batch_size} (images per rank)"
+        )
+    return simulated_batch_size // batch_size

@@ -63,12 +63,5 @@ def _nearest(records: Sequence[Statistics], own: Tensor) -> Statistics:
         # index_select, because indexing by a tensor of no dimension would wait for the device
         return torch.stack(values).index_select(0, index.view(1))[0]
 
-    moving = records[0].moving
-    if any(record.moving is not moving for record in records):
-        moving = pick([zero.bool() | record.moving for record in records])
-    return Statistics(
-        own=own,
-        smoothed=pick([record.smoothed for record in records]),
-        correction=pick([record.correction for record in records]),
-        moving=moving,
-    )
+    names = ("smoothed", "correction", "moving")
+    return Statistics(own, *(pick([getattr(record, name) for record in records]) for name in names))

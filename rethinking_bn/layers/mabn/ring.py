@@ -36,10 +36,8 @@ class ValueRing(FullPrecisionBuffers):
     share no key with different shapes, which some checkpointers would drop unseen. Loading
     another m keeps the newest values; a longer ring is filled up with their mean, so that its
     average starts where the shorter one's was. A checkpoint without ring keys leaves the ring
-    alone, one with a part of them empties it.
-
-    How many values were pushed decides branches, so it is kept as a Python integer (reading a
-    tensor would wait for the device) beside the buffer ``count`` of the state dict.
+    alone, one with a part of them empties it. How many values were pushed is known on the device
+    alone, so that nothing waits for it and a compiler sees one graph in every iteration.
 
     Args:
         num_features: C.
@@ -54,7 +52,6 @@ class ValueRing(FullPrecisionBuffers):
         super().__init__()
         self.num_features = num_features
         self.length: int | None = None
-        self.pushed = 0
         self.register_buffer("count", torch.zeros((), dtype=torch.long, device=device))
         if length is not None:
             self.set_length(length, torch.empty(0, device=device, dtype=dtype))
@@ -73,12 +70,10 @@ class ValueRing(FullPrecisionBuffers):
         self.length = length
         self.register_buffer(_buffer_name(length), values)
 
-    def clear(self) -> None:
-        """Forget every value and the count."""
-        self.pushed = 0
-        self.count.zero_()
-        if self.length is not None:
-            self.values.zero_()
+    @property
+    def pushed(self) -> int:
+        """How many values were pushed in all (waits for the device)."""
+        return int(self.count)
 
     @property
     def values(self) -> Tensor:
@@ -89,23 +84,28 @@ class ValueRing(FullPrecisionBuffers):
         assert values is not None
         return values
 
+    def clear(self) -> None:
+        """Forget every value and the count."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    @torch.no_grad()
     def push(self, value: Tensor) -> None:
-        """Append a value (C,), without gradient and without waiting for the device.
+        """Append a value (C,), without gradient.
 
         Channels in which it is not finite (an overflow under a gradient scaler) repeat the value
         before, so that one such step does not outlive itself in m averages.
         """
         values, m = self.values, len(self.values)
-        with torch.no_grad():
-            previous = values[(self.pushed - 1) % m]
-            value = value.to(values.dtype)
-            values[self.pushed % m] = torch.where(value.isfinite(), value, previous)
-            self.count.add_(1)
-        self.pushed += 1
+        newest = self.count.add(m - 1).view(1)
+        previous = values.index_select(0, newest % m)
+        value = torch.where(value.isfinite(), value.to(values.dtype), previous)
+        values.index_copy_(0, newest.add_(1) % m, value)
+        self.count.add_(1)
 
     def mean(self) -> Tensor:
-        """Return (C,), the mean of the last m values or of the fewer there are, as a copy."""
-        return self.values[: max(1, min(self.pushed, len(self.values)))].mean(0)
+        """Return (C,), the mean of the last m values or of the fewer there are."""
+        return self.values.sum(0) / self.count.clamp(1, len(self.values))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -119,23 +119,18 @@ class ValueRing(FullPrecisionBuffers):
         if self.length is None and stored:
             length, values = next(iter(stored.items()))
             self.set_length(length, values.new_empty(0, device=self.count.device))
-        pushed = 0
-        if not stored and count is None:
-            pushed = self.pushed  # not a checkpoint of this layer
-        elif self.length is not None and stored and count is not None:
-            pushed = int(count)
+        if self.length is not None and stored and count is not None:
             values = stored.get(self.length, next(iter(stored.values())))
             state_dict[prefix + _buffer_name(self.length)] = resize_ring(
-                values, pushed, self.length
+                values, int(count), self.length
             )
-        else:
+        elif stored or count is not None:
             self.clear()  # a count alone would promise values
             state_dict.pop(prefix + "count", None)
         # what the checkpoint does not say stays as it is, and is not reported as missing
         for name, buffer in self._buffers.items():
             state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.pushed = pushed
 
 
 def _buffer_name(length: int) -> str:

@@ -1,4 +1,4 @@
-"""CenConv2d: centred filters, projected gradients, folding, detectron2's extras."""
+"""CenConv2d: centred filters, projected gradients, detectron2's extras."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rethinking_bn.layers.mabn.cen_conv import CenConv2d, fold_centring
+from rethinking_bn.layers.mabn.cen_conv import CenConv2d
 
 CASES: list[dict[str, Any]] = [
     {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1},
@@ -55,7 +55,7 @@ def test_gradcheck():
 
     weight = torch.randn_like(layer.weight).requires_grad_()
     assert torch.autograd.gradcheck(run, (x, weight))
-    layer.eval().fold()
+    layer.eval()
     (gradient,) = torch.autograd.grad(layer(x).sum(), layer.weight)
     torch.testing.assert_close(gradient, centred(gradient))
 
@@ -87,70 +87,13 @@ def test_state_dict_is_that_of_the_convolution():
     plain.load_state_dict(layer.state_dict())
 
 
-@pytest.mark.parametrize("folded", [False, True])
-def test_empty_input(folded):
+def test_empty_input():
     layer = CenConv2d(4, 6, 3, padding=1, norm=nn.BatchNorm2d(6).eval(), activation=F.relu)
-    if folded:
-        fold_centring(layer.eval())
     x = torch.empty(0, 4, 5, 5, requires_grad=True)
     y = layer(x)
     assert y.shape == (0, 6, 5, 5)
     y.sum().backward()
     assert layer.weight.grad is not None and not layer.weight.grad.any()
-
-
-@pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("options", CASES)
-def test_folding_keeps_the_outputs(options, gradient):
-    model = nn.Sequential(CenConv2d(**options), nn.ReLU()).eval()
-    x = torch.randn(2, 4, 7, 8)
-    with torch.set_grad_enabled(gradient):
-        before = model(x)
-        assert fold_centring(model) is model
-        assert torch.equal(model(x), before)
-        fold_centring(model)
-        assert torch.equal(model(x), before)
-    layer = model[0]
-    assert isinstance(layer, CenConv2d) and layer.folded
-    torch.testing.assert_close(layer.weight.mean((1, 2, 3)), torch.zeros(layer.out_channels))
-    with torch.no_grad():
-        assert layer.centred_weight() is layer.weight  # nothing is computed any more
-
-
-def test_folded_weights_load_anywhere():
-    layer, other = CenConv2d(4, 6, 3).eval(), CenConv2d(4, 6, 3).eval()
-    x = torch.randn(1, 4, 5, 5)
-    expected = layer.fold()(x)
-    other.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(other(x), expected)
-    plain = nn.Conv2d(4, 6, 3)
-    plain.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(plain(x), expected)
-
-
-def test_training_and_loading_end_a_fold():
-    layer = CenConv2d(4, 6, 3).eval()
-    raw = CenConv2d(4, 6, 3).eval()
-    x = torch.randn(1, 4, 5, 5)
-    layer.fold()
-    layer.load_state_dict(raw.state_dict())
-    torch.testing.assert_close(layer(x), raw(x))
-    layer.fold().train()
-    assert not layer.folded
-    with torch.no_grad():
-        layer.weight += 1.0
-    torch.testing.assert_close(layer.eval()(x), raw(x), rtol=1e-4, atol=1e-4)
-    assert copy.deepcopy(layer.fold()).folded
-
-
-def test_training_layers_refuse_to_fold():
-    evaluating, training = CenConv2d(4, 6, 3).eval(), CenConv2d(6, 6, 3)
-    model = nn.Sequential(evaluating, training)
-    with pytest.raises(ValueError, match=r"call eval\(\) first: \['1'\]"):
-        fold_centring(model)
-    assert not evaluating.folded
-    with pytest.raises(ValueError, match=r"call eval\(\)"):
-        training.fold()
 
 
 def test_autocast():
