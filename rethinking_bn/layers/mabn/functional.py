@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 from rethinking_bn.numerics.channel_ops import affine_normalize, combine, gradient_sums
 from rethinking_bn.numerics.moments import statistics_dtype
 
-
 Average = Callable[[Tensor, Tensor], Tensor]
 
 
