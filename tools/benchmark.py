@@ -34,6 +34,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # for the proc
 from benchmarks import COMPARISONS, Options, ResultsDiffer, compare  # noqa: E402
 from benchmarks.report import as_markdown, write_report  # noqa: E402
 
+from rethinking_bn.files import probe_folder  # noqa: E402
 from rethinking_bn.studies.environment import describe_environment  # noqa: E402
 
 
@@ -50,8 +51,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no usable GPU here")
-    if args.output.exists() and not args.output.is_dir():
-        parser.error(f"--output {args.output} is a file")
+    try:
+        probe_folder(args.output, "--output")
+    except OSError as error:
+        parser.error(str(error))
     return args
 
 

@@ -34,6 +34,7 @@ from detectron2.utils import comm  # noqa: E402
 from rethinking_bn import get_config_file  # noqa: E402
 from rethinking_bn.engine import Trainer  # noqa: E402
 from rethinking_bn.engine.launch import run, setup  # noqa: E402
+from rethinking_bn.files import replace  # noqa: E402
 
 DEFAULT = ("--config-file", get_config_file("shapes/mask_rcnn_bn_head_1im.yaml"))
 HEADS = {
@@ -89,9 +90,10 @@ def main(args: argparse.Namespace) -> None:
         f"NORM_IMAGES {cfg.MODEL.ROI_HEADS.NORM_IMAGES}",
     ]
     if comm.is_main_process():
-        with open(os.path.join(cfg.OUTPUT_DIR, "leakage.md"), "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-        print("\n".join(lines))
+        text = "\n".join(lines) + "\n"
+        path = os.path.join(cfg.OUTPUT_DIR, "leakage.md")
+        replace(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        print(text, end="")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from rethinking_bn.files import probe_folder
 from rethinking_bn.studies import STUDIES, Interrupted, run_study
 
 
@@ -40,8 +41,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--seeds must be at least 1, got {args.seeds}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no usable GPU here")
-    if args.output.exists() and not args.output.is_dir():
-        parser.error(f"--output {args.output} is a file")
+    if args.name != "list":
+        try:
+            probe_folder(args.output, "--output")
+        except OSError as error:
+            parser.error(str(error))
     return args
 
 

@@ -11,12 +11,9 @@ and the first to rename wins; there is no lock to be left behind.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +26,7 @@ from tqdm import tqdm
 
 from rethinking_bn.data import shapes
 from rethinking_bn.data.corruptions import CORRUPTIONS, corrupt
+from rethinking_bn.files import replace
 
 TWIN_SEVERITY = 3  # of 1 to 5, in all corrupted twins
 ANNOTATIONS = "annotations.json"
@@ -39,7 +37,6 @@ _PARTS = {
     for corruption in ("", *CORRUPTIONS)
 }
 SHAPES_DATASETS = tuple(_PARTS)
-_ABANDONED = 3600  # seconds without a new image after which a hidden folder's writer is dead
 
 
 def datasets_root() -> Path:
@@ -89,28 +86,22 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a new folder with ``images/`` in it, then rename that to ``folder``."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    """Let ``write`` fill a new folder with ``images/`` in it, aside, before it gets its name."""
+
+    def make(aside: Path) -> None:
+        (aside / "images").mkdir(parents=True)
+        write(aside)
+
     try:
-        (new / "images").mkdir(parents=True)
-        write(new)
-        try:
-            new.rename(folder)
-        except OSError as error:
-            if not folder.exists():
-                raise
-            if not _is_complete(folder):
-                raise FileExistsError(
-                    f"{folder} is in the way: it holds no {ANNOTATIONS}, so it is no data set of "
-                    "ours; remove it, or set DETECTRON2_DATASETS to another place"
-                ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    for old in folder.parent.glob(f".{folder.name}.*"):
-        with contextlib.suppress(OSError):  # its writer may be removing it right now
-            if time.time() - (old / "images").stat().st_mtime > _ABANDONED:
-                shutil.rmtree(old, ignore_errors=True)
+        replace(folder, make)
+    except OSError as error:
+        if not folder.exists():
+            raise
+        if not _is_complete(folder):
+            raise FileExistsError(
+                f"{folder} is in the way: it holds no {ANNOTATIONS}, so it is no data set of "
+                "ours; remove it, or set DETECTRON2_DATASETS to another place"
+            ) from error
 
 
 def _write_split(folder: Path, split: str, count: int) -> None:

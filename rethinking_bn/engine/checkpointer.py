@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+
+from rethinking_bn.files import replace
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -55,19 +58,14 @@ class Checkpointer(DetectionCheckpointer):
         return bool(self.save_dir) and self.save_to_disk
 
     def _replace_file(self, path: str, write: Callable[[IO[bytes]], Any]) -> None:
-        """Write a file aside and rename it; on an exception there is no new file at all."""
+        """Write a file that appears when it is complete; on an exception there is no new file."""
         if "://" in path:  # an object store has no rename, and shows no half-written file either
             with self.path_manager.open(path, "wb") as file:
                 write(file)
             return
-        aside = os.path.join(self.save_dir, f".{os.path.basename(path)}.partial")
-        try:
-            with open(aside, "wb") as file:
+
+        def write_aside(aside: Path) -> None:
+            with aside.open("wb") as file:
                 write(file)
-                file.flush()
-                os.fsync(file.fileno())  # the name must not become visible before the contents
-            os.replace(aside, path)
-        except BaseException:
-            if os.path.exists(aside):
-                os.unlink(aside)
-            raise
+
+        replace(path, write_aside)

@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from rethinking_bn.studies.files import replace
+from rethinking_bn.files import replace
 from rethinking_bn.studies.study import Claim, Study
 
 
@@ -152,4 +152,4 @@ def plot(path: Path, study: Study, report: dict[str, Any]) -> None:
     count = len(report["seeds"])
     title = f"{study.title} ({count} seed{'s' * (count > 1)})"
     figure.suptitle("\n".join(wrap(title, width=round(10 * figure.get_figwidth()))))
-    replace(path, lambda aside: figure.savefig(aside, dpi=120))
+    replace(path, lambda aside: figure.savefig(aside, dpi=120, format="png"))

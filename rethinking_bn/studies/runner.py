@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from rethinking_bn.files import read_json, write_json
 from rethinking_bn.randomness import isolated_random_state
 from rethinking_bn.studies.environment import describe_environment
-from rethinking_bn.studies.files import read_json, write_json
 from rethinking_bn.studies.report import as_text, plot, summarise, write_csv
 from rethinking_bn.studies.study import Settings, Study
 

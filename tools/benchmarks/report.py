@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.result import Cell, Measurement, Result, Table
 from benchmarks.timing import Spread
+from rethinking_bn.files import replace, write_json
 
 _COLUMNS = ("case", "ours", "beside", "ours", "beside", "ratio", "target", "met")
 
@@ -66,22 +64,13 @@ def write_report(folder: Path, name: str, report: dict[str, Any], results: list[
     Returns:
         The path of the JSON.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     report = {**report, "comparisons": [result.to_json() for result in results]}
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     path = folder / f"{name}.json"
-    _replace(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_json(path, report)
     tables = [table for result in results for table in result.tables if table.plot]
     if tables:
-        _replace(folder / f"{name}.png", lambda aside: _plot(aside, tables))
+        replace(folder / f"{name}.png", lambda aside: _plot(aside, tables))
     return path
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        aside = Path(folder) / path.name
-        write(aside)
-        os.replace(aside, path)
 
 
 def _plot(path: Path, tables: list[Table]) -> None:
@@ -98,4 +87,4 @@ def _plot(path: Path, tables: list[Table]) -> None:
         axes.minorticks_off()
         axes.set_title(table.title, fontsize="medium")
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")

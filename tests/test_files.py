@@ -1,0 +1,123 @@
+"""Files are whole or absent, whoever writes them at the same time; folders are probed."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rethinking_bn import files
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    """Defect 29: with one temporary name, the second writer's rename fails."""
+    path = tmp_path / "sub" / "file"
+    both_have_written = threading.Barrier(2)
+    failures: list[BaseException] = []
+
+    def write(text: str) -> None:
+        def write_aside(aside: Path) -> None:
+            aside.write_text(text * 1000)
+            both_have_written.wait(timeout=20)
+
+        try:
+            files.replace(path, write_aside)
+        except BaseException as error:
+            failures.append(error)
+
+    writers = [threading.Thread(target=write, args=(text,)) for text in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert not failures
+    assert path.read_text() in ("a" * 1000, "b" * 1000)
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_two_runs_may_save_the_same_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect 29, in the checkpointer: the second of two saves in the midst of the first."""
+    from rethinking_bn.engine import Checkpointer
+
+    save, first, second = torch.save, nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def overtaken(obj: object, file: object) -> None:
+        save(obj, file)
+        monkeypatch.setattr(torch, "save", save)
+        Checkpointer(second, str(tmp_path)).save("model_final")
+
+    monkeypatch.setattr(torch, "save", overtaken)
+    Checkpointer(first, str(tmp_path)).save("model_final")
+    loaded = torch.load(tmp_path / "model_final.pth")["model"]
+    assert torch.equal(loaded["weight"], first.weight)  # the last to be renamed, whole
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_final.pth"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_write_leaves_everything_as_it_was(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def write(aside: Path) -> None:
+        aside.write_text("half")
+        raise error
+
+    with pytest.raises(error):
+        files.replace(path, write)
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_is_renamed_as_a_whole_and_never_over_another(tmp_path: Path) -> None:
+    def write(aside: Path) -> None:
+        aside.mkdir()
+        (aside / "a").touch()
+
+    files.replace(tmp_path / "new", write)
+    assert os.listdir(tmp_path / "new") == ["a"]
+    with pytest.raises(OSError):
+        files.replace(tmp_path / "new", write)
+    assert os.listdir(tmp_path) == ["new"]
+
+
+def test_what_killed_writers_left_is_removed_once_old(tmp_path: Path) -> None:
+    old, young = tmp_path / ".model.1.partial", tmp_path / ".model.2.partial"
+    for path in (old, young, tmp_path / ".notes"):
+        path.touch()
+    for path in (old, tmp_path / ".notes"):
+        os.utime(path, (time.time() - 7200,) * 2)
+    files.probe_folder(tmp_path, "OUTPUT_DIR")
+    assert sorted(os.listdir(tmp_path)) == [".model.2.partial", ".notes"]
+
+
+def test_a_folder_is_made_and_probed(tmp_path: Path) -> None:
+    """Defect 30."""
+    files.probe_folder(tmp_path / "a" / "b", "OUTPUT_DIR")
+    assert os.listdir(tmp_path / "a" / "b") == []
+    (tmp_path / "file").touch()
+    for folder, why in (
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "below", f"{tmp_path / 'file'} is a file"),
+        (Path("/proc/none"), ""),
+    ):
+        with pytest.raises(OSError) as caught:
+            files.probe_folder(folder, "OUTPUT_DIR")
+        message = str(caught.value)
+        assert f"OUTPUT_DIR '{folder}' cannot be written" in message and why in message
+        assert "\n" not in message
+
+
+def test_numbers_that_json_does_not_know_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert os.listdir(tmp_path) == [] and files.read_json(tmp_path / "a.json") is None
+    files.write_json(tmp_path / "a.json", {"a": 1.5})
+    assert files.read_json(tmp_path / "a.json") == {"a": 1.5}
