@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from rethinking_bn.layers import MABN2d, MultiDomainBatchNorm2d, PopulationLayer
+from rethinking_bn.layers import MultiDomainBatchNorm2d, PopulationLayer
 from rethinking_bn.layers.domain_state import Choice, DomainBatchNormBase, check_choice
-from rethinking_bn.layers.mabn.official import convert_official, is_official
+from rethinking_bn.layers.mabn.centring import mabn_without_statistics as mabn_without_statistics
+from rethinking_bn.layers.mabn.official import convert_official
 
 _MEAN = re.compile(r"^(?:(?P<layer>.+)\.)?running_mean$")
 _LEVEL_MEAN = re.compile(r"^(?:(?P<layer>.+)\.)?(?P<level>\d+)\.running_mean$")
@@ -197,39 +198,6 @@ def missing_statistics(
                     "head: it was trained with another norm layer, or without one"
                 )
     return messages
-
-
-def mabn_without_statistics(
-    module: nn.Module, state_dict: Mapping[str, Any], prefix: str = ""
-) -> list[str]:
-    """Name the MABN layers that would get weights from a state dict, but no mean square.
-
-    That they were trained with another norm shows in the absent ``running_mean_square`` only: the
-    filters tell nothing, as centring projects the gradient and leaves the filters' means alone.
-
-    Args:
-        module: holds :class:`~rethinking_bn.layers.MABN2d` layers.
-        state_dict: with the module's entries under ``prefix``; the official MABN code's layout
-            counts as having the statistics.
-        prefix: ends with a dot, unless it is empty.
-
-    Returns:
-        names (with the prefix) of layers of which the state dict has an entry, or the weight of the
-        convolution before, but not the mean square.
-    """
-    names = []
-    for parent_name, parent in module.named_modules():
-        above = f"{prefix}{parent_name}." if parent_name else prefix
-        convolution = above + "weight"
-        for name, layer in parent.named_children():
-            own = f"{above}{name}."
-            if isinstance(layer, MABN2d):
-                used = convolution in state_dict or any(key.startswith(own) for key in state_dict)
-                there = own + "running_mean_square" in state_dict
-                if used and not there and not is_official(state_dict, own):
-                    names.append(own[:-1])
-            convolution = own + "weight"
-    return names
 
 
 def convert_mabn_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

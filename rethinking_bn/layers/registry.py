@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
+from torchvision.ops import FrozenBatchNorm2d
 
 from rethinking_bn.layers.batch_norm import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d
 from rethinking_bn.layers.mabn.layer import MABN2d
@@ -16,7 +18,7 @@ _NUM_GROUPS = 32  # of GN, as in its paper and in detectron2
 
 def _group_norm(num_features: int, **options: Any) -> nn.Module:
     num_groups = options.pop("num_groups", _NUM_GROUPS)
-    if num_features % num_groups:
+    if num_groups < 1 or num_features % num_groups:
         raise ValueError(
             f"GN has {num_groups} groups, which do not divide {num_features} channels; "
             "the number of channels must be a multiple of the number of groups"
@@ -29,12 +31,27 @@ def _layer_norm(num_features: int, **options: Any) -> nn.Module:
     return LayerNorm2d(num_features, **{"eps": 1e-6, **options})
 
 
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """nn.InstanceNorm2d with an affine that bears empty batches and single values per channel.
+
+    GN with as many groups as channels. A single value has variance 0 and gives the bias.
+    """
+
+    def __init__(self, num_features: int, affine: bool = True, **options: Any) -> None:
+        super().__init__(num_features, affine=affine, **options)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_features, self.weight, self.bias, self.eps)
+
+
 _NORMS: dict[str, Callable[..., nn.Module]] = {
     "BN": BatchNorm2d,
     "SyncBN": SyncBatchNorm2d,
     "BatchStatBN": BatchStatNorm2d,
+    "FrozenBN": FrozenBatchNorm2d,
     "GN": _group_norm,
     "LN": _layer_norm,
+    "IN": InstanceNorm2d,
     "MABN": MABN2d,
 }
 
@@ -51,18 +68,19 @@ def get_norm(
 
     Args:
         norm: "BN" (bears empty batches), "SyncBN" (ours: any device, any backend, empty ranks),
-            "BatchStatBN" (mini-batch statistics at inference too), "GN" (32 groups), "LN" (over
-            channels at each position), "MABN" (moving averages, after a CenConv2d), or "" or None
-            for no norm; or a callable that takes the number of channels.
+            "BatchStatBN" (mini-batch statistics at inference too), "FrozenBN" (torchvision's: fixed
+            statistics and affine), "GN" (32 groups), "LN" (over channels at each position), "IN"
+            (over each image and channel), "MABN" (moving averages, after a CenConv2d), or "" or
+            None for no norm; or a callable that takes the number of channels.
         num_features: C.
-        options: keyword arguments of the layer, such as eps and momentum; for "MABN" also
-            simulated_batch_size and batch_size (see MABN2d).
+        options: keyword arguments of the layer, such as eps and momentum; for "GN" also
+            num_groups, for "MABN" simulated_batch_size and batch_size (see MABN2d).
 
     Returns:
         The layer; None for no norm.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or channels that GN's groups do not divide.
     """
     if norm is None or norm == "":
         return None

@@ -15,7 +15,7 @@ from detectron2.modeling.backbone.fpn import (
 )
 
 from rethinking_bn.layers import MABN2d
-from rethinking_bn.modeling.conversion import convert_norms
+from rethinking_bn.layers.convert import replace_norms
 from rethinking_bn.modeling.norm_options import norm_options
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def build_with_norm(builder: Builder, cfg: CfgNode, input_shape: ShapeSpec, norm
     stock.MODEL.RESNETS.NORM = stock.MODEL.FPN.NORM = "BN"
     stock.MODEL.BACKBONE.FREEZE_AT = 0  # after the conversion: detectron2 freezes by replacing BN
     backbone = builder(stock, input_shape)
-    convert_norms(backbone, norm, **norm_options(cfg, norm))
+    replace_norms(backbone, norm, **norm_options(cfg, norm))
     resnet = backbone if isinstance(backbone, ResNet) else backbone.bottom_up
     _freeze(resnet, cfg.MODEL.BACKBONE.FREEZE_AT)
     for key, said in (("RESNETS", cfg.MODEL.RESNETS.NORM), ("FPN", cfg.MODEL.FPN.NORM)):

@@ -12,7 +12,7 @@ from detectron2.layers.batch_norm import LayerNorm
 from torch import nn
 
 from rethinking_bn.layers import MABN2d, get_norm, norm_names
-from rethinking_bn.modeling.conversion import centre_convolutions
+from rethinking_bn.layers.convert import centre_convolutions
 from rethinking_bn.shuffle import layers as shuffled_layers
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from rethinking_bn.checkpoint import missing_statistics
 from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, get_norm
+from rethinking_bn.layers.convert import centre_convolutions, replace_norms
 from rethinking_bn.layers.domain_state import CHOICES, Choice
 from rethinking_bn.layers.levels import run_layer_by_layer
-from rethinking_bn.modeling.conversion import centre_convolutions, convert_norms
 from rethinking_bn.modeling.norm_options import norm_options
 
 RETINANET_HEAD = Registry("RETINANET_HEAD")
@@ -124,7 +124,7 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
             prior_prob=prior_prob,
         )
         if norm == "MABN":
-            convert_norms(self, norm, **(norm_arguments or {}))
+            replace_norms(self, norm, **(norm_arguments or {}))
         else:
             centre_convolutions(self)  # for a callable that makes MABN2d
 

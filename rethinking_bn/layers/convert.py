@@ -1,0 +1,232 @@
+"""Another norm in a model that is already built; torch only."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.ops import FrozenBatchNorm2d
+
+from rethinking_bn.layers.batch_norm import SyncBatchNorm2d
+from rethinking_bn.layers.domain_state import DomainBatchNormBase
+from rethinking_bn.layers.mabn.centring import (
+    centred_convolutions,
+    norm_channels,
+    warn_of_missing_statistics,
+)
+from rethinking_bn.layers.mabn.layer import MABN2d
+from rethinking_bn.layers.registry import get_norm, norm_names
+
+logger = logging.getLogger(__name__)
+
+Norm = str | Callable[..., nn.Module | None]
+
+# Kinds of BN: what is no BN stays as it is.
+_BN_ONLY = ("SyncBN", "FrozenBN")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "running_mean_square")
+
+
+def convert_norms(model: nn.Module, norm: Norm, **options: Any) -> nn.Module:
+    """Replace every norm layer of a model by another kind, in place.
+
+    ``convert_norms(torchvision.models.resnet50(), "MABN", batch_size=2)``. Stands for
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` and ``FrozenBatchNorm2d.convert_frozen_batchnorm``
+    too, which do not know this package's layers.
+
+    Replaced are nn.BatchNorm2d and its kin, nn.SyncBatchNorm, torchvision's and detectron2's
+    FrozenBatchNorm2d, and all of ours; GN, LN and IN layers as well, except by "SyncBN" and
+    "FrozenBN". Parameters keep their names. Carried over are scale and shift and the statistics
+    that both kinds have (with eps and momentum, among kinds of BN), training or evaluation mode,
+    device, type and ``requires_grad``; a layer under several names is converted once. One log
+    line says how many layers' statistics start anew.
+
+    - "MABN": the convolution before each norm becomes a CenConv2d (same parameter, same name; a
+      bias, which MABN's recipe has not, is dropped). A convolution that centres its filters stays
+      one when its MABN2d is replaced. As features are others behind centred filters, BN's
+      statistics do not carry over: MABN's start anew, so train, or estimate them
+      (:func:`rethinking_bn.population.estimate_population_statistics`).
+    - "FrozenBN" is torchvision's layer, without trainable parameters.
+    - Layers with several domains stay what they are: "FrozenBN" freezes them in place, "BN" and
+      "SyncBN" say whether they pool over ranks, and others leave them alone and say so. "FrozenBN"
+      freezes MABN2d in place, too.
+
+    Args:
+        model: a network, a part of one, or a norm layer.
+        norm: a name that :func:`rethinking_bn.layers.get_norm` knows, or a callable.
+        options: keyword arguments of the norm layers.
+
+    Returns:
+        the model, or its replacement when it is itself a norm or a convolution.
+
+    Raises:
+        ValueError: for an unknown or empty name, channels that the norm cannot have, a layer
+            without statistics to freeze, or a convolution that cannot be centred; the model is as
+            it was then.
+    """
+    model, replaced, left = replace_norms(model, norm, **options)
+    if left:
+        logger.info("%s replaces no layer of their kind: %s stay", norm, ", ".join(left))
+    anew = sum(not _statistics_carry(old, new) for old, new in replaced.items())
+    if anew:
+        logger.info("%d of %d %s layers start with new statistics", anew, len(replaced), norm)
+    return model
+
+
+def replace_norms(
+    model: nn.Module, norm: Norm, **options: Any
+) -> tuple[nn.Module, dict[nn.Module, nn.Module], list[str]]:
+    """Do what :func:`convert_norms` does without saying it, for who builds a model with it.
+
+    Returns:
+        the model, old norm layer -> new one, and the names of the layers that were left alone.
+    """
+    if not callable(norm) and norm not in norm_names():
+        raise ValueError(f"norm must be one of {norm_names()} or a callable, got {norm!r}")
+    replaced: dict[nn.Module, nn.Module] = {}
+    kept: list[Any] = []  # they know domains, or are frozen in place
+    left: list[str] = []
+    for name, layer in model.named_modules():
+        freezes = norm == "FrozenBN" and isinstance(layer, MABN2d)
+        if isinstance(layer, DomainBatchNormBase) or freezes:
+            kept.append(layer)
+            if norm not in ("BN", *_BN_ONLY):
+                left.append(name)
+        elif isinstance(layer, _replaced_by(norm)):
+            replaced[layer] = _in_place_of(layer, name, norm, options)
+        elif isinstance(layer, _BatchNorm):  # 1d, 3d, lazy
+            left.append(name)
+    becomes_mabn = any(isinstance(layer, MABN2d) for layer in replaced.values())
+    centred = centred_convolutions(model, replaced) if becomes_mabn else {}
+    # from here on nothing can fail
+    model = _finish(model, {**replaced, **centred})
+    for layer in kept:
+        if norm == "FrozenBN":
+            layer.freeze()
+        elif norm in ("BN", "SyncBN"):
+            layer.sync = norm == "SyncBN"
+    return model, replaced, left
+
+
+def centre_convolutions(module: nn.Module) -> nn.Module:
+    """Replace, in place, the convolution before every MABN2d by a CenConv2d without bias.
+
+    The convolution of a norm is the one that has it as its ``norm`` (detectron2's Conv2d), or
+    else the child right before it in the same parent (``nn.Sequential(conv, norm, ...)``).
+    A weight that is loaded later without its mean square is warned of.
+
+    Args:
+        module: with :class:`~rethinking_bn.layers.MABN2d` layers.
+
+    Returns:
+        the module, or its replacement when it is itself a convolution.
+
+    Raises:
+        ValueError: naming the layer, where there is no plain convolution; nothing has changed.
+    """
+    return _finish(module, centred_convolutions(module, {}))
+
+
+def _replaced_by(norm: Norm) -> tuple[type[nn.Module], ...]:
+    """Return the classes of layers that a norm takes the place of."""
+    # a model can only hold detectron2's layers where they were imported
+    detectron2 = sys.modules.get("detectron2.layers.batch_norm")
+    frozen = getattr(detectron2, "FrozenBatchNorm2d", FrozenBatchNorm2d)
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, frozen, MABN2d)
+    if norm in _BN_ONLY:
+        return kinds
+    layer_norm = getattr(detectron2, "LayerNorm", LayerNorm2d)
+    return (*kinds, nn.GroupNorm, nn.InstanceNorm2d, LayerNorm2d, layer_norm)
+
+
+def _in_place_of(old: Any, name: str, norm: Norm, options: Mapping[str, Any]) -> nn.Module:
+    """Return a new norm layer with the channels, affine, place and mode of an old one."""
+    try:
+        new: Any = get_norm(norm, norm_channels(old), **_options(old, norm, options))
+        if new is None:
+            raise ValueError("norm must name a norm layer: there is nothing to convert to")
+        if isinstance(new, FrozenBatchNorm2d) and getattr(old, "running_mean", None) is None:
+            raise ValueError(f"{type(old).__name__} has no statistics to freeze")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if name else str(error)) from error
+    tensor = next(chain(old.parameters(), old.buffers()), None)
+    if tensor is not None:
+        new.to(tensor.device, tensor.dtype)
+    for buffer in _STATISTICS if _statistics_carry(old, new) else ():
+        value = getattr(old, buffer, None)
+        if value is not None and getattr(new, buffer, None) is not None:
+            getattr(new, buffer).copy_(value)
+    for affine in ("weight", "bias"):
+        source, target = getattr(old, affine, None), getattr(new, affine, None)
+        if source is None or target is None:
+            continue
+        with torch.no_grad():
+            target.copy_(source)
+        if isinstance(source, nn.Parameter) and isinstance(target, nn.Parameter):
+            target.requires_grad_(source.requires_grad)
+    if getattr(old, "frozen", False) and hasattr(new, "freeze"):
+        new.freeze()
+    return new.train(old.training)
+
+
+def _options(old: Any, norm: Norm, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the old layer says about the new one, overridden by the options."""
+    inherited: dict[str, Any] = {}
+    batch_norm = isinstance(old, (nn.BatchNorm2d, nn.SyncBatchNorm))
+    if norm == "FrozenBN" or norm in ("BN", "SyncBN", "BatchStatBN"):
+        if hasattr(old, "running_var"):  # the same variance needs the same eps
+            inherited["eps"] = old.eps
+        if batch_norm and norm != "FrozenBN":
+            inherited["momentum"] = old.momentum
+            inherited["track_running_stats"] = old.track_running_stats
+        if norm == "SyncBN" and isinstance(old, (nn.SyncBatchNorm, SyncBatchNorm2d)):
+            inherited["process_group"] = old.process_group
+    if getattr(old, "weight", None) is None and norm != "FrozenBN" and not callable(norm):
+        inherited["elementwise_affine" if norm == "LN" else "affine"] = False
+    return {**inherited, **options}
+
+
+def _statistics_carry(old: nn.Module, new: nn.Module) -> bool:
+    """Return whether the new layer needs no statistics, or has those of the old one."""
+    for needed in ("running_var", "running_mean_square"):
+        if getattr(new, needed, None) is not None and getattr(old, needed, None) is None:
+            return False
+    return True
+
+
+def _finish(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    model = _substitute(model, replaced)
+    if any(isinstance(layer, MABN2d) for layer in model.modules()):
+        warn_of_missing_statistics(model)
+    return model
+
+
+def _substitute(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put the new modules where the old ones are registered or kept in a list or tuple."""
+    model = replaced.get(model, model)
+    waiting, seen = [model], set()
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = replaced.get(child, child)
+                waiting.append(replaced.get(child, child))
+        for name, value in list(vars(module).items()):
+            # detectron2's FPN and heads also call layers from lists that are no ModuleList
+            if type(value) in (list, tuple) and any(_is_key(item, replaced) for item in value):
+                new = [replaced[item] if _is_key(item, replaced) else item for item in value]
+                setattr(module, name, type(value)(new))
+    return model
+
+
+def _is_key(item: Any, replaced: Mapping[nn.Module, nn.Module]) -> bool:
+    return isinstance(item, nn.Module) and item in replaced
