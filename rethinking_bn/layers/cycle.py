@@ -83,7 +83,7 @@ class CycleBatchNorm2d(DomainBatchNormBase):
         """
         if self._bracketed:
             raise RuntimeError("CycleBatchNorm2d.cycle() does not nest: one bracket is one pass")
-        self._check_between_cycles("cycle()")
+        self.check_can_change_mode("cycle()")
         self._bracketed = True
         try:
             yield
@@ -132,12 +132,12 @@ class CycleBatchNorm2d(DomainBatchNormBase):
         return y
 
     def train(self, mode: bool = True) -> CycleBatchNorm2d:
-        self._check_between_cycles("train()" if mode else "eval()")
+        self.check_can_change_mode("train()" if mode else "eval()")
         super().train(mode)
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_between_cycles("state_dict()")
+        self.check_can_change_mode("state_dict()")
         return super().state_dict(*args, **kwargs)
 
     def _at(self, level: int, moments: Moments) -> Moments:
@@ -146,7 +146,8 @@ class CycleBatchNorm2d(DomainBatchNormBase):
             row[level] = value[0]
         return rows
 
-    def _check_between_cycles(self, where: str) -> None:
+    def check_can_change_mode(self, where: str) -> None:
+        """Raise a RuntimeError, naming ``where``, in mid-cycle."""
         if self._calls:
             raise RuntimeError(
                 f"{where} after {self._calls} of {self.num_domains} calls of a CycleBatchNorm2d: "

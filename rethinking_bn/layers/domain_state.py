@@ -139,6 +139,13 @@ class DomainBatchNormBase(PopulationLayer, nn.Module):
             holder.running_var.fill_(1)
             holder.num_batches_tracked.zero_()
 
+    def reset_parameters(self) -> None:
+        """Set the layer to what it was when built, as nn.BatchNorm2d does."""
+        self.reset_running_stats()
+        for holder in self._affine_holders():
+            nn.init.ones_(holder.weight)
+            nn.init.zeros_(holder.bias)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],

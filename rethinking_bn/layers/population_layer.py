@@ -51,6 +51,9 @@ class PopulationLayer:
         # nobody observes a copy
         return {key: value for key, value in vars(self).items() if key != "_observer"}
 
+    def check_can_change_mode(self, where: str) -> None:
+        """Raise a RuntimeError, naming ``where``, when another mode would mix up statistics."""
+
     def read_population(self) -> tuple[Tensor, Tensor]:
         """Return the population mean and variance, each (D, C), copies of the buffers."""
         raise NotImplementedError

@@ -210,24 +210,27 @@ def is_population_layer(module: nn.Module) -> bool:
     return isinstance(module, PopulationLayer)
 
 
-def find_population_layers(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[str]]:
-    """Return the BN-like layers in training mode, and the names of those in eval mode.
+def named_population_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return every BN-like layer once, under its first name; the model itself has the name "".
 
-    Each layer is found once, under its first name; modules inside one of the package's layers
-    belong to it. The model itself has the name "".
+    Modules inside one of the package's layers belong to it.
     """
     inside: set[nn.Module] = set()
-    active, frozen = [], []
+    found = []
     for name, module in model.named_modules():
         if module in inside or not is_population_layer(module):
             continue
         if isinstance(module, PopulationLayer):
             inside.update(child for _, child in model.get_submodule(name).named_modules())
-        if module.training:
-            active.append((name, module))
-        else:
-            frozen.append(name)
-    return active, frozen
+        found.append((name, module))
+    return found
+
+
+def find_population_layers(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[str]]:
+    """Return the BN-like layers in training mode, and the names of those in eval mode."""
+    found = named_population_layers(model)
+    frozen = [name for name, layer in found if not layer.training]
+    return [(name, layer) for name, layer in found if layer.training], frozen
 
 
 def observe(layers: list[tuple[str, nn.Module]]) -> list[ObservedLayer]:
