@@ -124,7 +124,7 @@ def estimate_population_statistics(
         try:
             run = PopulationRun(
                 model,
-                layers,
+                [layer.layer for layer in layers],
                 num_batches,
                 group=group,
                 autocast=autocast or nullcontext,

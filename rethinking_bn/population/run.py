@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,7 +22,6 @@ from rethinking_bn.distributed import (
     get_world_size,
     raise_together,
 )
-from rethinking_bn.population.observers import ObservedLayer
 from rethinking_bn.randomness import announce_iteration
 
 # one name for all of population training
@@ -48,7 +48,9 @@ class PopulationRun:
 
     Args:
         model: unwrapped.
-        layers: those under estimation, not yet observed.
+        layers: those that normalise by mini-batches, in training mode.
+        num_batches: None: until the first rank's loader ends.
+        title: of its log lines.
         num_batches, group, autocast, forward, seed, progress: as in
             :func:`rethinking_bn.population.estimate_population_statistics`.
     """
@@ -56,45 +58,49 @@ class PopulationRun:
     def __init__(
         self,
         model: nn.Module,
-        layers: list[ObservedLayer],
-        num_batches: int,
+        layers: Sequence[nn.Module],
+        num_batches: int | None,
         *,
         group: ProcessGroup | None,
         autocast: Autocast,
         forward: Forward,
         seed: int | None,
         progress: bool,
+        title: str = "population training",
     ) -> None:
         self.model, self.layers, self.num_batches = model, layers, num_batches
         self.group, self.rank, self.world = group, get_rank(group), get_world_size(group)
         self.autocast, self.forward, self.seed = autocast, forward, seed
-        self.progress = progress and self.rank == 0
+        self.progress, self.title = progress and self.rank == 0, title
         self.communicates = any(_communicates(module) for module in model.modules())
 
     def __call__(self, batches: Iterable[Any], labelled: bool | None) -> bool:
         """Run every batch and return whether they were taken as labelled."""
-        clock = _Clock(len(self.layers), self.num_batches, self.progress)
+        clock = _Clock(self.title, len(self.layers), self.num_batches, self.progress)
         error: BaseException | None = None
         iterator: Iterator[Any] | None = None
         with _throwaway_event_storage() as storage:
             # once more than there are batches: the last forward may have failed, too
-            for index in range(self.num_batches + 1):
-                batch = None
-                if error is None and index < self.num_batches:
+            for index in itertools.count():
+                batch, done = None, index == self.num_batches
+                if error is None and not done:
                     try:
                         iterator = iter(batches) if iterator is None else iterator
                         batch = next(iterator)
                     except BaseException as raised:
-                        error = self._loader_error(raised, index)
-                labels = self._agree(error, is_labelled(batch) if labelled is None else labelled)
+                        done = self.num_batches is None and isinstance(raised, StopIteration)
+                        error = None if done else self._loader_error(raised, index)
+                labels = is_labelled(batch) if labelled is None else labelled
+                labels, done = self._agree(error, labels, done)
+                if done:
+                    break
                 if index == 0:
                     labelled = labels
                     if not labelled:
                         self._only_normalise_by_batches()
-                if index < self.num_batches:
-                    error = self._forward(index, batch)
-                    storage.step()
-                    clock.tick(index + 1)
+                error = self._forward(index, batch)
+                storage.step()
+                clock.tick(index + 1)
         return bool(labelled)
 
     def _forward(self, index: int, batch: Any) -> BaseException | None:
@@ -124,26 +130,31 @@ class PopulationRun:
         error.__cause__ = raised
         return error
 
-    def _agree(self, error: BaseException | None, labelled: bool) -> bool:
-        """Fail together, or return whether all ranks have labels: one small collective."""
+    def _agree(
+        self, error: BaseException | None, labelled: bool, done: bool
+    ) -> tuple[bool, bool]:
+        """Fail together, or return whether all ranks have labels, and whether one is done.
+
+        One small collective.
+        """
         if self.world == 1:
             if error is not None:
                 raise error
-            return labelled
-        flags = torch.tensor([error is not None, labelled], dtype=torch.int64)
+            return labelled, done
+        flags = torch.tensor([error is not None, labelled, done], dtype=torch.int64)
         try:
             gathered = all_gather(flags.to(collective_device(self.group)), self.group).tolist()
         except BaseException:
             if error is not None:
                 raise error from None
             raise
-        if any(failed for failed, _ in gathered):
+        if any(failed for failed, _, _ in gathered):
             raise_together(error, self.group)
-        return all(has_labels for _, has_labels in gathered)
+        return all(labels for _, labels, _ in gathered), any(done for _, _, done in gathered)
 
     def _only_normalise_by_batches(self) -> None:
         """Set eval mode but for the estimated layers, without calling train(), which does more."""
-        keep = {m for layer in self.layers for m in layer.layer.modules() if m.training}
+        keep = {m for layer in self.layers for m in layer.modules() if m.training}
         for module in self.model.modules():
             module.training = module in keep
 
@@ -151,21 +162,25 @@ class PopulationRun:
 class _Clock:
     """Logs how far the run is and when it will be done, every few seconds."""
 
-    def __init__(self, layers: int, total: int, enabled: bool) -> None:
-        self.total, self.enabled = total, enabled
+    def __init__(self, title: str, layers: int, total: int | None, enabled: bool) -> None:
+        self.title, self.total, self.enabled = title, total, enabled
         self.start = self.last = time.monotonic()
         if enabled:
-            logger.info("population training of %d layers: %d batches per rank", layers, total)
+            count = "all" if total is None else total
+            logger.info("%s of %d layers: %s batches per rank", title, layers, count)
 
     def tick(self, done: int) -> None:
         now = time.monotonic()
-        if self.enabled and now - self.last >= _SECONDS_BETWEEN_LINES and done < self.total:
+        if self.enabled and now - self.last >= _SECONDS_BETWEEN_LINES and done != self.total:
             self.last = now
             each = (now - self.start) / done
+            if self.total is None:
+                logger.info("%s: %d batches, %.3f s each", self.title, done, each)
+                return
             left = datetime.timedelta(seconds=round(each * (self.total - done)))
             logger.info(
-                "population training: %d/%d batches, %.3f s each, eta %s",
-                *(done, self.total, each, left),
+                "%s: %d/%d batches, %.3f s each, eta %s",
+                *(self.title, done, self.total, each, left),
             )
 
 
