@@ -79,7 +79,7 @@ class PopulationRun:
         clock = _Clock(self.title, len(self.layers), self.num_batches, self.progress)
         error: BaseException | None = None
         iterator: Iterator[Any] | None = None
-        with _throwaway_event_storage() as storage:
+        with throwaway_event_storage() as storage:
             # once more than there are batches: the last forward may have failed, too
             for index in itertools.count():
                 batch, done = None, index == self.num_batches
@@ -189,7 +189,7 @@ class _NoStorage:
         """Take the place of EventStorage.step where there is no event storage."""
 
 
-def _throwaway_event_storage() -> AbstractContextManager[Any]:
+def throwaway_event_storage() -> AbstractContextManager[Any]:
     """Return a context that swallows what models write to detectron2's event storage."""
     events = sys.modules.get("detectron2.utils.events")
     # from 1: models draw pictures at iteration 0 when they draw any

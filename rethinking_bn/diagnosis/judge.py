@@ -1,0 +1,296 @@
+"""From a layer's record to findings: one function per question, all of them pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rethinking_bn.diagnosis.distance import (
+    DEAD,
+    by_row,
+    compare_with_stored,
+    exact_statistics,
+    pool,
+)
+from rethinking_bn.diagnosis.findings import Finding, make, severity_of
+from rethinking_bn.diagnosis.layers import DiagnosedLayer
+from rethinking_bn.diagnosis.record import Record
+from rethinking_bn.diagnosis.statistics import Verdict, f_to_z, judge, ratio, to_z
+from rethinking_bn.numerics.moments import merge_moments
+
+# note, warning, severe; what they count is said in diagnose's docstring
+DISTANCE = (0.05, 0.15, 0.5)
+USES = (0.05, 0.15, 0.4)
+DEPENDENCE = (0.05, 0.1, 0.3)
+SAMPLES = (64, 16, 4)
+_FOLDED = -0.5  # correlation below which an affine holds the statistics
+
+
+def judge_layer(layer: DiagnosedLayer, record: Record) -> Iterator[Finding]:
+    """Yield what a layer's own numbers say, but for what other layers or data are needed for."""
+    yield from _non_finite(layer, record)
+    yield from _impossible(layer)
+    if record.uses == 0 or record.exact().count.sum() == 0:
+        return
+    yield from _dead_channels(layer, record)
+    if layer.stored is not None and not layer.by_batch:
+        yield _stored_against(layer, record)
+    if record.uses > 1:
+        yield _repeated_use(layer, record)
+    if not layer.frozen:
+        yield _dependent_samples(layer, record)
+        yield _small_batch(layer, record)
+
+
+def _stored_against(layer: DiagnosedLayer, record: Record) -> Finding:
+    """Judge the stored statistics: one of identity, mixed modes (frozen), stale."""
+    assert layer.stored is not None
+    mean, var = layer.stored
+    unit = (mean == 0).all() and ((var - 1).abs() <= 2 * layer.eps).all()
+    identity = bool(unit) if not layer.mean_square else bool((var == 1).all())
+    identity = identity and layer.channels > 0
+    verdicts = compare_with_stored(layer, record, moving=not (identity or layer.frozen))
+    row, worst = max(enumerate(verdicts), key=lambda pair: pair[1].effect)
+    kind = "identity-statistics" if identity else "stale-statistics"
+    if layer.frozen and not identity:
+        kind = "mixed-modes"
+    severity = severity_of(worst.effect, DISTANCE)
+    folded = identity and layer.frozen and severity != "ok" and _is_folded(layer, record)
+    evidence = {
+        "distance": worst.effect,
+        "z": worst.z,
+        "channels": len(worst.channels),
+        "of": layer.channels,
+        "which": worst.channels[:16].tolist(),
+        "together": worst.together,
+        **({"row": row} if layer.rows > 1 else {}),
+        **({"steps": layer.steps} if layer.steps is not None else {}),
+        **({"folded": True} if folded else {}),
+    }
+    far = (
+        f"{worst.effect:.2f} standard deviations from the data's in {len(worst.channels)} of "
+        f"{layer.channels} channels (z {worst.z:.0f})"
+    )
+    if folded:
+        return make(kind, layer.name, "ok", "statistics are in the affine", 0.0, **evidence)
+    what = {
+        "identity-statistics": f"mean 0 and variance 1, as created, are {far}: inference does not "
+        "normalise",
+        "mixed-modes": f"frozen statistics are {far}: training and inference get features that are "
+        "not normalised",
+        "stale-statistics": f"stored statistics are {far}: inference sees other features than "
+        "training",
+    }[kind]
+    if severity == "ok":
+        what = f"stored statistics fit the data's (largest z {worst.z:.1f})"
+    return make(kind, layer.name, severity, what, worst.effect, **evidence)
+
+
+def _is_folded(layer: DiagnosedLayer, record: Record) -> bool:
+    """Return whether an affine makes up for identity statistics, as in converted Caffe2 weights.
+
+    There the weight is γ / σ: large where the data's deviation is small.
+    """
+    weight = getattr(layer.layer, "weight", None)
+    if weight is None or layer.channels < 8:
+        return False
+    w = weight.detach().double().cpu().abs().clamp(min=1e-12).log()
+    s = exact_statistics(layer, record)[1][0].clamp(min=1e-24).log() / 2
+    if w.std() < 1e-6:
+        return False
+    return float(torch.corrcoef(torch.stack([w, s]))[0, 1]) < _FOLDED
+
+
+def _repeated_use(layer: DiagnosedLayer, record: Record) -> Finding:
+    """Do uses that training normalises apart share stored statistics, or the other way round?"""
+    seen = record["mean"].count
+    df = max(float(seen.max()) - 1, 1)
+    exact = record.exact()
+    pooled = merge_moments(exact.count, exact.mean, exact.m2)
+    mean, var = pooled.mean, pooled.variance()
+    each = exact.variance()
+    z = to_z(torch.zeros_like(mean), df)
+    sizes = []
+    for use in range(record.uses):
+        if seen[use] == 0:
+            continue
+        for name in ("apart_mean", "apart_var"):
+            error = (record.scatter(name)[use] / seen[use]).sqrt()
+            z = torch.maximum(z, to_z(ratio(record[name].mean[use], error), df))
+        sd = (var + layer.eps).sqrt()
+        gain = (each[use] + layer.eps).sqrt() / sd
+        sizes.append(((exact.mean[use] - mean) / sd).square() + (gain - 1).square())
+    size = torch.stack(sizes).mean(0).sqrt()
+    verdict = judge(size, z)
+    at_odds = (layer.apart and layer.rows == 1 or not layer.apart and layer.rows > 1) and not (
+        layer.frozen or layer.by_batch
+    )
+    severity = severity_of(verdict.effect, USES) if at_odds else "ok"
+    evidence = {
+        "uses": record.uses,
+        "apart": verdict.effect,
+        "z": verdict.z,
+        "channels": len(verdict.channels),
+        "of": layer.channels,
+    }
+    how = f"its {record.uses} uses per forward lie {verdict.effect:.2f} standard deviations apart"
+    if severity == "ok":
+        same = "" if at_odds else ", but training and inference treat them alike"
+        return make("repeated-use", layer.name, "ok", how + same, verdict.effect, **evidence)
+    so = (
+        "training normalises each by itself, inference all by one set of statistics"
+        if layer.apart
+        else "training normalises them together, inference each by its own statistics"
+    )
+    what = f"{how} (z {verdict.z:.0f}): {so}"
+    return make("repeated-use", layer.name, severity, what, verdict.effect, **evidence)
+
+
+def _dependent_samples(layer: DiagnosedLayer, record: Record) -> Finding:
+    """Do batch means scatter more than means of as many independent images would?"""
+    worst, most, least_f = Verdict(0.0, torch.zeros(0, dtype=torch.long), 0.0), 0.0, 1.0
+    for use in range(record.uses):
+        batches = float(record["mean"].count[use])
+        df2 = float(record["within"].count[use])
+        images = float(record["images"].mean[use])
+        within = record["within"].mean[use]
+        if batches < 2 or df2 < 1 or images < 2:
+            continue
+        between = record.scatter("mean")[use]
+        f = torch.where(within > 0, images * between / within.clamp(min=1e-30), 1.0)
+        z = torch.where(f > 2, f_to_z(f, batches - 1, df2), 0.0)
+        var = record.exact().variance()[use]
+        excess = (between - within / images).clamp(min=0) / (var + layer.eps)
+        verdict = judge(excess.sqrt(), z)
+        if verdict.effect > worst.effect or verdict.z > worst.z and worst.effect == 0:
+            worst, most, least_f = verdict, float(use), float(f.max())
+    severity = severity_of(worst.effect, DEPENDENCE)
+    evidence = {
+        "excess": worst.effect,
+        "variance_ratio": least_f,
+        "z": worst.z,
+        "channels": len(worst.channels),
+        "of": layer.channels,
+        **({"use": int(most)} if record.uses > 1 else {}),
+    }
+    what = (
+        f"batch means scatter {worst.effect:.2f} standard deviations more than independent samples "
+        f"would (z {worst.z:.0f}, {len(worst.channels)} of {layer.channels} channels): the batch "
+        "tells what a sample is, and inference has no such batch"
+    )
+    if severity == "ok":
+        what = f"batch means scatter no more than independent samples' (largest z {worst.z:.1f})"
+    return make("dependent-samples", layer.name, severity, what, worst.effect, **evidence)
+
+
+def _small_batch(layer: DiagnosedLayer, record: Record) -> Finding:
+    """How many independent samples does a normalisation batch amount to, per channel?"""
+    uses = list(range(record.uses))
+    parts = [[use] for use in uses] if layer.apart else [uses]
+    each = [_samples(layer, record, part) for part in parts]
+    samples = min(float(n.median()) for n in each)
+    severity = severity_of(-samples, (-SAMPLES[0], -SAMPLES[1], -SAMPLES[2]))
+    images = float(record["images"].mean.mean()) * layer.ranks / record.groups
+    noise = samples**-0.5 if samples > 0 else float("inf")
+    what = (
+        f"a normalisation batch of {images:.0f} is worth {samples:.0f} independent samples: its "
+        f"mean is off by {noise:.2f} standard deviations, which training sees as noise and "
+        "inference does not have"
+    )
+    if severity == "ok":
+        what = f"a normalisation batch is worth {samples:.0f} independent samples"
+    return make(
+        "small-batch", layer.name, severity, what, noise,
+        samples=samples, noise=noise, rows=images, ranks=layer.ranks,
+    )  # fmt: skip
+
+
+def _samples(layer: DiagnosedLayer, record: Record, uses: Sequence[int]) -> Tensor:
+    """Return (C,): variance of the values over variance of the normalisation batch's mean.
+
+    Pixels of an image are correlated, so a batch of N is worth something from N to N·H·W. Levels
+    of one image are taken as one.
+    """
+    exact = record.exact()
+    chosen = [use for use in uses if record["mean"].count[use] > 0]
+    if not chosen:
+        return torch.full((layer.channels,), float("inf"), dtype=torch.float64)
+    pooled = pool(exact, chosen)
+    share = exact.count[chosen] / exact.count[chosen].sum()
+    error = torch.zeros(layer.channels, dtype=torch.float64)
+    for use, part in zip(chosen, share, strict=True):
+        images = float(record["images"].mean[use]) / record.groups
+        within = record["within"].mean[use]
+        if float(record["within"].count[use]) < 1:  # a single image: the scatter of batches
+            within, images = record.scatter("mean")[use], max(images, 1.0)
+        error += part * (within / max(images * layer.ranks, 1.0)).sqrt()
+    alive = pooled.variance() >= DEAD * layer.eps
+    n = pooled.variance() / error.square().clamp(min=1e-30)
+    return n[alive] if alive.any() else torch.full_like(n, float("inf"))
+
+
+def _dead_channels(layer: DiagnosedLayer, record: Record) -> Iterator[Finding]:
+    mean, var = exact_statistics(layer, record)
+    dead = (var < DEAD * layer.eps) & (by_row(layer, record, record.exact()).count > 1)[:, None]
+    count = int(dead.any(0).sum())
+    if not count:
+        yield make("dead-channels", layer.name, "ok", "every channel varies", 0.0, channels=0)
+        return
+    shift = torch.zeros_like(mean)
+    if layer.stored is not None and not layer.by_batch:
+        sd = (layer.stored[1].clamp(min=0) + layer.eps).sqrt()
+        shift = ((mean - layer.stored[0]) / sd).abs().nan_to_num(0.0)
+    harm = float(shift[dead].max())
+    share = count / layer.channels
+    severity = "warning" if harm >= DISTANCE[1] or share >= 0.25 else "note"
+    if harm >= DISTANCE[2] and share >= 0.05:
+        severity = "severe"
+    what = (
+        f"{count} of {layer.channels} channels do not vary; inference makes them a constant "
+        f"{harm:.2f} from training's"
+    )
+    yield make(
+        "dead-channels", layer.name, severity, what, max(share, harm),
+        channels=count, of=layer.channels, harm=harm,
+        which=dead.any(0).nonzero()[:16, 0].tolist(),
+    )  # fmt: skip
+
+
+def _non_finite(layer: DiagnosedLayer, record: Record) -> Iterator[Finding]:
+    stored = torch.zeros(layer.channels, dtype=torch.bool)
+    if layer.stored is not None:
+        stored = ~(layer.stored[0].isfinite() & layer.stored[1].isfinite()).all(0)
+    given = record.not_finite > 0
+    channels = (stored | given).nonzero()[:, 0]
+    if not len(channels):
+        yield make("non-finite", layer.name, "ok", "everything is finite", 0.0, channels=0)
+        return
+    what = (
+        f"{int(stored.sum())} channels have stored statistics that are not finite; "
+        f"{int(given.sum())} of {layer.channels} channels were given values that are not, in "
+        f"{int(record.not_finite.max())} of {record.forwards} batches: all that follows is lost"
+    )
+    yield make(
+        "non-finite", layer.name, "severe", what, float(len(channels)),
+        channels=len(channels), of=layer.channels, stored=int(stored.sum()),
+        batches=int(record.not_finite.max()), which=channels[:16].tolist(),
+    )  # fmt: skip
+
+
+def _impossible(layer: DiagnosedLayer) -> Iterator[Finding]:
+    if layer.stored is None:
+        return
+    bad = (layer.stored[1] < 0).any(0).nonzero()[:, 0]
+    if not len(bad):
+        yield make("impossible-variance", layer.name, "ok", "variances are possible", 0.0)
+        return
+    lowest = float(layer.stored[1].nan_to_num(0.0).min())
+    what = (
+        f"{len(bad)} of {layer.channels} channels store a negative variance, down to {lowest:.3g}"
+    )
+    yield make(
+        "impossible-variance", layer.name, "severe", what, float(len(bad)),
+        channels=len(bad), of=layer.channels, lowest=lowest, which=bad[:16].tolist(),
+    )  # fmt: skip

@@ -1,0 +1,221 @@
+"""Findings that need more than one layer's numbers: blocks, another domain, the model's output."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from rethinking_bn.diagnosis.distance import compare_with_stored, exact_statistics
+from rethinking_bn.diagnosis.effects import Choice, Variants, relative_change, squared_changes
+from rethinking_bn.diagnosis.findings import SEVERITIES, Finding, make, severity_of
+from rethinking_bn.diagnosis.judge import DISTANCE
+from rethinking_bn.diagnosis.layers import DiagnosedLayer
+from rethinking_bn.diagnosis.record import Record
+from rethinking_bn.distributed import all_gather_object
+
+CHANGE = (0.02, 0.1, 0.3)  # of the output, by one layer
+_TO_BATCH = (0.5, 1.0, math.inf)  # of the output, from exact to mini-batch statistics
+_CHANCE = 3.0  # times what chance gives
+_LARGEST_BLOCK = 8  # norm layers
+_BY_BATCH = ("repeated-use", "dependent-samples", "small-batch")  # felt in mini-batches
+_UNGATED = ("non-finite", "impossible-variance", "output-effect")
+
+
+def mixed_blocks(layers: Sequence[DiagnosedLayer]) -> Iterator[Finding]:
+    """Yield a finding per block that is frozen in part.
+
+    The block of a layer is the smallest module that holds another norm layer too, if it is no
+    more than two modules up and holds no more than eight.
+    """
+    by_prefix: dict[str, list[DiagnosedLayer]] = {}
+    for layer in layers:
+        parts = layer.name.split(".")
+        for up in range(1, len(parts)):
+            by_prefix.setdefault(".".join(parts[:-up]), []).append(layer)
+    seen: set[str] = set()
+    for layer in layers:
+        parts = layer.name.split(".")
+        prefixes = [".".join(parts[:-up]) for up in range(1, min(3, len(parts)))]
+        block = next((p for p in prefixes if len(by_prefix[p]) > 1), None)
+        if block is None or block in seen or len(by_prefix[block]) > _LARGEST_BLOCK:
+            continue
+        seen.add(block)
+        frozen = [member.name for member in by_prefix[block] if member.frozen]
+        thawed = [member.name for member in by_prefix[block] if not member.frozen]
+        if frozen and thawed:
+            what = (
+                f"{len(frozen)} of {len(frozen) + len(thawed)} layers of the block {block} are "
+                f"frozen ({', '.join(frozen)}): their statistics stay while those beside them move"
+            )
+            yield make(
+                "mixed-modes", frozen[0], "note", what, len(frozen) / len(thawed),
+                block=block, frozen=frozen, thawed=thawed,
+            )  # fmt: skip
+
+
+def domain_shift(layers: Sequence[DiagnosedLayer], targets: dict[str, Record]) -> Iterator[Finding]:
+    """Yield for each layer how far the target's statistics are from the stored ones."""
+    for layer in layers:
+        record = targets[layer.name]
+        if layer.stored is None or layer.by_batch or record.uses == 0:
+            continue
+        moving = not layer.frozen
+        worst = max(compare_with_stored(layer, record, moving=moving), key=lambda v: v.effect)
+        severity = severity_of(worst.effect, DISTANCE)
+        what = (
+            f"the target's statistics are {worst.effect:.2f} standard deviations from the stored "
+            f"ones in {len(worst.channels)} of {layer.channels} channels (z {worst.z:.0f})"
+        )
+        if severity == "ok":
+            what = f"stored statistics fit the target's (largest z {worst.z:.1f})"
+        yield make(
+            "domain-shift", layer.name, severity, what, worst.effect,
+            distance=worst.effect, z=worst.z, channels=len(worst.channels), of=layer.channels,
+            which=worst.channels[:16].tolist(),
+        )  # fmt: skip
+
+
+def output_effects(
+    variants: Variants,
+    layers: Sequence[DiagnosedLayer],
+    records: dict[str, Record],
+    targets: dict[str, Record],
+    findings: list[Finding],
+    budget: int,
+    group: ProcessGroup | None,
+) -> list[Finding]:
+    """Measure what the statistics do to the output; return the findings, more and gated.
+
+    Args:
+        variants: runs the model.
+        budget: about as many forwards are made, at least three layers' worth.
+    """
+    used = [layer for layer in layers if layer.stored is not None and not layer.by_batch]
+    used = [layer for layer in used if records[layer.name].uses]
+    exact: Choice = {layer.name: exact_statistics(layer, records[layer.name]) for layer in used}
+    half: Choice = {
+        layer.name: exact_statistics(layer, records[layer.name], "even") for layer in used
+    }
+    by_batch: Choice = {layer.name: "batch" for layer in layers if not layer.frozen}
+    count = min(len(variants.batches), max(2, budget // 12))
+    outputs = [variants(c, count) for c in ({}, exact, half, {**exact, **by_batch})]
+    reference = outputs[1]
+
+    def change(one: list[list[Tensor]], other: list[list[Tensor]]) -> float | None:
+        sums = squared_changes(one, other, reference)
+        return relative_change(all_gather_object(sums, group))
+
+    to_exact, to_half, to_batch = (
+        change(outputs[0], reference),
+        change(reference, outputs[2]),
+        change(reference, outputs[3]),
+    )
+    if to_exact is None or to_half is None or to_batch is None:
+        return findings
+    chance = to_half * _moving_average_factor(used, records)
+    findings = list(findings)
+    findings.append(_together(to_exact, to_batch, chance, count))
+
+    names = _worst_first(findings)
+    left = max(0, budget - 4 * count)
+    each = min(count, max(1, left // (2 * max(1, len(names)))))
+    names = names[: max(3, left // (2 * each))]
+    singles: dict[str, dict[str, float | None]] = {}
+    by_name = {layer.name: layer for layer in layers}
+    # where the stored statistics of all layers give nothing finite, from the exact ones instead
+    sound = math.isfinite(to_exact)
+    others: Choice = {} if sound else exact
+    start = outputs[0 if sound else 1]
+    for name in names:
+        layer = by_name[name]
+        changes: dict[str, float | None] = {}
+        without = {key: value for key, value in others.items() if key != name}
+        stored = start[:each] if sound else variants(without, each)
+        base = stored
+        if name in exact:
+            base = variants({**without, name: exact[name]}, each) if sound else start[:each]
+            changes["stored_to_exact"] = change(stored, base)
+        if not layer.frozen:
+            changes["exact_to_batch"] = change(base, variants({**without, name: "batch"}, each))
+        if name in targets and name in exact and targets[name].uses:
+            target: Choice = {**without, name: exact_statistics(layer, targets[name])}
+            changes["stored_to_target"] = change(stored, variants(target, each))
+        singles[name] = changes
+    findings = [_gated(f, singles, to_exact, to_batch) for f in findings]
+    kinds = {name: {f.kind for f in findings if f.layer == name} for name in names}
+    return findings + [_single(n, c, each, kinds[n]) for n, c in singles.items()]
+
+
+def _moving_average_factor(layers: Sequence[DiagnosedLayer], records: dict[str, Record]) -> float:
+    """Return the error of stored against exact statistics in units of half a sample's.
+
+    Half of B batches is off by the scatter / B, stored statistics by scatter · (1/B + m/(2 - m)).
+    """
+    factors = [1.0]
+    for layer in layers:
+        if layer.momentum is not None and not layer.frozen:
+            record = records[layer.name]
+            uses = max(1, record.uses // layer.rows)
+            m = 1 - (1 - layer.momentum) ** uses
+            factors.append(1 + record.forwards * m / (2 - m))
+    return math.sqrt(max(factors))
+
+
+def _together(to_exact: float, to_batch: float, chance: float, batches: int) -> Finding:
+    certain = not to_exact <= _CHANCE * chance
+    severity = severity_of(to_exact, (math.inf, *CHANGE[1:])) if certain else "ok"
+    by_batch = severity_of(to_batch, _TO_BATCH)
+    severity = max(severity, by_batch, key=SEVERITIES.index)
+    what = (
+        f"all layers: the output changes by {to_exact:.2f} of its spread from stored to exact "
+        f"statistics (chance: {chance:.2f}), by {to_batch:.2f} from exact to mini-batch ones"
+    )
+    return make(
+        "output-effect", "", severity, what, to_exact,
+        stored_to_exact=to_exact, exact_to_batch=to_batch, chance=chance, batches=batches,
+    )  # fmt: skip
+
+
+def _single(name: str, changes: dict[str, float | None], batches: int, kinds: set[str]) -> Finding:
+    known = {key: value for key, value in changes.items() if value is not None}
+    effect = known.get("stored_to_exact", 0.0)
+    parts = [f"{value:.2f} from {key.replace('_to_', ' to ')}" for key, value in known.items()]
+    what = f"this layer alone changes the output by {', '.join(parts) or 'nothing comparable'}"
+    return make(
+        "output-effect", name, severity_of(effect, CHANGE), what, effect, **known, batches=batches
+    )
+
+
+def _worst_first(findings: Sequence[Finding]) -> list[str]:
+    """Return the names of the layers that have a finding, the worst first, each once."""
+    bad = sorted((f for f in findings if f.severity != "ok" and f.layer), key=lambda f: f.rank)
+    return list(dict.fromkeys(f.layer for f in bad))
+
+
+def _gated(
+    finding: Finding,
+    singles: dict[str, dict[str, float | None]],
+    to_exact: float,
+    to_batch: float,
+) -> Finding:
+    """Add the output's change to a finding; a severe one that changes nothing is a warning."""
+    if finding.kind in _UNGATED or finding.severity == "ok":
+        return finding
+    key, together = "stored_to_exact", to_exact
+    if finding.kind in _BY_BATCH:
+        key, together = "exact_to_batch", max(to_exact, to_batch)
+    elif finding.kind == "domain-shift":
+        key, together = "stored_to_target", math.inf
+    change = singles.get(finding.layer, {}).get(key)
+    evidence = finding.evidence if change is None else {**finding.evidence, "output_change": change}
+    severity = finding.severity
+    if severity == "severe" and (together if change is None else change) < CHANGE[1]:
+        severity = "warning"
+    so = "" if change is None else f"; alone, it changes the output by {change:.2f} of its spread"
+    return dataclasses.replace(
+        finding, severity=severity, evidence=evidence, what=finding.what + so
+    )

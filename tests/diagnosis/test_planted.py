@@ -1,0 +1,222 @@
+"""Each planted defect is found by its name and at its place; the healthy twin has none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rethinking_bn.diagnosis import Diagnosis, diagnose
+from rethinking_bn.diagnosis.findings import KINDS, REMEDIES
+from rethinking_bn.layers import CycleBatchNorm2d, MABN2d, MultiDomainBatchNorm2d
+from rethinking_bn.population import estimate_population_statistics
+from tests.diagnosis.cases import batches, healthy
+
+
+def bad(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
+    return [(f.kind, f.layer, f.severity) for f in diagnosis.findings if f.severity != "ok"]
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_healthy_model_has_no_finding_and_says_so_with_numbers(train: bool) -> None:
+    diagnosis = diagnose(healthy().train(train), batches())
+    assert not bad(diagnosis)
+    assert "5 BN-like layers" in str(diagnosis) and "ok       5 layers" in str(diagnosis)
+    fit = diagnosis.of("stale-statistics", "layer1.bn2")[0]
+    assert fit.severity == "ok" and 0 < fit.evidence["z"] < 5 and fit.remedy == ""
+
+
+@torch.no_grad()
+def shift(layer: nn.BatchNorm2d, sigmas: float) -> None:
+    layer.running_mean += sigmas * layer.running_var.sqrt()
+
+
+def reset(net: nn.Module) -> None:
+    net.layer1.bn2.reset_running_stats()
+
+
+def set_nan(net: nn.Module) -> None:
+    net.layer1.bn2.running_var[3] = float("nan")
+
+
+def set_negative(net: nn.Module) -> None:
+    net.layer1.bn2.running_var[3] = -0.5
+
+
+def stale(net: nn.Module) -> None:
+    shift(net.layer1.bn2, 1.0)
+
+
+def kill(net: nn.Module) -> None:
+    with torch.no_grad():
+        net.layer1.conv2.weight[:4] = 0
+    # those behind it have been trained with it
+    old = net.layer1.bn2.state_dict()
+    old = {name: value.clone() for name, value in old.items()}
+    estimate_population_statistics(net.train(), batches(8, seed=5), 8, progress=False)
+    net.layer1.bn2.load_state_dict(old)
+
+
+def freeze(net: nn.Module) -> None:
+    shift(net.layer1.bn2, 1.0)
+    net.train()
+    net.layer1.bn2.eval()
+    # those behind it have been trained with it
+    estimate_population_statistics(net, batches(8, seed=5), 8, progress=False)
+
+
+PLANTS: dict[str, tuple[Callable[[nn.Module], None], str]] = {
+    "identity-statistics": (reset, "severe"),
+    "stale-statistics": (stale, "severe"),
+    "non-finite": (set_nan, "severe"),
+    "impossible-variance": (set_negative, "severe"),
+    "dead-channels": (kill, "severe"),
+    "mixed-modes": (freeze, "severe"),
+}
+
+
+@pytest.mark.parametrize("kind", PLANTS)
+def test_a_defect_of_one_layer_is_found_there_and_nowhere_else(kind: str) -> None:
+    net = healthy()
+    plant, severity = PLANTS[kind]
+    plant(net)
+    diagnosis = diagnose(net, batches())
+    found = [f for f in diagnosis.of(kind, "layer1.bn2") if f.severity != "ok"]
+    assert found and found[0].severity == severity
+    assert found[0].remedy == REMEDIES[kind]
+    assert {layer for _, layer, _ in bad(diagnosis)} <= {"layer1.bn2", ""}
+    assert found[0] in diagnosis.severe and diagnosis.findings[0].severity == "severe"
+
+
+def test_small_batches_are_named_by_their_worth() -> None:
+    # without the pixels' noise, an image is worth little more than one sample
+    flat = [x.mean((2, 3), keepdim=True) + 0.2 * x for x in batches(40, images=2)]
+    net = healthy()
+    estimate_population_statistics(net.train(), flat, 40, progress=False)
+    diagnosis = diagnose(net, flat)
+    worst = diagnosis.of("small-batch", "layer2.bn2")[0]
+    assert worst.severity in ("warning", "severe") and 2 <= worst.evidence["samples"] < 16
+    assert worst.evidence["rows"] == 2 and "SyncBN" in worst.remedy
+
+
+def test_batches_of_one_kind_of_image_are_dependent() -> None:
+    images = torch.cat(batches())
+    brightness = images.mean((1, 2, 3)).argsort()
+    grouped = list(images[brightness].split(64))
+    order = torch.randperm(len(grouped), generator=torch.Generator().manual_seed(0)).tolist()
+    diagnosis = diagnose(healthy(), [grouped[i] for i in order])
+    first = diagnosis.of("dependent-samples", "bn")[0]
+    assert first.severity in ("warning", "severe") and first.evidence["variance_ratio"] > 2
+
+
+def test_another_domain_is_told_from_the_source() -> None:
+    net = healthy()
+    dark = [x * 0.5 - 1 for x in batches(seed=7)]
+    diagnosis = diagnose(net, batches(), target_batches=dark)
+    assert diagnosis.of("domain-shift", "bn")[0].severity == "severe"
+    assert {kind for kind, _, _ in bad(diagnosis)} <= {"domain-shift", "output-effect"}
+    assert not bad(diagnose(net, batches(), target_batches=batches(seed=8)))
+
+
+class Levels(nn.Module):
+    """A head on three levels whose features differ, or not."""
+
+    def __init__(self, norm: nn.Module, apart: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.norm, self.apart = norm, apart
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = self.stem(x)
+        levels = [y * (1 + self.apart * i) + self.apart * i for i in range(3)]
+        if isinstance(self.norm, (MultiDomainBatchNorm2d, MABN2d)):
+            levels = self.norm(levels)
+        elif isinstance(self.norm, CycleBatchNorm2d):
+            with self.norm.cycle():
+                levels = [self.norm(level) for level in levels]
+        else:
+            levels = [self.norm(level) for level in levels]
+        return [self.conv(level.relu()) for level in levels]
+
+
+S, D = "shared", "domain_specific"
+
+
+def multi(train: str, population: str, affine: str) -> MultiDomainBatchNorm2d:
+    return MultiDomainBatchNorm2d(
+        8, 3, train_stats=train, population_stats=population, affine=affine
+    )
+
+
+@pytest.mark.parametrize(
+    ("norm", "at_odds"),
+    [
+        (multi(S, S, S), False),  # row 1
+        (multi(S, D, S), True),
+        (multi(D, S, S), True),  # row 3
+        (multi(D, D, S), False),
+        (multi(D, S, D), True),
+        (multi(D, D, D), False),  # row 6
+        (CycleBatchNorm2d(8, 3), False),
+        (nn.BatchNorm2d(8), True),
+        (MABN2d(8, simulated_batch_size=64, batch_size=64), False),
+    ],
+    ids=["row1", "row2", "row3", "row4", "row5", "row6", "cycle", "torch", "mabn"],
+)
+@pytest.mark.parametrize("moving", [False, True])
+def test_levels_that_share_by_mistake_are_told_from_those_that_do_not(
+    norm: nn.Module, at_odds: bool, moving: bool
+) -> None:
+    norm.reset_running_stats()
+    net = Levels(norm, 0.5).train()
+    if moving:
+        with torch.no_grad():
+            for x in batches(60, seed=3):
+                net(x)
+    else:
+        estimate_population_statistics(net, batches(8, seed=3), 8, progress=False)
+    diagnosis = diagnose(net, batches(10))
+    (finding,) = diagnosis.of("repeated-use", "norm")
+    assert finding.evidence["apart"] > 0.2 and finding.evidence["uses"] == 3
+    if at_odds:
+        assert finding in diagnosis.severe and "MultiDomainBatchNorm2d" in finding.remedy
+    else:
+        assert not bad(diagnosis)
+
+
+def test_several_uses_that_are_alike_are_no_finding() -> None:
+    net = Levels(nn.BatchNorm2d(8), 0.0)
+    estimate_population_statistics(net, batches(8, seed=3), 8, progress=False)
+    assert not bad(diagnose(net, batches(10)))
+
+
+def test_what_changes_nothing_in_the_output_is_not_severe() -> None:
+    net = healthy().train()
+    with torch.no_grad():
+        net.layer1.bn2.weight.mul_(0.01)
+    estimate_population_statistics(net, batches(8, seed=5), 8, progress=False)
+    shift(net.layer1.bn2, 1.0)
+    diagnosis = diagnose(net, batches())
+    (finding,) = diagnosis.of("stale-statistics", "layer1.bn2")
+    assert finding.severity == "warning" and finding.evidence["distance"] > 0.5
+    assert finding.evidence["output_change"] < 0.1
+    assert not diagnosis.severe
+
+
+def test_the_result_can_be_printed_saved_and_drawn(tmp_path: Path) -> None:
+    net = healthy()
+    set_nan(net)
+    diagnosis = diagnose(net, batches(6))
+    diagnosis.to_json(tmp_path / "d.json")
+    content = json.loads((tmp_path / "d.json").read_text())
+    assert content["findings"][0]["severity"] == "severe" and content["layers"][0] == "bn"
+    assert {f["kind"] for f in content["findings"]} <= set(KINDS)
+    pytest.importorskip("matplotlib")
+    diagnosis.plot(tmp_path / "d.png")
+    assert (tmp_path / "d.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.json", "d.png"]
