@@ -19,8 +19,7 @@ from rethinking_bn.diagnosis.judge_model import domain_shift, mixed_blocks, outp
 from rethinking_bn.diagnosis.layers import DiagnosedLayer, find_layers
 from rethinking_bn.diagnosis.record import Record
 from rethinking_bn.distributed import all_gather_object, get_rank, get_world_size
-from rethinking_bn.population.estimate import unwrap
-from rethinking_bn.population.model_state import ModelState
+from rethinking_bn.population.model_state import ModelState, unwrap
 from rethinking_bn.population.run import Forward, PopulationRun, throwaway_event_storage
 from rethinking_bn.randomness import announce_iteration, isolated_random_state
 

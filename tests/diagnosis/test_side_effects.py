@@ -185,7 +185,7 @@ def test_several_ranks_give_one_diagnosis(uneven: bool) -> None:
     one, two = run_distributed(_rank, 2, 2, uneven)
     assert one == two and one[1] == (6 if uneven else 8)
     if not uneven:
-        assert _rank(0, 1, False)[2] == pytest.approx(one[2], rel=1e-9)
+        assert _rank(0, 1, False)[2] == pytest.approx(one[2], rel=1e-4)
 
 
 def _failing_rank(rank: int) -> str:
