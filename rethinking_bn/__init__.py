@@ -1,19 +1,32 @@
 """BatchNorm in detectors where the batch is a choice (Wu and Johnson, arXiv 2105.07576).
 
 Importing the package registers its heads, backbones and data sets with detectron2. Without
-detectron2, ``rethinking_bn.layers`` and ``rethinking_bn.population`` work all the same, and
-whatever needs detectron2 raises an ImportError that says so.
+detectron2, or with one that fails to import, ``rethinking_bn.layers`` and
+``rethinking_bn.population`` work all the same, and whatever needs detectron2 raises an
+ImportError that says so.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from rethinking_bn._detectron2 import detectron2_installed, require_detectron2
+from rethinking_bn._detectron2 import (
+    detectron2_failure,
+    detectron2_installed,
+    require_detectron2,
+)
 from rethinking_bn.config_files import get_config_file
 from rethinking_bn.version import __version__
 
-if detectron2_installed():
+if not detectron2_installed():
+    pass
+elif (_failure := detectron2_failure()) is not None:
+    logging.getLogger(__name__).warning(
+        "detectron2 is installed but fails to import, nothing is registered with it (%s: %s)",
+        *(type(_failure).__name__, _failure),
+    )
+else:
     from rethinking_bn import modeling  # registers heads and backbones
     from rethinking_bn.config import add_rethinking_bn_config
     from rethinking_bn.data.register import register_shapes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 INSTALL_GUIDE = "https://detectron2.readthedocs.io/tutorials/install.html"
@@ -12,22 +14,39 @@ def detectron2_installed() -> bool:
     return find_spec("detectron2") is not None
 
 
-def require_detectron2(name: str) -> None:
-    """Refuse the use of a name that is built on detectron2 when that is not installed.
+@cache
+def detectron2_failure() -> Exception | None:
+    """Import the installed detectron2 and return what that raised, None where it works."""
+    try:
+        # the rest of it needs no more than these: its compiled code and its dependencies
+        import_module("detectron2.data")
+        import_module("detectron2.modeling")
+    except Exception as error:  # a library that is missing, of another version, without a symbol
+        return error
+    return None
 
-    A detectron2 that is installed but broken is not this function's business: its own ImportError
-    says more than ours could.
+
+def require_detectron2(name: str) -> None:
+    """Refuse the use of a name that is built on detectron2 when that cannot be imported.
 
     Args:
         name: what was asked for, for example ``"rethinking_bn.engine"``.
 
     Raises:
-        ImportError: saying what to install and where its installation guide is.
+        ImportError: saying what to install and where its installation guide is; of an installed
+            detectron2 that is broken, what it raises, chained.
     """
+    rest = "rethinking_bn.layers and rethinking_bn.population work without it."
     if not detectron2_installed():
         raise ImportError(
             f"{name} needs detectron2, which is not installed. Install it as its own guide "
-            f"describes ({INSTALL_GUIDE}). rethinking_bn.layers and rethinking_bn.population "
-            "work without it.",
+            f"describes ({INSTALL_GUIDE}). {rest}",
             name="detectron2",
         )
+    failure = detectron2_failure()
+    if failure is not None:
+        raise ImportError(
+            f"{name} needs detectron2, which is installed but fails to import "
+            f"({type(failure).__name__}: {failure}). {rest}",
+            name=getattr(failure, "name", None),
+        ) from failure

@@ -77,13 +77,28 @@ def test_a_missing_name_is_an_attribute_error() -> None:
         rethinking_bn.heads  # noqa: B018
 
 
-def test_a_broken_detectron2_is_not_hidden(tmp_path: Path) -> None:
+def test_a_broken_detectron2_leaves_the_rest_and_is_not_hidden(tmp_path: Path) -> None:
+    """Its torch-only rooms import, and whatever needs it raises what it raised (defect 35)."""
     (tmp_path / "detectron2").mkdir()
     (tmp_path / "detectron2" / "__init__.py").write_text("import a_library_it_needs\n")
-    result = run("import rethinking_bn", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
-    assert result.returncode != 0
-    assert "No module named 'a_library_it_needs'" in result.stderr
-    assert GUIDE not in result.stderr
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    result = run(
+        "import rethinking_bn.layers, rethinking_bn.population, rethinking_bn.torchvision",
+        **environment,
+    )
+    assert result.returncode == 0, result.stderr
+    said = "No module named 'a_library_it_needs'"
+    assert len(result.stderr.splitlines()) == 1 and said in result.stderr
+    for statement in (
+        "import rethinking_bn.modeling",
+        "import rethinking_bn; rethinking_bn.engine",
+        "from rethinking_bn import add_rethinking_bn_config",
+    ):
+        result = run(statement, **environment)
+        assert result.returncode != 0
+        first, last = result.stderr.index(f"ModuleNotFoundError: {said}"), result.stderr
+        assert "direct cause" in last[first:] and "fails to import" in last.splitlines()[-1]
+        assert GUIDE not in last
 
 
 def test_one_import_registers_the_components() -> None:

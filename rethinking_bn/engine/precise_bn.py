@@ -84,6 +84,7 @@ class PreciseBN(HookBase):
             self._num_iter,
             autocast=_autocast_of(self.trainer, self._model),
             seed=0,
+            allow_empty=True,
         )
         self.last_report = report
         storage = getattr(self.trainer, "storage", None)
@@ -128,6 +129,7 @@ def run_population_training(cfg: CfgNode, model: nn.Module) -> PopulationReport:
             cfg.TEST.PRECISE_BN.NUM_ITER,
             autocast=_autocast(model) if cfg.SOLVER.AMP.ENABLED else None,
             seed=0,
+            allow_empty=True,
         )
     finally:
         for module, mode in modes:

@@ -46,6 +46,7 @@ def estimate_population_statistics(
     forward: Forward | None = None,
     seed: int | None = None,
     progress: bool = True,
+    allow_empty: bool = False,
 ) -> PopulationReport:
     """Replace the population statistics of every BN-like layer by those of ``batches``, in place.
 
@@ -67,8 +68,7 @@ def estimate_population_statistics(
 
     Estimated are the layers in training mode when this is called (the package's own,
     nn.BatchNorm1d/2d/3d, nn.SyncBatchNorm); those in eval mode are taken as frozen, left alone and
-    named in the report, as are statistics that no value reached. If no layer is left there is
-    nothing to do: a warning is logged and no batch consumed.
+    named in the report, as are statistics that no value reached.
 
     Nothing else changes: other buffers, modes, attributes of modules, momentum and the random
     generators (Python, numpy, torch) come back as they were. After any exception, KeyboardInterrupt
@@ -91,14 +91,16 @@ def estimate_population_statistics(
             modules that ask for one (``rethinking_bn.randomness``), so that the same weights and
             batches give the same statistics; None: the generators go on from where they are.
         progress: log a line with the expected time left every ten seconds on rank 0.
+        allow_empty: return an empty report, with a log line and without consuming a batch, where
+            otherwise a ValueError says that there is no layer to estimate.
 
     Returns:
         What was seen and how far the old statistics were off.
 
     Raises:
-        ValueError: when ``num_batches`` is no positive integer, when ranks disagree about it or
-            about the layers, or when a loader ends early; on all ranks, naming the rank (a short
-            loader: RuntimeError on the other ranks).
+        ValueError: when ``num_batches`` is no positive integer, when no BN-like layer is in
+            training mode, when ranks disagree about one or the other, or when a loader ends early;
+            on all ranks, naming the rank (a short loader: RuntimeError on the other ranks).
         RuntimeError: when a loader raises (chained to what it raised), or another rank failed.
         FloatingPointError: when statistics are not finite, or overflow the type of their buffers;
             on all ranks, naming the layer.
@@ -110,10 +112,10 @@ def estimate_population_statistics(
     num_batches, layers, frozen = _agree_on_plan(model, num_batches, autocast, labelled, group)
     world = get_world_size(group)
     if not layers:
-        logger.warning(
-            "population training: no BN-like layer is in training mode (%s), nothing to estimate",
-            f"{len(frozen)} are in eval mode" if frozen else "the model has none",
-        )
+        why = _why_nothing(model, frozen)
+        if not allow_empty:
+            raise ValueError(f"population training finds nothing to estimate: {why}")
+        logger.info("population training: nothing to estimate, %s", why)
         return PopulationReport((), tuple(frozen), 0, world, bool(labelled), 0.0)
 
     start = time.perf_counter()
@@ -156,6 +158,17 @@ def estimate_population_statistics(
 
 def _call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
+
+
+def _why_nothing(model: nn.Module, frozen: list[str]) -> str:
+    if frozen:
+        return (
+            f"all {len(frozen)} BN-like layers are frozen, that is in eval mode (call train() "
+            "before, or unfreeze_batch_norm for those that freeze_batch_norm froze)"
+        )
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return "no BN-like layer can be seen in a scripted or traced model: estimate before export"
+    return "the model has no BN-like layer that keeps statistics"
 
 
 def _agree_on_plan(

@@ -135,11 +135,31 @@ def test_unused_layers_keep_their_statistics_and_are_named() -> None:
 def test_layers_without_statistics_are_no_population_layers() -> None:
     model: Any = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.GroupNorm(1, 3))
     consumed = iter(images(2, 2))
-    report = estimate_population_statistics(model, consumed, 2)
+    report = estimate_population_statistics(model, consumed, 2, allow_empty=True)
     assert report.layers == () and report.frozen == () and len(list(consumed)) == 2
 
 
-def test_frozen_layers_are_left_alone_and_named(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", ["without", "eval", "scripted"])
+def test_nothing_to_estimate_is_an_error_unless_allowed(kind, caplog) -> None:  # defect 34
+    model: Any = small_net()
+    why = "all 3 BN-like layers are frozen"
+    if kind == "without":
+        model, why = nn.Sequential(nn.GroupNorm(1, 3)), "the model has no BN-like layer"
+    elif kind == "eval":
+        model.eval()
+    else:
+        model, why = torch.jit.script(model), "scripted"
+    before, consumed = Snapshot(model), iter(images(2, 2))
+    with pytest.raises(ValueError, match=f"nothing to estimate: .*{why}"):
+        estimate_population_statistics(model, consumed, 2)
+    with caplog.at_level(logging.INFO, "rethinking_bn.population"):
+        report = estimate_population_statistics(model, consumed, 2, allow_empty=True)
+    before.assert_unchanged()
+    assert report.layers == () and report.num_batches == 0 and len(list(consumed)) == 2
+    assert why in caplog.text and len(caplog.records) == 1
+
+
+def test_frozen_layers_are_left_alone_and_named() -> None:
     model, batches = small_net(), images(2, 4)
     model[2].eval()
     model[4].p = 0.0
@@ -150,11 +170,9 @@ def test_frozen_layers_are_left_alone_and_named(caplog: pytest.LogCaptureFixture
     assert_statistics(model[6], seen["6"])
     model.eval()
     before = Snapshot(model)
-    with caplog.at_level(logging.WARNING, "rethinking_bn.population"):
-        report = estimate_population_statistics(model, batches, 2)
+    report = estimate_population_statistics(model, batches, 2, allow_empty=True)
     before.assert_unchanged()
     assert report.frozen == ("0", "2", "6") and report.layers == () and report.num_batches == 0
-    assert "3 are in eval mode" in caplog.text
 
 
 def test_first_layer_does_not_depend_on_the_split_and_no_layer_on_the_order() -> None:
