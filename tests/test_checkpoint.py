@@ -13,12 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-from rethinking_bn.checkpoint import (
-    NormLayout,
-    convert_statistics,
-    describe_checkpoint,
-    missing_statistics,
-)
+from rethinking_bn.checkpoint import missing_statistics
 from rethinking_bn.layers import SyncBatchNorm2d
 from rethinking_bn.modeling import (
     CycleBNRetinaNetHead,
@@ -168,45 +163,3 @@ def test_missing_statistics_of_single_domain_layers(norm: type[nn.Module]) -> No
     messages = missing_statistics(layers, stripped, "head.")
     assert len(messages) == 1 and messages[0].startswith("head.1.running_var")
     assert missing_statistics(layers, {"backbone.weight": torch.ones(1)}, "head.") == []
-
-
-@pytest.mark.parametrize("row", ROWS)
-def test_describe(row: int) -> None:
-    layouts = describe_checkpoint(row_model(row).state_dict())
-    _, statistics, affine = ROWS[row]
-    domains = 5 if SEPARATE in (statistics, affine) else 1
-    assert list(layouts) == [
-        f"head.{subnet}.{layer}" for subnet in ("cls_subnet", "bbox_subnet") for layer in (1, 4)
-    ]
-    assert set(layouts.values()) == {NormLayout(statistics, affine, domains, 32)}
-
-
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("to", [SHARED, SEPARATE])
-def test_convert_equals_loading(row: int, to: str) -> None:
-    source = row_model(row).state_dict()
-    before = dict(source)
-    converted = convert_statistics(source, to=to, num_domains=5)
-    assert source.keys() == before.keys()
-    assert {layout.statistics for layout in describe_checkpoint(converted).values()} == {to}
-    target = next(r for r, (_, s, a) in ROWS.items() if (s, a) == (to, ROWS[row][2]))
-    model = row_model(target)
-    model.load_state_dict(converted)
-    for key, value in expected_statistics(source, target, NORM).items():
-        torch.testing.assert_close(model.state_dict()[key], value)
-
-
-@pytest.mark.parametrize(
-    ("row", "arguments", "message"),
-    [
-        (1, {"to": SEPARATE}, r"head\.cls_subnet\.1: num_domains"),
-        (4, {"to": SHARED, "num_domains": 3}, r"head\.cls_subnet\.1 has 5 domains, not 3"),
-        (4, {"to": "separate"}, "'separate'"),
-        (1, {"to": SHARED, "prefix": "neck."}, r"neck\.\*\.running_mean"),
-    ],
-)
-def test_what_cannot_be_converted_is_named(
-    row: int, arguments: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        convert_statistics(row_model(row).state_dict(), **arguments)

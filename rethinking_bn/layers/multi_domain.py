@@ -12,6 +12,15 @@ from rethinking_bn.layers.domain_state import Choice, DomainBatchNormBase, check
 from rethinking_bn.numerics.channel_ops import affine_normalize
 from rethinking_bn.numerics.normalize import normalize
 
+_S: Choice = "shared"
+_D: Choice = "domain_specific"
+_ROWS = ((_S, _S, _S), (_S, _D, _S), (_D, _S, _S), (_D, _D, _S), (_D, _S, _D), (_D, _D, _D))
+# Row of Table 5 -> the three choices, as keyword arguments.
+TABLE_5: dict[int, dict[str, Choice]] = {
+    row: dict(zip(("train_stats", "population_stats", "affine"), choices, strict=True))
+    for row, choices in enumerate(_ROWS, start=1)
+}
+
 
 class MultiDomainBatchNorm2d(DomainBatchNormBase):
     """Batch normalisation of L feature maps that share one layer, such as the FPN levels.

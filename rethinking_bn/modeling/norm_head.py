@@ -7,20 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from detectron2.layers import FrozenBatchNorm2d
-from detectron2.layers.batch_norm import LayerNorm
 from torch import nn
 
 from rethinking_bn.layers import MABN2d, get_norm, norm_names
 from rethinking_bn.layers.convert import centre_convolutions
-from rethinking_bn.shuffle import layers as shuffled_layers
+from rethinking_bn.shuffle.layers import mixes_rows, pools_ranks
 
 logger = logging.getLogger(__name__)
 
 Norm = str | Callable[[int], nn.Module] | None
-
-# Beside torch's and torchvision's, layers for which it does not matter which other rows there are.
-_EACH_ROW_APART = (LayerNorm, FrozenBatchNorm2d)
 
 
 def norm_factory(norm: Norm, options: Mapping[str, Any], key: str) -> Any:
@@ -73,9 +68,9 @@ class NormHead:
         if norm_images < 0:
             raise ValueError(f"norm_images (MODEL.ROI_HEADS.NORM_IMAGES) is {norm_images} < 0")
         for norm in norms if norm_images else ():
-            pools_ranks = isinstance(norm, shuffled_layers.ALL_RANKS)
-            if mixes_rows(norm) and (pools_ranks or not hasattr(norm, "row_groups")):
-                why = "pools all images of all ranks" if pools_ranks else "takes all rows together"
+            pooled = pools_ranks(norm)
+            if mixes_rows(norm) and (pooled or not hasattr(norm, "row_groups")):
+                why = "pools all images of all ranks" if pooled else "takes all rows together"
                 raise ValueError(
                     f"norm_images (MODEL.ROI_HEADS.NORM_IMAGES) is {norm_images}, but "
                     f"{type(norm).__name__} {why}: set it to 0, or the norm to BN or BatchStatBN"
@@ -149,11 +144,6 @@ class NormHead:
         groups = len(rows) // k
         ends = [group * num_rows // groups for group in range(groups + 1)]
         return [end - start for start, end in zip(ends, ends[1:], strict=False)]
-
-
-def mixes_rows(norm: nn.Module) -> bool:
-    """Return whether what the layer makes of a row in training depends on the other rows."""
-    return not isinstance(norm, _EACH_ROW_APART) and shuffled_layers.mixes_rows(norm)
 
 
 def _norm_of(layer: nn.Module) -> nn.Module | None:

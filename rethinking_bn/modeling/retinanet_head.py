@@ -17,6 +17,7 @@ from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, get_n
 from rethinking_bn.layers.convert import centre_convolutions, replace_norms
 from rethinking_bn.layers.domain_state import CHOICES, Choice
 from rethinking_bn.layers.levels import run_layer_by_layer
+from rethinking_bn.layers.multi_domain import TABLE_5
 from rethinking_bn.modeling.norm_options import norm_options
 
 RETINANET_HEAD = Registry("RETINANET_HEAD")
@@ -65,11 +66,7 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
     """
 
     #: the choices when none is given
-    choices: Mapping[str, Choice] = {
-        "train_stats": "shared",
-        "population_stats": "shared",
-        "affine": "shared",
-    }
+    choices: Mapping[str, Choice] = TABLE_5[1]
     #: whether other choices than these are refused
     is_preset: bool = False
 
@@ -241,11 +238,7 @@ class SharedBNRetinaNetHead(MultiDomainBNRetinaNetHead):
 class DomainBNRetinaNetHead(MultiDomainBNRetinaNetHead):
     """Row 6 of Table 5: a BatchNorm of its own for every level, affine included."""
 
-    choices = {
-        "train_stats": "domain_specific",
-        "population_stats": "domain_specific",
-        "affine": "domain_specific",
-    }
+    choices = TABLE_5[6]
     is_preset = True
 
 
@@ -258,11 +251,7 @@ class CycleBNRetinaNetHead(MultiDomainBNRetinaNetHead):
     the same choices takes one for all.
     """
 
-    choices = {
-        "train_stats": "domain_specific",
-        "population_stats": "domain_specific",
-        "affine": "shared",
-    }
+    choices = TABLE_5[4]
     is_preset = True
 
     @classmethod

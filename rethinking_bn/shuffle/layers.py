@@ -7,9 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
-from rethinking_bn.layers.batch_norm import SyncBatchNorm2d
 from rethinking_bn.randomness import derive_seed
 from rethinking_bn.recomputation import is_recomputing
 from rethinking_bn.shuffle.rows import shuffle_rows, unshuffle_rows
@@ -17,9 +15,8 @@ from rethinking_bn.shuffle.rows import shuffle_rows, unshuffle_rows
 _REMEMBERED = 64  # calls of one iteration that can be recomputed
 _SAMPLED = 16  # rows by which a recomputed call is recognised
 
-# Layers for which it does not matter which other rows there are, or which rank they are on.
-_EACH_ROW_APART = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d, FrozenBatchNorm2d)
-ALL_RANKS = (SyncBatchNorm2d, nn.SyncBatchNorm)
+# Layers, torch's, torchvision's and detectron2's, whose result for a row is the row's alone.
+_EACH_ROW_APART = {"GroupNorm", "LayerNorm", "InstanceNorm2d", "FrozenBatchNorm2d"}
 
 
 class ShuffledLayers:
@@ -125,12 +122,17 @@ def _recognise(mark: Tensor, calls: Sequence[tuple[int, Tensor]]) -> int:
 
 def mixes_rows(norm: nn.Module) -> bool:
     """Return whether what the layer makes of a row in training depends on the other rows."""
-    return not isinstance(norm, _EACH_ROW_APART)
+    return _EACH_ROW_APART.isdisjoint(kind.__name__ for kind in type(norm).__mro__)
+
+
+def pools_ranks(norm: nn.Module) -> bool:
+    """Return whether the rows of several ranks are normalised together."""
+    return isinstance(norm, nn.SyncBatchNorm) or getattr(norm, "sync", False)
 
 
 def mixes_rows_of_a_rank(norm: nn.Module) -> bool:
-    """Return whether it also depends on which rank the rows are on."""
-    pools_all = isinstance(norm, ALL_RANKS) and norm.process_group is None
+    """Return whether the result for a row also depends on which rank the other rows are on."""
+    pools_all = pools_ranks(norm) and norm.process_group is None
     return mixes_rows(norm) and not pools_all
 
 
