@@ -1,0 +1,249 @@
+"""Normalisation of several tensors in four to six launches a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from rethinking_bn.distributed import all_gather, all_reduce_sum
+from rethinking_bn.numerics.moments import Moments
+from rethinking_bn.numerics.triton import backward, forward
+from rethinking_bn.numerics.triton.choice import layout
+from rethinking_bn.numerics.triton.plan import WARPS, Plan, make_plan
+
+_STEP = 32  # rows merged at a time
+_COLUMNS = 32  # channels of a program that merges
+
+
+class _Call(NamedTuple):
+    """What a forward and its backward know besides tensors.
+
+    Attributes:
+        weights, biases: how many there are.
+        bias_type: of the biases.
+        pooled: whether all groups are normalised by one mean and variance.
+        one_part: whether all groups' moments are one row for the ranks and the moving averages.
+        report: gets the parts' moments on this rank.
+    """
+
+    plan: Plan
+    format: torch.memory_format
+    weights: int
+    biases: int
+    bias_type: torch.dtype | None
+    pooled: bool
+    one_part: bool
+    eps: float
+    sync: bool
+    group: ProcessGroup | None
+    holders: Sequence[Any]
+    momentum: float | None
+    report: list[Tensor] | None
+
+
+def normalize(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor] | None,
+    biases: Sequence[Tensor] | None,
+    *,
+    one_part: bool,
+    pooled: bool,
+    eps: float,
+    sync: bool = False,
+    group: ProcessGroup | None = None,
+    holders: Sequence[Any] = (),
+    momentum: float | None = None,
+    row_groups: tuple[int, ...] | None = None,
+) -> tuple[list[Tensor], Moments | None]:
+    """Normalise as :func:`rethinking_bn.numerics.normalize.normalize` does.
+
+    Args:
+        xs: tensors for which :func:`choice.takes_triton` is true.
+        weights, biases: (C,) each, one or one per tensor.
+        one_part: whether the tensors are one part, or one each.
+        pooled: whether the parts are one pool, or one each.
+        holders: as there; without them moments are returned.
+        row_groups: rows of the groups of the only tensor, which are parts and pools of their own.
+
+    Returns:
+        outputs; this rank's moments, a row for each part, or None.
+    """
+    x, memory_format = xs[0], layout(xs)
+    assert memory_format is not None
+    last = memory_format is torch.channels_last
+    shapes = tuple([x.shape for x in xs])
+    call = _Call(
+        plan=make_plan(shapes, row_groups, last, x.element_size(), x.device),
+        format=memory_format,
+        weights=0 if weights is None else len(weights),
+        biases=0 if biases is None else len(biases),
+        bias_type=biases[0].dtype if biases else None,
+        pooled=pooled or one_part,
+        one_part=one_part,
+        eps=eps,
+        sync=sync,
+        group=group,
+        holders=holders,
+        momentum=momentum,
+        report=None if holders else [],
+    )
+    _, *ys = _Normalize.apply(call, *(weights or ()), *(biases or ()), *xs)
+    if not call.report:
+        return ys, None
+    (rows,) = call.report
+    return ys, Moments(rows[:, 0, 0], rows[:, 1], rows[:, 3])
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        plan = call.plan
+        weights, biases, xs = _split(call, tensors)
+        ys = tuple([torch.empty_like(x) for x in xs])
+        parts = 1 if call.one_part else plan.groups
+        pools = 1 if call.pooled else plan.groups
+        stats = xs[0].new_empty((4, pools, plan.channels), dtype=torch.float32)
+        rows, number = stats.new_empty((plan.tiles, 4, plan.channels)), plan.tiles
+        folded = plan.folded and not call.sync and call.report is None
+        buffers = _buffers(call.holders)
+        with _on(stats.device):
+            if plan.tiles:
+                forward.moments[plan.grid](
+                    xs, plan.table, rows, plan.channels, L=len(xs), **_block(plan)
+                )
+            if not folded:
+                rows, number = _merge(call, rows, parts), parts
+                if call.report is not None:
+                    call.report.append(rows)
+                if call.sync:
+                    rows = all_gather(rows, call.group)
+                    number = parts * len(rows)
+            forward.normalize[plan.grid](
+                xs, ys, plan.table, plan.listed, rows, number, parts, weights, biases, stats,
+                *buffers, call.momentum, call.eps, plan.channels, L=len(xs),
+                A=max(call.weights, call.biases), H=len(call.holders), POOLED=call.pooled,
+                ALL=call.one_part, FOLDED=folded, STEP=_STEP, **_block(plan),
+            )  # fmt: skip
+        if call.holders:
+            _mark_written(buffers)
+        return (stats, *ys)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call, *tensors = inputs
+        ctx.mark_non_differentiable(output[0])
+        first_x = call.weights + call.biases
+        ctx.save_for_backward(output[0], *tensors[: call.weights], *tensors[first_x:])
+        ctx.call = call
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        plan, affine = call.plan, call.weights + call.biases
+        stats, *saved = ctx.saved_tensors
+        weights, xs = tuple(saved[: call.weights]) or None, tuple(saved[call.weights :])
+        dys = tuple([dy.contiguous(memory_format=call.format) for dy in grads])
+        needed = ctx.needs_input_grad[1:]
+        wants_dx = any(needed[affine:])
+        grad_weights = grad_biases = None
+        if any(needed[: call.weights]):
+            grad_weights = tuple([torch.empty_like(w) for w in weights or ()])
+        if any(needed[call.weights : affine]):
+            shape = (plan.channels,)
+            grad_biases = tuple(
+                [stats.new_empty(shape, dtype=call.bias_type) for _ in range(call.biases)]
+            )
+        pools, number = stats.shape[1], plan.tiles
+        folded = plan.folded and not call.sync and wants_dx
+        rows = stats.new_empty((number, 2, plan.channels))
+        dxs: tuple[Tensor, ...] | None = None
+        choices = {"A": max(call.weights, call.biases, 1), "POOLED": call.pooled, "STEP": _STEP}
+        with _on(stats.device):
+            if number:
+                backward.gradient_sums[plan.grid](
+                    dys, xs, plan.table, stats, pools, rows, plan.channels, L=len(xs),
+                    POOLED=call.pooled, **_block(plan),
+                )  # fmt: skip
+            if not folded:
+                sums = stats.new_empty((2, pools, plan.channels))
+                backward.merge_sums[pools, -(-plan.channels // _COLUMNS)](
+                    rows, plan.table, plan.listed, number, plan.groups, weights, grad_weights,
+                    grad_biases, sums, pools, plan.channels, COLUMNS=_COLUMNS, num_warps=4,
+                    **choices,
+                )  # fmt: skip
+                # Reached by every rank, empty or not: the others are waiting in it.
+                rows = all_reduce_sum(sums, call.group) if call.sync else sums
+            if wants_dx:
+                dxs = tuple([torch.empty_like(x) for x in xs])
+                backward.input_gradient[plan.grid](
+                    dys, xs, dxs, plan.table, plan.listed, rows, number, plan.groups, stats,
+                    pools, weights, grad_weights, grad_biases, plan.channels, L=len(xs),
+                    FOLDED=folded, **choices, **_block(plan),
+                )  # fmt: skip
+        return (
+            None,
+            *(grad_weights or [None] * call.weights),
+            *(grad_biases or [None] * call.biases),
+            *(dxs or [None] * len(xs)),
+        )
+
+
+Tensors = tuple[Tensor, ...]
+
+
+def _split(call: _Call, tensors: Sequence[Tensor]) -> tuple[Tensors | None, Tensors | None, Tensors]:
+    first_x = call.weights + call.biases
+    weights, biases = tensors[: call.weights], tensors[call.weights : first_x]
+    return tuple(weights) or None, tuple(biases) or None, tuple(tensors[first_x:])
+
+
+def _block(plan: Plan) -> dict[str, Any]:
+    return {
+        "LAST": plan.last,
+        "ALIGN": plan.align,
+        "ROWS": plan.rows,
+        "COLUMNS": plan.columns,
+        "num_warps": WARPS,
+    }
+
+
+def _merge(call: _Call, rows: Tensor, parts: int) -> Tensor:
+    """Return (K, 4, C), the tiles' rows merged for each part."""
+    plan = call.plan
+    out = rows.new_empty((parts, 4, plan.channels))
+    forward.merge[parts, -(-plan.channels // _COLUMNS)](
+        rows, plan.table, plan.listed, plan.tiles, parts, out, plan.channels,
+        ALL=call.one_part, STEP=_STEP, COLUMNS=_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _buffers(holders: Sequence[Any]) -> tuple[Tensors | None, Tensors | None, Tensors | None]:
+    if not holders:
+        return None, None, None
+    return (
+        tuple([h.running_mean for h in holders]),
+        tuple([h.running_var for h in holders]),
+        tuple([h.num_batches_tracked for h in holders]),
+    )
+
+
+def _mark_written(buffers: Sequence[Tensors | None]) -> None:
+    """Tell autograd, which did not see the kernels write."""
+    for tensors in buffers:
+        for tensor in tensors or ():
+            torch.autograd.graph.increment_version(tensor)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one, where launches go."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
