@@ -15,13 +15,10 @@ from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.numerics.channel_ops import affine_normalize
 from rethinking_bn.numerics.moments import Moments, merge_moments
 from rethinking_bn.numerics.normalize import normalize
-from rethinking_bn.numerics.running import update_running_statistics, write_statistics
+from rethinking_bn.numerics.row_groups import normalize_row_groups
+from rethinking_bn.numerics.running import write_statistics
 
 logger = logging.getLogger(__name__)
-
-# Row groups of at most so many values are normalised all at once: the small operators of each group
-# then cost more than copying its values there and back.
-_SMALL_GROUP = 2**16
 
 
 class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
@@ -75,57 +72,35 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
         return affine_normalize(input, mean, var, self.weight, self.bias, self.eps)
 
     def _normalize_batch(self, x: Tensor) -> Tensor:
-        if self._groups_are_alike(x):
-            return self._normalize_folded(x)
-        xs = self._split(x)
-        each = list(range(len(xs)))
         moves = self.training and self.track_running_stats and self._observer is None
-        outputs, local, _ = normalize(
-            xs,
-            None if self.weight is None else [self.weight],
-            None if self.bias is None else [self.bias],
-            parts=each,
-            pools=each,
-            eps=self.eps,
-            sync=self.sync and self.training,
-            group=self.process_group,
-            holders=[self] if moves else (),
-            momentum=self.momentum,
-        )
-        if self.training and self._observer is not None:
-            self._observer(_merged(local))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _groups_are_alike(self, x: Tensor) -> bool:
-        """Whether the groups are equally large and small: they then go through as channels."""
+        holders = [self] if moves else []
         groups = self._groups
-        if groups is None or len(groups) == 1 or sum(groups) != len(x):
-            return False
-        small = 0 < x.numel() <= len(groups) * _SMALL_GROUP
-        return small and len(set(groups)) == 1 and x.is_contiguous()
-
-    def _normalize_folded(self, x: Tensor) -> Tensor:
-        """Normalise K groups of n rows as (n, K·C, H, W): one pass, however many groups."""
-        assert self._groups is not None
-        k, n = len(self._groups), self._groups[0]
-        folded = x.view(k, n, -1).transpose(0, 1).reshape(n, k * x.shape[1], *x.shape[2:])
-        affine = (None if p is None else p.repeat(k)[None] for p in (self.weight, self.bias))
-        (out,), local, _ = normalize([folded], *affine, parts=[0], pools=[0], eps=self.eps)
-        each = Moments(local.count.expand(k), local.mean.view(k, -1), local.m2.view(k, -1))
-        if self.training and self._observer is not None:
-            self._observer(_merged(each))
-        elif self.training and self.track_running_stats:
-            update_running_statistics([self], each, self.momentum)
-        return out.view(n, k, -1).transpose(0, 1).reshape(x.shape)
-
-    def _split(self, x: Tensor) -> list[Tensor]:
-        if self._groups is None or len(self._groups) == 1:
-            return [x]
-        if not self._groups and len(x) == 0:
-            return [x]
-        if sum(self._groups) != len(x):
-            raise ValueError(f"row groups {self._groups} do not sum up to the {len(x)} rows given")
-        return list(x.split(self._groups))
+        if groups is not None and len(groups) != 1 and (groups or len(x)):
+            outputs, local = normalize_row_groups(
+                x,
+                groups,
+                self.weight,
+                self.bias,
+                eps=self.eps,
+                holders=holders,
+                momentum=self.momentum,
+            )
+        else:
+            outputs, local = normalize(
+                [x],
+                None if self.weight is None else [self.weight],
+                None if self.bias is None else [self.bias],
+                parts=[0],
+                pools=[0],
+                eps=self.eps,
+                sync=self.sync and self.training,
+                group=self.process_group,
+                holders=holders,
+                momentum=self.momentum,
+            )
+        if self.training and self._observer is not None and local is not None:
+            self._observer(Moments(*(v[None] for v in merge_moments(*local))))
+        return outputs[0]
 
     def read_population(self) -> tuple[Tensor, Tensor]:
         if self.running_mean is None or self.running_var is None:
@@ -198,10 +173,6 @@ class BatchStatNorm2d(BatchNorm2d):
     """
 
     batch_stats_at_inference = True
-
-
-def _merged(rows: Moments) -> Moments:
-    return Moments(*(v[None] for v in merge_moments(*rows)))
 
 
 _said: set[str] = set()

@@ -107,7 +107,7 @@ class CycleBatchNorm2d(DomainBatchNormBase):
         stats, affine = self._statistics_of(level), self._affine_of(level)
         if self.training:
             weight, bias = self._affine_rows()
-            outputs, local, _ = normalize(
+            outputs, local = normalize(
                 [x],
                 weight,
                 bias,
@@ -120,7 +120,7 @@ class CycleBatchNorm2d(DomainBatchNormBase):
                 momentum=self.momentum,
             )
             y = outputs[0]
-            if self._observer is not None:
+            if self._observer is not None and local is not None:
                 self._observer(self._at(level, local))
         else:
             y = affine_normalize(

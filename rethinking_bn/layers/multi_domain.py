@@ -117,7 +117,7 @@ class MultiDomainBatchNorm2d(DomainBatchNormBase):
         parts = one if all_shared else each
         pools = [0] if all_shared else one if train_stats == "shared" else each
         weight, bias = self._affine_rows()
-        outputs, local, _ = normalize(
+        outputs, local = normalize(
             xs,
             weight,
             bias,
@@ -129,7 +129,7 @@ class MultiDomainBatchNorm2d(DomainBatchNormBase):
             holders=() if observed else self._statistics_holders(),
             momentum=self.momentum,
         )
-        if self._observer is not None:
+        if self._observer is not None and local is not None:
             self._observer(local)
         return outputs
 

@@ -26,6 +26,7 @@ from rethinking_bn.numerics.channel_ops import (
 from rethinking_bn.numerics.moments import Moments, merge_moments, stack_moments
 from rethinking_bn.numerics.running import update_running_statistics
 from rethinking_bn.numerics.tensor_moments import local_moments, plain_moments
+from rethinking_bn.numerics.triton.choice import takes_triton
 
 Rows = Tensor | Sequence[Tensor] | None
 
@@ -35,13 +36,11 @@ class Normalized(NamedTuple):
 
     Attributes:
         outputs: L tensors, shaped and typed as the inputs.
-        local: this rank's moments, one row per part.
-        pooled: the same over all ranks taking part (``local`` itself when not synchronised).
+        local: this rank's moments, one row per part; or None where running statistics took them.
     """
 
     outputs: list[Tensor]
-    local: Moments
-    pooled: Moments
+    local: Moments | None
 
 
 def normalize(
@@ -79,15 +78,32 @@ def normalize(
     Raises:
         NotImplementedError: for more than one rank under a transform of torch.func.
     """
-    weight, bias = _as_rows(weight), _as_rows(bias)
     sync = sync and get_world_size(group) > 1
+    if takes_triton(xs, weight, bias, holders):
+        from rethinking_bn.numerics.triton import batch_norm  # imports Triton
+
+        return Normalized(
+            *batch_norm.normalize(
+                xs,
+                weight,
+                bias,
+                one_part=_is_one(parts),
+                pooled=_is_one(pools),
+                eps=eps,
+                sync=sync,
+                group=group,
+                holders=holders,
+                momentum=momentum,
+            )
+        )
+    weight, bias = _as_rows(weight), _as_rows(bias)
     if torch._C._are_functorch_transforms_active():
         if sync:
             raise NotImplementedError("torch.func cannot transform statistics pooled over ranks")
-        normalized = _normalize_in_plain_operators(xs, weight, bias, parts, pools, eps)
+        outputs, local = _normalize_in_plain_operators(xs, weight, bias, parts, pools, eps)
         if holders:
-            update_running_statistics(holders, normalized.pooled, momentum)
-        return normalized
+            update_running_statistics(holders, local, momentum)
+        return Normalized(outputs, local)
     with torch.no_grad():
         per_tensor = stack_moments([local_moments(x) for x in xs])
         local = _merge_rows(per_tensor, parts)
@@ -104,7 +120,16 @@ def normalize(
     )
     if holders:
         update_running_statistics(holders, pooled, momentum)
-    return Normalized(list(outputs), local, pooled)
+    return Normalized(list(outputs), local)
+
+
+def _is_one(index: Sequence[int]) -> bool:
+    """Whether an index merges everything into one, rather than nothing."""
+    if all(i == 0 for i in index):
+        return True
+    if list(index) != list(range(len(index))):
+        raise ValueError(f"rows are merged into one or not at all, got the index {list(index)}")
+    return False
 
 
 def _as_rows(rows: Rows) -> Tensor | None:
@@ -120,7 +145,7 @@ def _normalize_in_plain_operators(
     parts: Sequence[int],
     pools: Sequence[int],
     eps: float,
-) -> Normalized:
+) -> tuple[list[Tensor], Moments]:
     """The same for one rank, in operators that torch.func can transform in every way."""
     local = _merge_rows(stack_moments([plain_moments(x) for x in xs]), parts)
     pool = _merge_rows(local, pools)
@@ -131,14 +156,12 @@ def _normalize_in_plain_operators(
         scale = invstd[p] if weight is None else invstd[p] * _row(weight, i)
         y = (x - broadcast(mean[p], x)) * broadcast(scale, x)
         outputs.append((y if bias is None else y + broadcast(_row(bias, i), x)).to(x.dtype))
-    return Normalized(outputs, local, local)
+    return outputs, local
 
 
 def _merge_rows(rows: Moments, index: Sequence[int]) -> Moments:
-    if all(i == 0 for i in index):
-        return rows if len(index) == 1 else Moments(*(v[None] for v in merge_moments(*rows)))
-    if list(index) != list(range(len(index))):
-        raise ValueError(f"rows are merged into one or not at all, got the index {list(index)}")
+    if len(index) > 1 and _is_one(index):
+        return Moments(*(v[None] for v in merge_moments(*rows)))
     return rows
 
 

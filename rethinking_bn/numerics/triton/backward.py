@@ -27,7 +27,7 @@ def gradient_sums(
 ):  # fmt: skip
     """Write each tile's row of Σ dy and Σ dy·x̂ into ``rows`` (T, 2, C)."""
     group, _, base, planes, positions, size, channel = read_tile(table, C, LAST, ALIGN, COLUMNS)
-    _, mean, rest, invstd = _read_stats(stats, P, 0 if POOLED else group, C, channel)
+    count, mean, rest, invstd = _read_stats(stats, P, 0 if POOLED else group, C, channel)
     x, dy = pick(xs, group, L) + base, pick(dys, group, L) + base
     PLANES: tl.constexpr = 1 if LAST else ROWS
     POSITIONS: tl.constexpr = ROWS if LAST else COLUMNS
@@ -35,7 +35,7 @@ def gradient_sums(
     b = tl.zeros([ROWS, COLUMNS], tl.float32)
     for plane in range(0, planes, PLANES):
         for position in range(0, positions, POSITIONS):
-            offset, mask, _ = block(
+            offset, mask, inside = block(
                 plane, position, planes, positions, size, C, channel, LAST, ALIGN, ROWS, COLUMNS
             )
             g = tl.load(dy + offset, mask=mask, other=0.0).to(tl.float32)
@@ -103,7 +103,7 @@ def merge_sums(
     rows, table, tiles, R, K, weights, grad_weights, grad_biases, out, P, C,
     A: tl.constexpr, POOLED: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write the pools' sums into ``out`` (2, P, C), what ranks add up, and the affine's gradient."""
+    """Write the pools' sums into ``out`` (2, P, C), what ranks add up; and the affine gradients."""
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     keep, pool = channel < C, tl.program_id(0)
     a, b = _pool_sums(rows, table, tiles, R, K, weights, pool, C, channel, A, POOLED, True, STEP)
@@ -154,7 +154,7 @@ def input_gradient(
     POSITIONS: tl.constexpr = ROWS if LAST else COLUMNS
     for plane in range(0, planes, PLANES):
         for position in range(0, positions, POSITIONS):
-            offset, mask, _ = block(
+            offset, mask, inside = block(
                 plane, position, planes, positions, size, C, channel, LAST, ALIGN, ROWS, COLUMNS
             )
             g = tl.load(dy + offset, mask=mask, other=0.0).to(tl.float32)

@@ -17,6 +17,8 @@ from rethinking_bn.numerics.triton import backward, forward
 from rethinking_bn.numerics.triton.choice import layout
 from rethinking_bn.numerics.triton.plan import WARPS, Plan, make_plan
 
+Tensors = tuple[Tensor, ...]
+
 _STEP = 32  # rows merged at a time
 _COLUMNS = 32  # channels of a program that merges
 
@@ -49,8 +51,8 @@ class _Call(NamedTuple):
 
 def normalize(
     xs: Sequence[Tensor],
-    weights: Sequence[Tensor] | None,
-    biases: Sequence[Tensor] | None,
+    weights: Tensor | Sequence[Tensor] | None,
+    biases: Tensor | Sequence[Tensor] | None,
     *,
     one_part: bool,
     pooled: bool,
@@ -83,7 +85,7 @@ def normalize(
         format=memory_format,
         weights=0 if weights is None else len(weights),
         biases=0 if biases is None else len(biases),
-        bias_type=biases[0].dtype if biases else None,
+        bias_type=None if biases is None else biases[0].dtype,
         pooled=pooled or one_part,
         one_part=one_part,
         eps=eps,
@@ -93,8 +95,14 @@ def normalize(
         momentum=momentum,
         report=None if holders else [],
     )
-    _, *ys = _Normalize.apply(call, *(weights or ()), *(biases or ()), *xs)
-    if not call.report:
+    affine = (*(() if weights is None else weights), *(() if biases is None else biases))
+    anchor = None
+    if sync and torch.is_grad_enabled():
+        # The other ranks may wait in the backward's collective: it is part of this rank's graph
+        # even if nothing here needs a gradient.
+        anchor = x.new_empty((), dtype=torch.float32).requires_grad_()
+    ys = list(_Normalize.apply(call, anchor, *affine, *xs))
+    if call.report is None:
         return ys, None
     (rows,) = call.report
     return ys, Moments(rows[:, 0, 0], rows[:, 1], rows[:, 3])
@@ -102,9 +110,10 @@ def normalize(
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        plan = call.plan
-        weights, biases, xs = _split(call, tensors)
+    def forward(ctx: Any, call: _Call, anchor: Tensor | None, *tensors: Tensor) -> Tensors:
+        plan, first_x = call.plan, call.weights + call.biases
+        weights = tensors[: call.weights] or None
+        biases, xs = tensors[call.weights : first_x] or None, tensors[first_x:]
         ys = tuple([torch.empty_like(x) for x in xs])
         parts = 1 if call.one_part else plan.groups
         pools = 1 if call.pooled else plan.groups
@@ -132,25 +141,19 @@ class _Normalize(torch.autograd.Function):
             )  # fmt: skip
         if call.holders:
             _mark_written(buffers)
-        return (stats, *ys)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        call, *tensors = inputs
-        ctx.mark_non_differentiable(output[0])
-        first_x = call.weights + call.biases
-        ctx.save_for_backward(output[0], *tensors[: call.weights], *tensors[first_x:])
         ctx.call = call
+        ctx.save_for_backward(stats, *(weights or ()), *xs)
+        return ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         plan, affine = call.plan, call.weights + call.biases
         stats, *saved = ctx.saved_tensors
         weights, xs = tuple(saved[: call.weights]) or None, tuple(saved[call.weights :])
         dys = tuple([dy.contiguous(memory_format=call.format) for dy in grads])
-        needed = ctx.needs_input_grad[1:]
+        needed = ctx.needs_input_grad[2:]
         wants_dx = any(needed[affine:])
         grad_weights = grad_biases = None
         if any(needed[: call.weights]):
@@ -189,19 +192,11 @@ class _Normalize(torch.autograd.Function):
                 )  # fmt: skip
         return (
             None,
+            None,
             *(grad_weights or [None] * call.weights),
             *(grad_biases or [None] * call.biases),
             *(dxs or [None] * len(xs)),
         )
-
-
-Tensors = tuple[Tensor, ...]
-
-
-def _split(call: _Call, tensors: Sequence[Tensor]) -> tuple[Tensors | None, Tensors | None, Tensors]:
-    first_x = call.weights + call.biases
-    weights, biases = tensors[: call.weights], tensors[call.weights : first_x]
-    return tuple(weights) or None, tuple(biases) or None, tuple(tensors[first_x:])
 
 
 def _block(plan: Plan) -> dict[str, Any]:

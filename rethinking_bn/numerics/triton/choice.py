@@ -20,7 +20,8 @@ _MOST_GROUPS = 63
 
 def takes_triton(
     xs: Sequence[Tensor],
-    others: Sequence[Any] = (),
+    weights: Tensor | Sequence[Tensor] | None,
+    biases: Tensor | Sequence[Tensor] | None,
     holders: Sequence[Any] = (),
     row_groups: Sequence[int] | None = None,
 ) -> bool:
@@ -28,11 +29,12 @@ def takes_triton(
 
     ``auto`` (the default) takes them for CUDA tensors where they can run, ``triton`` everywhere or
     not at all, which is how Triton's interpreter (TRITON_INTERPRET=1) gets CPU tensors. What is
-    compiled, traced or exported takes the plain operators, whatever was chosen.
+    compiled, traced, exported or transformed by torch.func takes the plain operators, whatever was
+    chosen.
 
     Args:
         xs: the inputs.
-        others: further tensors or None that a kernel reads: weights, biases.
+        weights, biases: (C,) each, or None.
         holders: modules with the buffers that a kernel moves.
         row_groups: rows of groups with statistics of their own.
 
@@ -45,19 +47,25 @@ def takes_triton(
         raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, got {choice!r}")
     if choice == "eager" or (choice == "auto" and xs[0].device.type != "cuda"):
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if any(type(x) is not Tensor and type(x) is not nn.Parameter for x in xs):
         return False  # a fake tensor or a proxy: somebody traces
-    reason = _obstacle(xs, others, holders, row_groups)
+    if torch._C._are_functorch_transforms_active():
+        return False
+    reason = _obstacle(xs, [*_listed(weights), *_listed(biases)], holders, row_groups)
     if reason is not None and choice == "triton":
         raise RuntimeError(f"{VARIABLE}=triton, but {reason}")
     return reason is None
 
 
+def _listed(rows: Tensor | Sequence[Tensor] | None) -> Sequence[Tensor]:
+    return () if rows is None else tuple(rows)
+
+
 def _obstacle(
     xs: Sequence[Tensor],
-    others: Sequence[Any],
+    used: Sequence[Tensor],
     holders: Sequence[Any],
     row_groups: Sequence[int] | None,
 ) -> str | None:
@@ -76,10 +84,10 @@ def _obstacle(
         return "the tensors are neither all contiguous nor all channels-last"
     if row_groups is not None and len(row_groups) > _MOST_GROUPS:
         return f"there are {len(row_groups)} row groups, more than {_MOST_GROUPS}"
-    used = [t for t in others if t is not None]
+    buffers: list[Tensor | None] = []
     for holder in holders:
-        used += (holder.running_mean, holder.running_var, holder.num_batches_tracked)
-    for t in used:
+        buffers += (holder.running_mean, holder.running_var, holder.num_batches_tracked)
+    for t in (*used, *buffers):
         if t is None:
             return "a running statistic is None"
         if t.device != device:

@@ -93,7 +93,7 @@ def normalize(
     POSITIONS: tl.constexpr = ROWS if LAST else COLUMNS
     for plane in range(0, planes, PLANES):
         for position in range(0, positions, POSITIONS):
-            offset, mask, _ = block(
+            offset, mask, inside = block(
                 plane, position, planes, positions, size, C, channel, LAST, ALIGN, ROWS, COLUMNS
             )
             v = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
@@ -102,10 +102,11 @@ def normalize(
             tl.store(y + offset, out.to(y.dtype.element_ty), mask=mask)
     if H > 0:
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            for holder in tl.static_range(H):
+            for holder in range(0, H):  # not unrolled: it would take half a minute to compile
                 _update(
-                    rows, table, tiles, R, K, means[holder], variances[holder], counters[holder],
-                    holder, 1 if H > 1 else K, momentum, C, ALL, FOLDED, STEP,
+                    rows, table, tiles, R, K, pick(means, holder, H), pick(variances, holder, H),
+                    pick(counters, holder, H), holder, 1 if H > 1 else K, momentum, C, ALL, FOLDED,
+                    STEP,
                 )  # fmt: skip
 
 

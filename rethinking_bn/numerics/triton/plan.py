@@ -27,8 +27,8 @@ class Plan(NamedTuple):
         groups: K, tensors, or row groups of the only tensor.
         tiles: T, rows that the tiles write; 0 when every tensor is empty.
         table: int64 on the device, flat. For every tile group, whether it is the group's first,
-            planes, positions, offset of its first element, size of a plane (channels-last: 0); then for every
-            group its first tile and its number of tiles.
+            planes, positions, offset of its first element, size of a plane (channels-last: 0);
+            then for every group its first tile and its number of tiles.
         listed: tiles in the table, one at least.
         last: whether tensors are channels-last.
         align: a power of two that divides every offset a block can start at.

@@ -35,7 +35,8 @@ def _rows(rows, FIELDS: tl.constexpr, first, number, stride, step, C, channel,
     i = step + tl.arange(0, STEP)
     row = (first + i * stride) * (FIELDS * C)
     if VECTOR:
-        return rows + row[:, None] + channel[None, :], (i < number)[:, None] & (channel < C)[None, :]
+        mask = (i < number)[:, None] & (channel < C)[None, :]
+        return rows + row[:, None] + channel[None, :], mask
     else:
         return rows + row + channel, i < number
 
