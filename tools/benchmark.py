@@ -10,8 +10,8 @@ One comparison, on the GPU:
     python tools/benchmark.py level-norm --device cuda
 
 Each comparison first checks that both sides compute the same outputs, gradients and running
-statistics, and stops if not. Then it times them in turns and prints medians with quartiles, ratios
-and targets. The same goes to OUTPUT/benchmark_<comparison>_<device>.json, with versions and
+statistics, and stops if not. Then it times them in turns and prints medians with quartiles, and
+ratios. The same goes to OUTPUT/benchmark_<comparison>_<device>.json, with versions and
 hardware, and curves of how the costs grow to a PNG beside it. ``--quick`` uses toy sizes to see
 that everything works: its times mean nothing.
 """
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     environment = describe_environment(options.device)
     print(", ".join(f"{key}: {value}" for key, value in environment.items()), end="\n\n")
     if args.quick:
-        print("--quick: toy sizes, the times and whether targets are met mean nothing\n")
+        print("--quick: toy sizes, the times mean nothing\n")
     names = list(COMPARISONS) if args.comparison == "all" else [args.comparison]
     results = []
     for name in names:

@@ -12,7 +12,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from benchmarks.equality import require_equal, tolerance_of
 from benchmarks.options import Options
 from benchmarks.result import Result
-from benchmarks.targets import target
 from benchmarks.timing import Step, alternate
 from rethinking_bn.averaging import AveragedWeights
 
@@ -65,6 +64,5 @@ def _compare(result: Result, name: str, model: nn.Module, options: Options) -> N
     }
     times = alternate(sides, options.device, options.plan(8.0))
     case = f"{name}, {sum(p.numel() for p in values) / 1e6:.0f} million weights"
-    goal = target("averaging / torch's EMA", options.device)
-    result.measure(case, (_OURS, times[_OURS]), (_TORCH, times[_TORCH]), target=goal)
+    result.measure(case, (_OURS, times[_OURS]), (_TORCH, times[_TORCH]))
     result.measure(case, (_OURS, times[_OURS]), (_BARE, times[_BARE]))

@@ -10,12 +10,9 @@ from torch import nn
 from benchmarks.comparators.batch_norm import PlainSyncBatchNorm2d
 from benchmarks.contenders import TOY_SIZES, make_levels
 from benchmarks.equality import ResultsDiffer
-from benchmarks.extrapolate import norm_table
-from benchmarks.optional import missing
-from benchmarks.options import Options
+from benchmarks.options import Options, missing
 from benchmarks.processes import alternate_together
 from benchmarks.result import Result
-from benchmarks.targets import target
 from benchmarks.timing import Plan
 from benchmarks.traffic import counting_traffic
 from rethinking_bn.studies.processes import run_processes
@@ -36,8 +33,6 @@ def run(options: Options, per_level: type[nn.Module] | None = None) -> Result:
         result.skip("everything", reason)
     else:
         _compare(result, options, per_level)
-    images, ranks_per_node = 2, 8
-    result.tables.append(norm_table((2, 4, 8, 16, 32, 64), ranks_per_node, images=images))
     return result
 
 
@@ -61,8 +56,7 @@ def _compare(result: Result, options: Options, per_level: type[nn.Module] | None
             (side, [float(answer["calls"][index].get(kind, 0))])
             for index, side in enumerate((ours, other))
         ]
-        goal = target("collectives per layer", device)
-        result.measure(f"{kind} per step", pair[0], pair[1], unit="", scale=1.0, target=goal)
+        result.measure(f"{kind} per step", pair[0], pair[1], unit="", scale=1.0)
     sent = [(side, [answer["sent"][index]]) for index, side in enumerate((ours, other))]
     result.measure("sent per rank and step", sent[0], sent[1], unit="KiB", scale=1 / 1024)
     times = answer["times"]

@@ -1,4 +1,4 @@
-"""What a norm adds to a training step of the RetinaNet head, in time and in memory."""
+"""What a norm adds to a training step of the RetinaNet head."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from benchmarks.contenders import FPN_SIZES, TOY_SIZES, make_levels
-from benchmarks.optional import missing
-from benchmarks.options import Options
+from benchmarks.options import Options, missing
 from benchmarks.result import Result
-from benchmarks.targets import target
 from benchmarks.timing import Step, alternate, spread
 
 if TYPE_CHECKING:
@@ -35,16 +33,12 @@ def run(options: Options) -> Result:
     with warnings.catch_warnings():
         # detectron2 uses what recent versions of torch deprecate
         warnings.filterwarnings("ignore", category=FutureWarning)
-        from benchmarks.full_config import add_full_config
-        from benchmarks.head_memory import add_memory
         from benchmarks.retinanet_heads import HeadSize
 
         size = options.pick(
             quick=HeadSize(8, 1, 2, 1), cpu=HeadSize(64, 4, 4, 9), cuda=HeadSize(256)
         )
         _compare(result, size, options)
-        add_memory(result, size, options)
-        add_full_config(result, options)
     return result
 
 
@@ -78,7 +72,6 @@ def _compare(result: Result, size: HeadSize, options: Options) -> None:
 
     steps = {name: stepper(head) for name, head in heads.items()}
     times = alternate(steps, options.device, options.plan(24.0))
-    goal = target("head norm / detectron2", options.device)
     for name, without, case in (
         (_OURS, _OURS_NONE, "added by the norm, each head less itself without one"),
         (_OURS, _NONE, "added over detectron2's head without norm"),
@@ -89,8 +82,7 @@ def _compare(result: Result, size: HeadSize, options: Options) -> None:
         typical = spread(beside)
         told = min(typical.low, spread(added).low) > 0
         paired = [value / typical.median for value in added] if told else []
-        row1 = goal if name == _OURS else None
-        result.measure(case, (name, added), (_THEIRS, beside), target=row1, paired=paired)
+        result.measure(case, (name, added), (_THEIRS, beside), paired=paired)
     for name in (_OURS, _OURS_4, _THEIRS, _OURS_NONE):
         result.measure("whole step", (name, times[name]), (_NONE, times[_NONE]))
     result.notes.append(

@@ -17,14 +17,12 @@ from benchmarks.contenders import (
     per_level,
     randomize_affine,
 )
-from benchmarks.costs import compare_on_gpu, compare_saved
 from benchmarks.equality import tolerance_of
 from benchmarks.floor import floor_table
 from benchmarks.growth import add_growth
-from benchmarks.optional import missing
-from benchmarks.options import Options
+from benchmarks.memory import saved_bytes
+from benchmarks.options import Options, missing
 from benchmarks.result import Result
-from benchmarks.targets import target
 from benchmarks.timing import alternate, spread
 from rethinking_bn.layers import CycleBatchNorm2d
 
@@ -70,26 +68,30 @@ def _compare(result: Result, levels: Levels, options: Options) -> None:
         check_step(result, row4, cycle, tolerance)
     sides += cycles
     times = alternate({s.name: s.step for s in sides}, device, options.plan(14.0))
-    case = "float32"
-    for ours, other, key in (
-        (shared, concat, "shared BN / concatenate"),
-        (shared, five, "shared BN / five BatchNorm2d"),
-        (shared, groups, None),
-        (row6, five, None),
-        *((row4, cycle, "domain-specific BN / CycleBatchNormList") for cycle in cycles[:1]),
-        *((cycles[1], cycles[0], None) for _ in cycles[:1]),
+    for ours, other in (
+        (shared, concat),
+        (shared, five),
+        (shared, groups),
+        (row6, five),
+        *((row4, cycle) for cycle in cycles[:1]),
+        *((cycles[1], cycles[0]) for _ in cycles[:1]),
     ):
-        goal = None if key is None else target(key, device)
         pair = [(side.name, times[side.name]) for side in (ours, other)]
-        result.measure(case, pair[0], pair[1], target=goal)
-    compare_saved(result, shared, concat)
+        result.measure("float32", pair[0], pair[1])
+    _compare_saved(result, shared, concat)
     for cycle in cycles[:1]:
-        goal = target("domain-specific BN / CycleBatchNormList, saved", device)
-        compare_saved(result, row4, cycle, goal)
-    if device.type == "cuda":
-        compare_on_gpu(result, shared, concat, options)
+        _compare_saved(result, row4, cycle)
     measured = {side.name: spread(times[side.name]) for side in (shared, concat, five, row4)}
     result.tables.append(floor_table(levels.nbytes, measured, device, options.plan(1.0)))
+
+
+def _compare_saved(result: Result, ours: Contender, other: Contender) -> None:
+    """Compare the bytes kept for the backward, parameters aside."""
+    pairs = [
+        (side.name, [float(saved_bytes(side.forward, side.module.parameters()))])
+        for side in (ours, other)
+    ]
+    result.measure("saved for backward", pairs[0], pairs[1], unit="MiB", scale=1 / 2**20)
 
 
 def _cycle_contenders(result: Result, levels: Levels) -> list[Contender]:

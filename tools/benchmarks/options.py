@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -41,3 +42,9 @@ class Options:
         """Return the kind of device on which ``world`` processes can run side by side."""
         enough = self.device.type == "cuda" and torch.cuda.device_count() >= world
         return self.device if enough else torch.device("cpu")
+
+
+def missing(*packages: str) -> str | None:
+    """Return why something that needs these packages is skipped, or None if all are there."""
+    absent = [package for package in packages if find_spec(package) is None]
+    return f"needs {' and '.join(absent)}, not installed" if absent else None

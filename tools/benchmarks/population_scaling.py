@@ -12,7 +12,6 @@ from benchmarks.equality import ResultsDiffer, require_equal_state, tolerance_of
 from benchmarks.options import Options
 from benchmarks.processes import alternate_together
 from benchmarks.result import Result
-from benchmarks.targets import population_target
 from benchmarks.timing import Plan
 from rethinking_bn.distributed import get_rank
 from rethinking_bn.population.estimate import estimate_population_statistics
@@ -39,8 +38,7 @@ def add_scaling(result: Result, options: Options) -> None:
         times = answer["times"]
         case = f"{world * count} batches of resnet18, {images} x {size} x {size}, cpu"
         together = (f"{world} processes", times["all"])
-        goal = population_target(world)
-        result.measure(case, together, ("one process", times["one"]), target=goal)
+        result.measure(case, together, ("one process", times["one"]))
         result.measure(case, together, (f"{world} that share nothing", times["apart"]))
 
 

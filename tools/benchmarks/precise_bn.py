@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from benchmarks.comparators.population import PlainPopulation
 from benchmarks.contenders import FPN_SIZES, TOY_SIZES, make_levels
 from benchmarks.equality import require_equal, tolerance_of
-from benchmarks.optional import missing
-from benchmarks.options import Options
+from benchmarks.options import Options, missing
 from benchmarks.population_scaling import add_scaling
 from benchmarks.result import Result
-from benchmarks.targets import target
 from benchmarks.timing import Step, alternate
 from rethinking_bn.layers import MultiDomainBatchNorm2d
 from rethinking_bn.population.estimate import estimate_population_statistics
@@ -101,9 +99,8 @@ def _compare(
         else sum(len(batch) for batch in batches)
     )
     per_image = {name: [value / images for value in values] for name, values in times.items()}
-    goal = target("population / forward", options.device)
     ours_times = (_OURS, per_image[_OURS])
-    result.measure(f"{case}, per image", ours_times, (_FORWARD, per_image[_FORWARD]), target=goal)
+    result.measure(f"{case}, per image", ours_times, (_FORWARD, per_image[_FORWARD]))
     if _FVCORE in sides:
         result.measure(f"{case}, per image", ours_times, (_FVCORE, per_image[_FVCORE]))
 

@@ -10,7 +10,7 @@ from benchmarks.result import Cell, Measurement, Result, Table
 from benchmarks.timing import Spread
 from rethinking_bn.files import replace, write_json
 
-_COLUMNS = ("case", "ours", "beside", "ours", "beside", "ratio", "target", "met")
+_COLUMNS = ("case", "ours", "beside", "ours", "beside", "ratio")
 
 
 def as_markdown(result: Result) -> str:
@@ -33,12 +33,10 @@ def as_markdown(result: Result) -> str:
 
 def _measurement_row(m: Measurement) -> tuple[Cell, ...]:
     ratio = "within noise" if m.ratio is None else _with_quartiles(m.ratio)
-    target = "" if m.target is None else f"≤ {m.target:.3g}"
-    met = {True: "met", False: "not met", None: ""}[m.met]
     values = [
         f"{_with_quartiles(value)} {m.unit}".rstrip() for value in (m.our_value, m.other_value)
     ]
-    return (m.case, m.ours, m.other, *values, ratio, target, met)
+    return (m.case, m.ours, m.other, *values, ratio)
 
 
 def _with_quartiles(s: Spread) -> str:

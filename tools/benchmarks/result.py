@@ -1,4 +1,4 @@
-"""What a comparison found: measurements with their targets, tables, checks and notes."""
+"""What a comparison found: measurements, tables, checks and notes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class Measurement:
         unit: of the values.
         our_value, other_value: median and quartiles.
         ratio: ours / other, round by round; None where it cannot be told from noise.
-        target: what the ratio should not exceed; None: none is set.
     """
 
     case: str
@@ -31,14 +30,6 @@ class Measurement:
     our_value: Spread
     other_value: Spread
     ratio: Spread | None
-    target: float | None = None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the median ratio reaches the target; None without either."""
-        if self.target is None or self.ratio is None:
-            return None
-        return self.ratio.median <= self.target
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -46,7 +37,7 @@ class Measurement:
         for name in ("our_value", "other_value", "ratio"):
             value = getattr(self, name)
             values[name] = None if value is None else value._asdict()
-        return {**values, "met": self.met}
+        return values
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,6 @@ class Result:
         *,
         unit: str = "ms",
         scale: float = 1e3,
-        target: float | None = None,
         paired: Sequence[float] | None = None,
     ) -> None:
         """Add a measurement.
@@ -86,14 +76,13 @@ class Result:
         Args:
             ours, other: name and repeated values, in the same rounds.
             scale: what turns the values into ``unit``.
-            target: largest ratio wanted.
             paired: the ratios, where they are not those of the values round by round.
         """
         of_rounds = ratios(ours[1], other[1]) if paired is None else paired
         values = [spread([value * scale for value in side[1]]) for side in (ours, other)]
         ratio = spread(of_rounds) if of_rounds else None
         self.measurements.append(
-            Measurement(case, ours[0], other[0], unit, values[0], values[1], ratio, target)
+            Measurement(case, ours[0], other[0], unit, values[0], values[1], ratio)
         )
 
     def skip(self, what: str, reason: str) -> None:

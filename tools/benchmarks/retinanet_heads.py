@@ -14,17 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.comparators.batch_norm import ConcatenatedBatchNorm2d
 from rethinking_bn.layers import MultiDomainBatchNorm2d
+from rethinking_bn.layers.multi_domain import TABLE_5
 from rethinking_bn.modeling import MultiDomainBNRetinaNetHead
-
-# train_stats, population_stats, affine of the rows of Table 5
-ROWS = {
-    1: ("shared", "shared", "shared"),
-    2: ("shared", "domain_specific", "shared"),
-    3: ("domain_specific", "shared", "shared"),
-    4: ("domain_specific", "domain_specific", "shared"),
-    5: ("domain_specific", "shared", "domain_specific"),
-    6: ("domain_specific", "domain_specific", "domain_specific"),
-}
 
 
 @dataclass(frozen=True)
@@ -50,8 +41,7 @@ class HeadSize:
 
 def our_head(size: HeadSize, row: int | None, norm: str = "BN") -> nn.Module:
     """Return our head with the choices of a row of Table 5, or for None without a norm."""
-    names = ("train_stats", "population_stats", "affine")
-    choices = {} if row is None else dict(zip(names, ROWS[row], strict=True))
+    choices: dict[str, Any] = {} if row is None else dict(TABLE_5[row])
     norm = "" if row is None else norm
     torch.manual_seed(0)
     return MultiDomainBNRetinaNetHead(norm=norm, **choices, **size.arguments())

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from benchmarks.comparators.shuffle import PaddedShuffle, PaddedState
 from benchmarks.equality import ResultsDiffer, require_equal
-from benchmarks.extrapolate import shuffle_table
 from benchmarks.options import Options
 from benchmarks.processes import alternate_together
 from benchmarks.result import Result, Table
-from benchmarks.targets import shuffle_targets
 from benchmarks.timing import Plan, Step, spread
 from benchmarks.traffic import counting_traffic
 from rethinking_bn.distributed import all_gather_object, get_rank
@@ -52,16 +50,14 @@ def run(options: Options, other: type[PaddedShuffle] = PaddedShuffle) -> Result:
         by_rows = answers[0]["times"]
         times = by_rows[rows]
         case = f"{world} processes, {rows} rows of {shape}, {device.type}"
-        time_goal, bytes_goal = shuffle_targets(world)
-        goal = time_goal if device.type == "cpu" else None
-        result.measure(case, (_OURS, times[_OURS]), (_OTHER, times[_OTHER]), target=goal)
+        result.measure(case, (_OURS, times[_OURS]), (_OTHER, times[_OTHER]))
         result.measure(case, (_OURS, times[_OURS]), (_BARE, times[_BARE]))
         pair = [
             (side, [max(answer["sent"][rows][side] for answer in answers)])
             for side in (_OURS, _OTHER)
         ]
         name = f"{case}, most sent by a rank"
-        result.measure(name, pair[0], pair[1], unit="MiB", scale=1 / 2**20, target=bytes_goal)
+        result.measure(name, pair[0], pair[1], unit="MiB", scale=1 / 2**20)
         ranks.append((world, *_medians(times)))
         if len(by_rows) > 1:
             table: list[Row] = [(count, *_medians(value)) for count, value in by_rows.items()]
@@ -69,8 +65,6 @@ def run(options: Options, other: type[PaddedShuffle] = PaddedShuffle) -> Result:
             result.tables.append(Table(title, ("rows", _OURS, _OTHER), table, plot=True))
     title = f"ms by ranks, {rows} rows each"
     result.tables.append(Table(title, ("ranks", _OURS, _OTHER), ranks, plot=True))
-    nbytes = 1024 * 256 * 7 * 7 * 4  # 512 RoIs of each of two images, float32
-    result.tables.append(shuffle_table((2, 4, 8, 16, 32, 64), nbytes, ranks_per_node=8))
     result.notes.append("a round lasts as long as its slowest rank; one thread a process")
     return result
 
