@@ -16,7 +16,14 @@ from detectron2.config import CfgNode  # noqa: E402
 def _our_keys() -> CfgNode:
     c = CfgNode()
     c.MODEL = CfgNode()
+    c.SOLVER = CfgNode()
     c.TEST = CfgNode()
+
+    # --- An iteration in several passes ------------------------------------------------ section 4
+    # Forward/backward passes per optimiser step of each rank, whose gradients are averaged. An
+    # iteration stays one step over SOLVER.IMS_PER_BATCH images; what is normalised together are the
+    # images of one pass. Must divide the images per rank.
+    c.SOLVER.ACCUMULATION_STEPS = 1
 
     # --- RetinaNet's head (META_ARCHITECTURE: ConfigurableHeadRetinaNet) ---------- section 5
     c.MODEL.RETINANET = CfgNode()
@@ -43,8 +50,8 @@ def _our_keys() -> CfgNode:
     c.MODEL.MABN = CfgNode()
     # Images whose statistics the backward pass averages over time; a multiple of BATCH_SIZE.
     c.MODEL.MABN.SIMULATED_BATCH_SIZE = 32
-    # Images in one forward of a rank. 0: SOLVER.IMS_PER_BATCH divided by the number of ranks, whose
-    # result must divide SIMULATED_BATCH_SIZE for training.
+    # Images in one forward of a rank. 0: SOLVER.IMS_PER_BATCH divided by the number of ranks and
+    # by SOLVER.ACCUMULATION_STEPS, whose result must divide SIMULATED_BATCH_SIZE for training.
     c.MODEL.MABN.BATCH_SIZE = 0
     # Fraction of the new value in the running mean square (torch's meaning of momentum).
     c.MODEL.MABN.MOMENTUM = 0.02
@@ -61,7 +68,8 @@ def _our_keys() -> CfgNode:
     # Names of registered data sets, labelled or not. Empty: DATASETS.TRAIN. Another domain's images
     # give that domain's statistics (Table 4).
     c.TEST.PRECISE_BN.DATASETS = ()
-    # Images per iteration on all ranks together. 0: SOLVER.IMS_PER_BATCH. Table 2.
+    # Images per iteration on all ranks together. 0: those of one pass of training on all ranks,
+    # SOLVER.IMS_PER_BATCH / SOLVER.ACCUMULATION_STEPS. Table 2.
     c.TEST.PRECISE_BN.IMS_PER_BATCH = 0
     # Worker processes of its loader, per rank.
     c.TEST.PRECISE_BN.NUM_WORKERS = 0
@@ -89,3 +97,26 @@ def _add_missing(source: CfgNode, target: CfgNode) -> None:
             setattr(target, key, value)
         elif isinstance(value, CfgNode):
             _add_missing(value, target[key])
+
+
+def images_per_pass(cfg: CfgNode, ranks: int) -> int:
+    """Return how many images a rank's forward/backward pass has in training.
+
+    Args:
+        cfg: of any detectron2 project; without SOLVER.ACCUMULATION_STEPS an iteration is one pass.
+        ranks: processes of the run.
+
+    Raises:
+        ValueError: naming the keys, where SOLVER.IMS_PER_BATCH cannot be divided so.
+    """
+    images, passes = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.get("ACCUMULATION_STEPS", 1)
+    if images < 1 or images % ranks:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {images} cannot be divided among {ranks} process(es)"
+        )
+    if passes < 1 or images // ranks % passes:
+        raise ValueError(
+            f"SOLVER.ACCUMULATION_STEPS {passes} does not divide the {images // ranks} images per "
+            f"process (SOLVER.IMS_PER_BATCH {images}, {ranks} process(es))"
+        )
+    return images // ranks // passes

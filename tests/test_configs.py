@@ -23,7 +23,11 @@ from tests.test_config import flat
 FILES = [name for name in list_config_files() if not Path(name).name.startswith("Base-")]
 PAPER = [name for name in FILES if not name.startswith("shapes/")]
 # what small batches do to a norm, on shapes only
-SHAPES_ONLY = [f"shapes/retinanet_{norm}_2im.yaml" for norm in ("bn", "gn", "mabn")]
+SHAPES_ONLY = [
+    f"shapes/retinanet_{norm}_2im{step}.yaml"
+    for norm in ("bn", "gn", "mabn")
+    for step in ("", "_of_16")
+]
 SHARED, SEPARATE = "shared", "domain_specific"
 
 

@@ -6,6 +6,10 @@ from rethinking_bn._detectron2 import require_detectron2
 
 require_detectron2("rethinking_bn.engine")
 
+from rethinking_bn.engine.accumulation import (  # noqa: E402
+    AccumulatingAMPTrainer,
+    AccumulatingTrainer,
+)
 from rethinking_bn.engine.checkpointer import Checkpointer  # noqa: E402
 from rethinking_bn.engine.hooks import with_rethinking_bn  # noqa: E402
 from rethinking_bn.engine.load_config import load_config  # noqa: E402
@@ -20,6 +24,8 @@ from rethinking_bn.engine.train_loader import ResumableTrainLoader, build_train_
 from rethinking_bn.engine.trainer import Trainer  # noqa: E402
 
 __all__ = [
+    "AccumulatingAMPTrainer",
+    "AccumulatingTrainer",
     "Checkpointer",
     "MergeStatistics",
     "PreciseBN",

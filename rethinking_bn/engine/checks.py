@@ -13,6 +13,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
+from rethinking_bn.config import images_per_pass
 from rethinking_bn.data.register import ShapesMetadata
 from rethinking_bn.engine.load_config import load_config, use_available_device
 from rethinking_bn.layers import MABN2d
@@ -53,8 +54,8 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
 
 
 def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:
-    """Raise a ValueError unless the images of an iteration can be divided among the ranks, and
-    those of a rank into normalisation batches."""
+    """Raise a ValueError unless the images of an iteration can be divided among the ranks, those
+    of a rank among its passes, and those of a pass into normalisation batches."""
     try:
         cfg = DefaultTrainer.auto_scale_workers(cfg, ranks)
     except AssertionError as error:
@@ -62,23 +63,22 @@ def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be divided by "
             f"SOLVER.REFERENCE_WORLD_SIZE {cfg.SOLVER.REFERENCE_WORLD_SIZE}"
         ) from error
-    sizes = {}
-    if training:
-        sizes["SOLVER.IMS_PER_BATCH"] = cfg.SOLVER.IMS_PER_BATCH
-    if cfg.TEST.PRECISE_BN.ENABLED:
-        if cfg.TEST.PRECISE_BN.IMS_PER_BATCH:
-            sizes["TEST.PRECISE_BN.IMS_PER_BATCH"] = cfg.TEST.PRECISE_BN.IMS_PER_BATCH
-        else:
-            sizes["SOLVER.IMS_PER_BATCH"] = cfg.SOLVER.IMS_PER_BATCH
-    for key, size in sizes.items():
-        if size < 1 or size % ranks:
-            raise ValueError(f"{key} {size} cannot be divided among {ranks} process(es)")
-        together = cfg.MODEL.ROI_HEADS.NORM_IMAGES
-        images = size // ranks
+    estimates = cfg.TEST.PRECISE_BN.IMS_PER_BATCH if cfg.TEST.PRECISE_BN.ENABLED else 0
+    sizes = {}  # (on all ranks, per forward on one rank)
+    if training or (cfg.TEST.PRECISE_BN.ENABLED and not estimates):
+        images = images_per_pass(cfg, ranks)
+        sizes["SOLVER.IMS_PER_BATCH"] = (cfg.SOLVER.IMS_PER_BATCH, images)
+    if estimates:
+        key = "TEST.PRECISE_BN.IMS_PER_BATCH"
+        if estimates < 1 or estimates % ranks:
+            raise ValueError(f"{key} {estimates} cannot be divided among {ranks} process(es)")
+        sizes[key] = (estimates, estimates // ranks)
+    together = cfg.MODEL.ROI_HEADS.NORM_IMAGES
+    for key, (size, images) in sizes.items():
         if together > 0 and images % together:
             raise ValueError(
                 f"MODEL.ROI_HEADS.NORM_IMAGES {together} does not divide the {images} images per "
-                f"process ({key} {size}, {ranks} process(es))"
+                f"process and pass ({key} {size}, {ranks} process(es))"
             )
 
 
@@ -179,10 +179,11 @@ def _check_mabn_batch(cfg: CfgNode, ranks: int) -> None:
     if cfg.MODEL.MABN.BATCH_SIZE:
         return  # building has checked it
     simulated = cfg.MODEL.MABN.SIMULATED_BATCH_SIZE
-    total = DefaultTrainer.auto_scale_workers(cfg, ranks).SOLVER.IMS_PER_BATCH
-    images = total // ranks
-    if images < 1 or simulated < 1 or simulated % images:
+    cfg = DefaultTrainer.auto_scale_workers(cfg, ranks)
+    images = images_per_pass(cfg, ranks)
+    if simulated < 1 or simulated % images:
         raise ValueError(
             f"MODEL.MABN.SIMULATED_BATCH_SIZE {simulated} is not a multiple of the {images} images "
-            f"per process (SOLVER.IMS_PER_BATCH {total}, {ranks} process(es))"
+            f"per process and pass (SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}, {ranks} "
+            f"process(es), SOLVER.ACCUMULATION_STEPS {cfg.SOLVER.get('ACCUMULATION_STEPS', 1)})"
         )

@@ -16,6 +16,7 @@ from detectron2.data.build import (
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
+from rethinking_bn.config import images_per_pass
 from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.train_loader import Mapper, ResumableTrainLoader, Sample
 
@@ -41,8 +42,8 @@ def build_population_loader(
 
     Args:
         cfg: read are TEST.PRECISE_BN.DATASETS (empty: DATASETS.TRAIN), IMS_PER_BATCH (on all ranks
-            together; 0: SOLVER.IMS_PER_BATCH), NUM_WORKERS (per rank), SEED, INPUT, and the filter
-            and grouping of DATALOADER.
+            together; 0: those of one pass of training), NUM_WORKERS (per rank), SEED, INPUT, and
+            the filter and grouping of DATALOADER.
         mapper: from a dataset dict to the model's input; None: detectron2's DatasetMapper for
             training.
 
@@ -52,10 +53,12 @@ def build_population_loader(
     """
     names = _read(cfg, "DATASETS", ()) or cfg.DATASETS.TRAIN
     images, workers = _read(cfg, "IMS_PER_BATCH", 0), _read(cfg, "NUM_WORKERS", 0)
-    key = "TEST.PRECISE_BN.IMS_PER_BATCH" if images else "SOLVER.IMS_PER_BATCH"
-    images, world = images or cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    world = comm.get_world_size()
+    images = images or world * images_per_pass(cfg, world)
     if images < 1 or images % world:
-        raise ValueError(f"{key} {images} cannot be divided among {world} process(es)")
+        raise ValueError(
+            f"TEST.PRECISE_BN.IMS_PER_BATCH {images} cannot be divided among {world} process(es)"
+        )
     samples = _load(cfg, names)
     seed = max(cfg.SEED, 0)
     return ResumableTrainLoader(

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, HookBase
 from torch import nn
 
-from rethinking_bn.engine.autocast import CPUAutocastTrainer
+from rethinking_bn.engine.accumulation import CPUAutocastTrainer
 from rethinking_bn.engine.population_loader import build_population_loader, build_together
 from rethinking_bn.population import PopulationReport, estimate_population_statistics
 from rethinking_bn.population.observers import find_population_layers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,31 +15,72 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rethinking_bn.layers import PopulationLayer
 
-RankState = dict[str, Any]  # {"normalizers": {module: float}, "buffers": {name: Tensor}}
+# {"normalizers": {module: float, or one per pass}, "buffers": {name: Tensor}}
+RankState = dict[str, Any]
+
+_OF_PASSES = "loss_normalizers"  # a dense detector's loss_normalizer of each pass of an iteration
+
+
+@contextmanager
+def normalizers_of_pass(model: nn.Module, index: int, passes: int) -> Iterator[None]:
+    """Let detectron2's dense detectors use the moving loss normaliser of one pass, and move it.
+
+    So each of the ``passes`` of an iteration keeps its own, as each process does. They are kept
+    beside detectron2's, and all start where that one is. With one pass nothing happens.
+
+    Args:
+        model: may be wrapped in DistributedDataParallel.
+        index: of the pass, from 0.
+        passes: of an iteration.
+    """
+    if passes == 1:
+        yield
+        return
+    detectors = [module for _, module in _dense_detectors(_unwrapped(model))]
+    for module in detectors:
+        kept = vars(module)
+        if len(kept.get(_OF_PASSES, ())) != passes:
+            kept[_OF_PASSES] = [kept.get("loss_normalizer")] * passes
+        own = kept[_OF_PASSES][index]
+        if own is not None:
+            module.loss_normalizer = own
+        else:  # detectron2's starts with the first forward
+            kept.pop("loss_normalizer", None)
+    yield
+    for module in detectors:
+        vars(module)[_OF_PASSES][index] = vars(module).get("loss_normalizer")
 
 
 def gather_rank_state(model: nn.Module) -> list[RankState]:
     """Return every rank's own state, rank 0 first: what a bit-exact resume needs beside the model.
 
     It holds the loss normalisers of detectron2's dense detectors (a float attribute that appears
-    with the first training step), every buffer that differs between ranks, and the buffers that
-    layers of ours keep out of the state dict. A collective: every rank must call it.
+    with the first training step; where an iteration has several passes, one for each), every
+    buffer that differs between ranks, and the buffers that layers of ours keep out of the state
+    dict. A collective: every rank must call it.
     """
     model = _unwrapped(model)
     buffers = dict(model.named_buffers())
     names = set(_unsaved_buffers(model)) | _differing(buffers)
     own: RankState = {
-        "normalizers": {name: float(module.loss_normalizer) for name, module in _normalized(model)},
+        "normalizers": {
+            name: _normalizer(module)
+            for name, module in _dense_detectors(model)
+            if "loss_normalizer" in vars(module)
+        },
         "buffers": {name: buffers[name].detach().cpu().clone() for name in sorted(names)},
     }
     return comm.all_gather(own)
 
 
-def load_rank_state(model: nn.Module, states: list[RankState]) -> None:
+def load_rank_state(model: nn.Module, states: list[RankState], passes: int = 1) -> None:
     """Give this rank its own part of :func:`gather_rank_state`'s result.
 
     For another number of ranks there is no own part: every rank then takes the mean over the
-    ranks there were, and the log says so.
+    ranks there were, and the log says so. The same goes for the passes of an iteration.
+
+    Args:
+        passes: of an iteration from now on.
     """
     world = comm.get_world_size()
     if len(states) == world:
@@ -55,7 +97,7 @@ def load_rank_state(model: nn.Module, states: list[RankState]) -> None:
     modules = dict(model.named_modules())
     for name, value in state["normalizers"].items():
         if name in modules:
-            modules[name].loss_normalizer = value  # type: ignore[assignment]
+            _set_normalizer(modules[name], value, passes)
     buffers = dict(model.named_buffers())
     with torch.no_grad():
         for name, value in state["buffers"].items():
@@ -68,11 +110,35 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _normalized(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the modules with a moving loss normaliser (the keypoint head's is a constant)."""
+def _dense_detectors(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the modules whose loss normaliser moves (the keypoint head's is a constant)."""
     for name, module in model.named_modules():
-        if hasattr(type(module), "_ema_update") and "loss_normalizer" in vars(module):
+        if hasattr(type(module), "_ema_update"):
             yield name, module
+
+
+def _normalizer(module: Any) -> float | list[float]:
+    """Return what a detector normalises its loss by: one number, or one for each pass."""
+    own = float(module.loss_normalizer)
+    return [
+        own if value is None else float(value) for value in vars(module).get(_OF_PASSES, ())
+    ] or own
+
+
+def _set_normalizer(module: Any, value: float | list[float], passes: int) -> None:
+    values = value if isinstance(value, list) else [value]
+    if len(values) != passes:
+        logging.getLogger(__name__).warning(
+            "The checkpoint was saved with %d pass(es) per iteration and is resumed with %d: the "
+            "loss normalisers are set to their mean, so this continues another run.",
+            len(values),
+            passes,
+        )
+        values = [sum(values) / len(values)] * passes
+    module.loss_normalizer = values[-1]
+    vars(module).pop(_OF_PASSES, None)
+    if passes > 1:
+        setattr(module, _OF_PASSES, values)
 
 
 def _unsaved_buffers(model: nn.Module) -> Iterator[str]:
@@ -105,7 +171,7 @@ def _mean(states: list[RankState]) -> RankState:
     """Return the mean over ranks; of what cannot be averaged, rank 0's."""
     first = states[0]
     normalizers = {
-        name: sum(state["normalizers"][name] for state in states) / len(states)
+        name: _mean_normalizer([state["normalizers"][name] for state in states])
         for name in first["normalizers"]
         if all(name in state["normalizers"] for state in states)
     }
@@ -116,3 +182,9 @@ def _mean(states: list[RankState]) -> RankState:
             value = ranks.mean(0).to(value.dtype)
         buffers[name] = value
     return {"normalizers": normalizers, "buffers": buffers}
+
+
+def _mean_normalizer(ranks: list[Any]) -> float | list[float]:
+    if not isinstance(ranks[0], list):
+        return sum(ranks) / len(ranks)
+    return [sum(values) / len(values) for values in zip(*ranks, strict=True)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,12 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from rethinking_bn.engine.autocast import CPUAutocastTrainer
+from rethinking_bn.config import images_per_pass
+from rethinking_bn.engine.accumulation import (
+    AccumulatingAMPTrainer,
+    AccumulatingTrainer,
+    CPUAutocastTrainer,
+)
 from rethinking_bn.engine.checkpointer import Checkpointer
 from rethinking_bn.engine.checks import check_required_weights
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
@@ -26,6 +32,7 @@ from rethinking_bn.engine.merge_statistics import MergeStatistics
 from rethinking_bn.engine.optimizer import build_optimizer
 from rethinking_bn.engine.rank_state import RankState, gather_rank_state, load_rank_state
 from rethinking_bn.engine.train_loader import build_train_loader
+from rethinking_bn.population.run import communicates
 from rethinking_bn.randomness import announce_iteration, derive_seed
 
 logger = logging.getLogger(__name__)
@@ -46,6 +53,8 @@ class Trainer(DefaultTrainer):
       all generators are seeded at every iteration from (run seed, iteration, rank), so that what
       evaluation or population training drew does not matter. ``cfg.SEED`` < 0 stands for a random
       run seed, which the checkpoint keeps;
+    - an iteration can be several passes (``SOLVER.ACCUMULATION_STEPS``, see
+      :class:`rethinking_bn.engine.AccumulatingTrainer`);
     - before each step, modules with a method ``set_iteration`` are told the run seed and the
       iteration (see rethinking_bn.randomness).
 
@@ -60,13 +69,15 @@ class Trainer(DefaultTrainer):
             cfg: as for DefaultTrainer, with this package's keys added.
 
         Raises:
-            ValueError: if ``SOLVER.IMS_PER_BATCH`` cannot be divided among the ranks.
+            ValueError: if ``SOLVER.IMS_PER_BATCH`` cannot be divided among the ranks, or a rank's
+                images among the passes of ``SOLVER.ACCUMULATION_STEPS``.
         """
         # DefaultTrainer's own wraps the model for GPUs and has no override for that: skipped
         super(DefaultTrainer, self).__init__()
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        images_per_pass(cfg, comm.get_world_size())  # raises before anything is built
         self._seed_is_given = cfg.SEED >= 0
         self.cfg = _with_seed(cfg, cfg.SEED if self._seed_is_given else _random_seed())
         logger.info("Run seed: %d", self.run_seed)
@@ -78,6 +89,7 @@ class Trainer(DefaultTrainer):
         on_gpu = torch.device(self.cfg.MODEL.DEVICE).type == "cuda"
         model = wrap_data_parallel(model, on_gpu)
         self._trainer = _step_trainer(self.cfg, on_gpu)(model, data_loader, optimizer)
+        _log_passes(self.cfg, model)
         self.scheduler = self.build_lr_scheduler(self.cfg, optimizer)
         self.checkpointer = Checkpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
@@ -174,7 +186,8 @@ class Trainer(DefaultTrainer):
             self._adopt_seed(state_dict["run_seed"])
         super().load_state_dict(state_dict)
         if "rank_states" in state_dict:
-            load_rank_state(self.model, state_dict["rank_states"])
+            passes = self.cfg.SOLVER.ACCUMULATION_STEPS
+            load_rank_state(self.model, state_dict["rank_states"], passes)
         else:
             logger.warning("The checkpoint has no state of the single ranks: resume is not exact.")
 
@@ -217,10 +230,34 @@ class _BeforeSaving(MergeStatistics):
             self.trainer.gather_rank_states()
 
 
-def _step_trainer(cfg: CfgNode, on_gpu: bool) -> type[SimpleTrainer]:
-    if not cfg.SOLVER.AMP.ENABLED:
-        return SimpleTrainer
-    return AMPTrainer if on_gpu else CPUAutocastTrainer
+def _step_trainer(cfg: CfgNode, on_gpu: bool) -> Callable[..., SimpleTrainer]:
+    """Return what makes the trainer of single steps: detectron2's where it can do it."""
+    passes, mixed = cfg.SOLVER.ACCUMULATION_STEPS, cfg.SOLVER.AMP.ENABLED
+    if mixed and not on_gpu:
+        return partial(CPUAutocastTrainer, accumulation_steps=passes)
+    if passes == 1:
+        return AMPTrainer if mixed else SimpleTrainer
+    kind = AccumulatingAMPTrainer if mixed else AccumulatingTrainer
+    return partial(kind, accumulation_steps=passes)
+
+
+def _log_passes(cfg: CfgNode, model: nn.Module) -> None:
+    """Say what an iteration of several passes is, and what is pooled within one of them."""
+    passes, ranks = cfg.SOLVER.ACCUMULATION_STEPS, comm.get_world_size()
+    if passes == 1:
+        return
+    images = images_per_pass(cfg, ranks)
+    logger.info(
+        "An iteration is %d passes over %d image(s) on each of %d process(es).",
+        *(passes, images, ranks),
+    )
+    pooling = [name for name, module in model.named_modules() if communicates(module)]
+    if pooling and ranks > 1:
+        logger.info(
+            "Layers that pool over processes (SyncBN, shuffling) pool the %d images of one pass, "
+            "not those of the iteration: %s and %d more",
+            *(images * ranks, pooling[0], len(pooling) - 1),
+        )
 
 
 def _random_seed() -> int:

@@ -7,6 +7,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from rethinking_bn.config import images_per_pass
+
 
 def norm_options(cfg: CfgNode, norm: str) -> dict[str, Any]:
     """Return the keyword arguments that the config has for layers of a norm.
@@ -18,7 +20,7 @@ def norm_options(cfg: CfgNode, norm: str) -> dict[str, Any]:
     Returns:
         arguments of ``get_norm(norm, channels, ...)``: those of MODEL.MABN for "MABN", otherwise
         none. ``batch_size`` is in images, for layers that see RoIs as well. It is None where
-        MODEL.MABN.BATCH_SIZE is 0 and the images per rank, as many as the ranks now running make
+        MODEL.MABN.BATCH_SIZE is 0 and the images per pass, as many as the ranks now running make
         of SOLVER.IMS_PER_BATCH, do not fit: a model trained on other ranks can be evaluated here,
         and in training its first layer finds the size unfit (rethinking_bn.engine checks that
         before it starts).
@@ -38,8 +40,11 @@ def norm_options(cfg: CfgNode, norm: str) -> dict[str, Any]:
                 f"MODEL.MABN.BATCH_SIZE {batch_size}"
             )
     else:
-        batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
-        if rest or batch_size < 1 or simulated % batch_size:
+        try:
+            batch_size = images_per_pass(cfg, comm.get_world_size())
+        except ValueError:
+            batch_size = None
+        if batch_size and simulated % batch_size:
             batch_size = None
     return {
         "simulated_batch_size": simulated,

@@ -72,7 +72,7 @@ class PopulationRun:
         self.group, self.rank, self.world = group, get_rank(group), get_world_size(group)
         self.autocast, self.forward, self.seed = autocast, forward, seed
         self.progress, self.title = progress and self.rank == 0, title
-        self.communicates = any(_communicates(module) for module in model.modules())
+        self.communicates = any(communicates(module) for module in model.modules())
 
     def __call__(self, batches: Iterable[Any], labelled: bool | None) -> bool:
         """Run every batch and return whether they were taken as labelled."""
@@ -196,7 +196,7 @@ def throwaway_event_storage() -> AbstractContextManager[Any]:
     return nullcontext(_NoStorage()) if events is None else events.EventStorage(1)
 
 
-def _communicates(module: nn.Module) -> bool:
+def communicates(module: nn.Module) -> bool:
     """Return whether a module's forward in training may wait for other ranks.
 
     Modules that do without being a SyncBatchNorm say so by ``sync`` or ``communicates`` = True.

@@ -25,7 +25,7 @@ from rethinking_bn.engine import (
     run_population_training,
     with_rethinking_bn,
 )
-from rethinking_bn.engine.autocast import CPUAutocastTrainer
+from rethinking_bn.engine.accumulation import CPUAutocastTrainer
 from rethinking_bn.layers import MultiDomainBatchNorm2d
 from tests.engine.tiny import register_data, tiny_config, write_data
 from tests.helpers import run_distributed

@@ -17,7 +17,7 @@ from torch import nn
 
 from rethinking_bn import get_config_file
 from rethinking_bn.engine import Checkpointer, MergeStatistics, PreciseBN, Trainer, load_config
-from rethinking_bn.engine.autocast import CPUAutocastTrainer
+from rethinking_bn.engine.accumulation import CPUAutocastTrainer
 from tests.engine.tiny import register_data, tiny_config, write_data
 from tests.helpers import run_distributed
 

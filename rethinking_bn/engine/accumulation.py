@@ -1,0 +1,159 @@
+"""Several forward/backward passes per optimiser step, where detectron2 has one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.utils.events import get_event_storage
+from torch import Tensor
+
+from rethinking_bn.engine.rank_state import normalizers_of_pass
+
+
+class AccumulatingTrainer(SimpleTrainer):
+    """detectron2's SimpleTrainer whose step takes a batch in k equal parts, one after another.
+
+    An iteration stays one optimiser step over one batch of the loader. The gradients of the k
+    passes are averaged, as those of k processes would be; under DistributedDataParallel they are
+    reduced once, with the last pass. So W ranks with k passes take the step of W·k ranks, up to
+    rounding, as long as each layer normalises what is in its own pass (BN, GN): the batch of SGD
+    and the batch of the normalisation are two numbers.
+
+    Each pass keeps its own moving loss normaliser (of detectron2's dense detectors), as each
+    process does. What a forward itself counts or averages (BN's moving averages, the iterations
+    of MABN) moves k times per iteration. Logged are the losses' means over the passes.
+    """
+
+    def __init__(self, *args: Any, accumulation_steps: int = 1, **kwargs: Any) -> None:
+        """
+        Args:
+            accumulation_steps: passes k per step. Every batch of the loader is a sequence whose
+                length k divides.
+            args, kwargs: SimpleTrainer's.
+
+        Raises:
+            ValueError: if ``accumulation_steps`` is not positive.
+        """
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
+        super().__init__(*args, **kwargs)
+        self.accumulation_steps = accumulation_steps
+
+    def run_step(self) -> None:
+        """Take one optimiser step: data, k passes, gradients, optimizer.
+
+        Raises:
+            RuntimeError: if the model is in eval mode.
+            ValueError: if the passes cannot have the same number of samples.
+        """
+        if not self.model.training:
+            raise RuntimeError("the model was changed to eval mode")
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        parts = split_batch(data, self.accumulation_steps)
+
+        if self.zero_grad_before_forward:
+            self.optimizer.zero_grad()
+        means: dict[str, Tensor] = {}
+        for index, part in enumerate(parts):
+            is_last = index == len(parts) - 1
+            with (
+                nullcontext() if is_last else self._no_sync(),
+                normalizers_of_pass(self.model, index, len(parts)),
+            ):
+                with self._autocast():
+                    losses = self.model(part)
+                    if isinstance(losses, Tensor):
+                        losses = {"total_loss": losses}
+                    total = sum(losses.values()) / len(parts)
+                if index == 0 and not self.zero_grad_before_forward:
+                    self.optimizer.zero_grad()
+                self._backward(total)
+            for name, loss in losses.items():
+                mean = loss.detach() / len(parts)
+                means[name] = means[name] + mean if name in means else mean
+
+        self.after_backward()
+        if self.async_write_metrics:
+            self.concurrent_executor.submit(self._write_metrics, means, data_time, iter=self.iter)
+        else:
+            self._write_metrics(means, data_time)
+        self._step_optimizer()
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        """Return the context in which a data-parallel wrapper leaves gradients on their rank."""
+        no_sync = getattr(self.model, "no_sync", nullcontext)
+        return no_sync()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _step_optimizer(self) -> None:
+        self.optimizer.step()
+
+
+class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
+    """:class:`AccumulatingTrainer` with the mixed precision of detectron2's AMPTrainer, on CUDA.
+
+    One scale of the loss holds for all passes of a step; an overflow in any of them skips the
+    step. Takes AMPTrainer's arguments and ``accumulation_steps``.
+    """
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if not torch.cuda.is_available():
+            raise RuntimeError("AccumulatingAMPTrainer needs CUDA, as detectron2's AMPTrainer does")
+        return torch.autocast("cuda", dtype=self.precision)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.grad_scaler.scale(loss).backward()
+
+    def _step_optimizer(self) -> None:
+        if self.log_grad_scaler:
+            scale = self.grad_scaler.get_scale()
+            get_event_storage().put_scalar("[metric]grad_scaler", scale)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+
+class CPUAutocastTrainer(AccumulatingTrainer):
+    """:class:`AccumulatingTrainer` with the forward in bfloat16 autocast on the CPU.
+
+    bfloat16 has float32's range, so there is no gradient scaler. (detectron2's AMPTrainer is for
+    CUDA alone.) The backward runs outside, each operation in the type of its forward.
+    """
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def split_batch(batch: Any, parts: int) -> list[Any]:
+    """Return a batch in equal parts, in order; with ``parts`` 1, the batch as it is.
+
+    Args:
+        batch: a sequence of samples, or a tensor (N, ...).
+
+    Raises:
+        ValueError: if ``parts`` does not divide the number of samples.
+    """
+    if parts == 1:
+        return [batch]
+    if not isinstance(batch, (Sequence, Tensor)):
+        raise ValueError(
+            f"accumulation_steps {parts} needs batches that are lists of samples or tensors, but "
+            f"the loader yields a {type(batch).__name__}"
+        )
+    size, rest = divmod(len(batch), parts)
+    if rest or not size:
+        raise ValueError(
+            f"accumulation_steps {parts} does not divide the {len(batch)} samples of a batch"
+        )
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
