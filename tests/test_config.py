@@ -28,6 +28,7 @@ def test_keys_and_defaults() -> None:
     everything = flat(cfg)
     assert {key: everything[key] for key in stock} == stock
     assert {key: value for key, value in everything.items() if key not in stock} == {
+        "SOLVER.ACCUMULATION_STEPS": 1,
         "MODEL.RETINANET.HEAD_NAME": "RetinaNetHead",
         "MODEL.RETINANET.BN.TRAIN_STATS": "",
         "MODEL.RETINANET.BN.POPULATION_STATS": "",

@@ -152,6 +152,7 @@ def assert_same_run(whole: Record, resumed: Record) -> None:
             "DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler",
         },
         {"TEST.PRECISE_BN.ENABLED": "True"},
+        {"SOLVER.ACCUMULATION_STEPS": "2", "SOLVER.AMP.ENABLED": "True", **NO_EVALUATION},
         {**MABN, **NO_EVALUATION},
     ],
     ids=str,
@@ -171,6 +172,7 @@ def on_rank(rank: int, folder: Path, overrides: dict[str, Any]) -> tuple[Record,
     ("world", "overrides"),
     [
         (2, {"TEST.PRECISE_BN.ENABLED": "True"}),
+        (2, {"SOLVER.IMS_PER_BATCH": "8", "SOLVER.ACCUMULATION_STEPS": "2", **NO_EVALUATION}),
         # the sum of three gradients depends on their order
         (3, {"SOLVER.IMS_PER_BATCH": "6", **MABN, **NO_EVALUATION}),
     ],
