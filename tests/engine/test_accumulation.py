@@ -69,7 +69,7 @@ if "build_small_backbone" not in BACKBONE_REGISTRY:
     BACKBONE_REGISTRY.register(build_small_backbone)
 
 
-def detector(norm: str) -> nn.Module:
+def detector(norm: str) -> Any:
     """A RetinaNet in float64 with the norm in backbone and head, the same at every call."""
     cfg = tiny_config("", "", MODEL__RETINANET__NORM=norm)
     cfg.MODEL.META_ARCHITECTURE = "ConfigurableHeadRetinaNet"
