@@ -8,17 +8,24 @@ a process leaves under the hidden one is removed an hour later, by the next to w
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import logging
 import os
 import shutil
+import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 _ABANDONED = 3600  # seconds without a change after which what was written aside has no writer
 _SUFFIX = "partial"
+_LOCK = ".lock"
+_locked: set[str] = set()  # folders that this process holds
 
 
 def replace(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
@@ -86,6 +93,65 @@ def probe_folder(folder: str | os.PathLike[str], name: str) -> None:
             f"{name} {str(folder)!r} cannot be written to ({why}): name another folder"
         ) from error
     remove_abandoned(folder.glob(f".*.{_SUFFIX}"))
+
+
+@contextlib.contextmanager
+def locked_folder(folder: str | os.PathLike[str], name: str) -> Iterator[None]:
+    """Hold a folder for this process alone, or refuse.
+
+    The lock dies with the process, however that ends, and forked processes do not inherit it
+    (fcntl's). The process may nest locks of one folder. Where the file system knows no locks, there
+    is a warning and no lock. The file of the lock stays: removing it could remove another's.
+
+    Args:
+        folder: exists.
+        name: the key or option that names it, for the message.
+
+    Raises:
+        BlockingIOError: naming the host and the process that hold the folder, in one line.
+    """
+    path = os.path.join(os.path.realpath(folder), _LOCK)
+    if path in _locked:  # closing any descriptor of the file would give up the lock
+        yield
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if _lock(descriptor, folder, name):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"host {socket.gethostname()}, process {os.getpid()}".encode())
+            _locked.add(path)
+        yield
+    finally:
+        _locked.discard(path)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: str | os.PathLike[str], name: str) -> bool:
+    """Return whether the file is locked now; False where there are no locks."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        holder = os.read(descriptor, 1000).decode(errors="replace") or "another process"
+        raise BlockingIOError(
+            f"{name} {str(folder)!r} is in use: {holder} trains there; wait for its end, or name "
+            "another folder"
+        ) from error
+    except OSError as error:
+        logger.warning(
+            "%s %s: the file system knows no locks (%s); nothing prevents a second run there",
+            name,
+            folder,
+            error.strerror,
+        )
+        return False
+    return True
+
+
+def check_unlocked(folder: str | os.PathLike[str], name: str) -> None:
+    """Raise as :func:`locked_folder` does, if another process holds the folder; write nothing."""
+    if os.path.isfile(os.path.join(folder, _LOCK)):
+        with contextlib.suppress(PermissionError), locked_folder(folder, name):
+            pass
 
 
 def remove_abandoned(hidden: Iterable[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -69,3 +70,18 @@ class Checkpointer(DetectionCheckpointer):
                 write(file)
 
         replace(path, write_aside)
+
+
+def later_checkpoints(folder: str, start: int) -> list[str]:
+    """Return the names of the checkpoints in a folder that are of iteration ``start`` or later.
+
+    A "model_final.pth" says no iteration: it counts where training starts anew.
+    """
+    if "://" in folder or not os.path.isdir(folder):
+        return []
+    found = {name: re.fullmatch(r"model_(\d{7}|final)\.pth", name) for name in os.listdir(folder)}
+    return sorted(
+        name
+        for name, match in found.items()
+        if match and (start == 0 if match[1] == "final" else int(match[1]) >= start)
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 
 import torch
@@ -11,16 +13,21 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from rethinking_bn.config import images_per_pass
 from rethinking_bn.data.register import ShapesMetadata
+from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.load_config import load_config, use_available_device
+from rethinking_bn.files import check_unlocked, locked_folder, probe_folder
 from rethinking_bn.layers import MABN2d
 
 
 def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode:
     """Check a command line, without starting a process or building what takes long.
+
+    OUTPUT_DIR is made and probed when everything else is right; before, nothing is written.
 
     Args:
         args: as :func:`rethinking_bn.engine.launch.argument_parser` reads them.
@@ -50,7 +57,30 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
     check_weights(cfg, resume=args.resume, training=not args.eval_only)
     check_data_sets(cfg, training=not args.eval_only)
     check_model(cfg, ranks, training=not args.eval_only)
+    if "://" not in cfg.OUTPUT_DIR:
+        if not args.eval_only:
+            check_unlocked(cfg.OUTPUT_DIR, "OUTPUT_DIR")
+        probe_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")  # last: it makes the folder
     return cfg
+
+
+@contextmanager
+def hold_output_dir(cfg: CfgNode) -> Iterator[None]:
+    """Let rank 0 make OUTPUT_DIR and hold it against another training, on every rank or on none.
+
+    Raises:
+        OSError: where rank 0 cannot; RuntimeError on the other ranks.
+    """
+    with ExitStack() as stack:
+        error: OSError | None = None
+        if comm.is_main_process() and "://" not in cfg.OUTPUT_DIR:
+            try:
+                os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+                stack.enter_context(locked_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR"))
+            except OSError as caught:
+                error = caught
+        raise_together(error)
+        yield
 
 
 def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:

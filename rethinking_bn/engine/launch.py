@@ -5,33 +5,29 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
-from detectron2.engine import launch as detectron2_launch
+from detectron2.engine import default_setup
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from rethinking_bn.engine.checks import check_run
+from rethinking_bn.command_line import argument_parser
+from rethinking_bn.engine import ranks
+from rethinking_bn.engine.checks import check_run, hold_output_dir
 from rethinking_bn.engine.load_config import load_config, use_available_device
 
 Main = Callable[[argparse.Namespace], Any]
 
-
-def argument_parser(description: str) -> argparse.ArgumentParser:
-    """Return detectron2's parser; ``--dist-url`` is found by itself on a single machine."""
-    parser = default_argument_parser(epilog=" ")  # an empty one stands for detectron2's examples
-    parser.description = description
-    parser.set_defaults(dist_url="auto")
-    return parser
+_until_the_end = ExitStack()  # what this process holds for as long as it lives
 
 
 def run(main: Main, description: str, argv: Sequence[str] | None = None) -> Any:
@@ -39,7 +35,7 @@ def run(main: Main, description: str, argv: Sequence[str] | None = None) -> Any:
 
     Ranks are ``--num-gpus`` spawned processes per machine (gloo on the CPU, NCCL on GPUs), or the
     processes that torchrun started. Bad input is one line on stderr and exit status 1, before any
-    process is spawned.
+    process is spawned. What ends a run, and how, is said at :mod:`rethinking_bn.engine.ranks`.
 
     Args:
         main: a module-level function.
@@ -62,17 +58,15 @@ def run(main: Main, description: str, argv: Sequence[str] | None = None) -> Any:
         return _run_under_torchrun(main, args, on_gpu)
     if not on_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else detectron2 starts NCCL, for GPUs alone
-    if args.num_gpus * args.num_machines == 1:
+    if args.num_gpus * args.num_machines > 1:
+        ranks.launch(_run_rank, args, main, args, on_gpu)
+        return None
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
+    try:
         return main(args)
-    detectron2_launch(
-        _run_rank,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(main, args, on_gpu),
-    )
-    return None
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+        sys.exit(ranks.INTERRUPTED)
 
 
 def check_arguments(args: argparse.Namespace) -> CfgNode:
@@ -101,10 +95,16 @@ def check_arguments(args: argparse.Namespace) -> CfgNode:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Return the frozen config on this rank, with logging, seed and output folder set up."""
+    """Return the frozen config on this rank, with logging, seed and output folder set up.
+
+    Raises:
+        OSError, RuntimeError: where the run trains and another one does, in this OUTPUT_DIR.
+    """
     cfg = load_config(args.config_file, args.opts)
     falls_back = use_available_device(cfg)
     cfg.freeze()
+    if not args.eval_only:
+        _until_the_end.enter_context(hold_output_dir(cfg))
     logger = setup_logger(
         cfg.OUTPUT_DIR, comm.get_rank(), name="rethinking_bn", abbrev_name="rethinking_bn"
     )
@@ -132,6 +132,7 @@ def _under_torchrun() -> bool:
 
 
 def _run_under_torchrun(main: Main, args: argparse.Namespace, on_gpu: bool) -> Any:
+    ranks.end_with(os.getppid())
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(

@@ -24,12 +24,13 @@ from rethinking_bn.engine.accumulation import (
     AccumulatingTrainer,
     CPUAutocastTrainer,
 )
-from rethinking_bn.engine.checkpointer import Checkpointer
-from rethinking_bn.engine.checks import check_required_weights
+from rethinking_bn.engine.checkpointer import Checkpointer, later_checkpoints
+from rethinking_bn.engine.checks import check_required_weights, hold_output_dir
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
 from rethinking_bn.engine.hooks import with_rethinking_bn
 from rethinking_bn.engine.merge_statistics import MergeStatistics
 from rethinking_bn.engine.optimizer import build_optimizer
+from rethinking_bn.engine.preemption import Preemption
 from rethinking_bn.engine.rank_state import RankState, gather_rank_state, load_rank_state
 from rethinking_bn.engine.train_loader import build_train_loader
 from rethinking_bn.population.run import communicates
@@ -55,6 +56,9 @@ class Trainer(DefaultTrainer):
       run seed, which the checkpoint keeps;
     - an iteration can be several passes (``SOLVER.ACCUMULATION_STEPS``, see
       :class:`rethinking_bn.engine.AccumulatingTrainer`);
+    - SIGTERM to any rank ends all of them after the iteration, with a checkpoint
+      (:class:`~rethinking_bn.engine.preemption.Preemption`), and a second training in OUTPUT_DIR is
+      refused;
     - before each step, modules with a method ``set_iteration`` are told the run seed and the
       iteration (see rethinking_bn.randomness).
 
@@ -113,6 +117,7 @@ class Trainer(DefaultTrainer):
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
             if main
             else None,
+            Preemption(),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
             hooks.PeriodicWriter(self.build_writers()) if main else None,
         ]
@@ -129,7 +134,8 @@ class Trainer(DefaultTrainer):
             self._trainer._data_loader_iter_obj = None
         elif self.start_iter > 0:
             logger.warning("The training loader cannot fast-forward: its data starts over.")
-        return super().train()
+        with hold_output_dir(self.cfg):
+            return super().train()
 
     def run_step(self) -> None:
         """Seed every generator for this iteration and take the step."""
@@ -144,6 +150,8 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint, or ``MODEL.WEIGHTS``; as DefaultTrainer's.
+
+        Checkpoints of later iterations, which are in the way, are warned of.
 
         Raises:
             RuntimeError: on every rank, if they do not see the same last checkpoint.
@@ -160,6 +168,17 @@ class Trainer(DefaultTrainer):
         if not found:
             check_required_weights(self.cfg)
         super().resume_or_load(resume)
+        later = later_checkpoints(self.cfg.OUTPUT_DIR, self.start_iter)
+        if later:
+            logger.warning(
+                "%s holds checkpoints of an earlier run (%s%s), which this one, starting at "
+                "iteration %d, will overwrite as it comes to them.%s",
+                self.cfg.OUTPUT_DIR,
+                ", ".join(later[:3]),
+                ", ..." if len(later) > 3 else "",
+                self.start_iter,
+                "" if found else " --resume would go on from the last one.",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return DefaultTrainer's state with the run seed and every rank's own state."""

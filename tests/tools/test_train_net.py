@@ -11,16 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
 from rethinking_bn import get_config_file
 from rethinking_bn.engine import launch
 from tests.engine.tiny import register_data, tiny_config, write_data
+from tests.tools.runs import TOOL, environment, write_run
 
-ROOT = Path(__file__).parents[2]
-TOOL = str(ROOT / "tools" / "train_net.py")
 MABN = ["MODEL.BACKBONE.NAME", "build_mabn_retinanet_resnet_fpn_backbone"]
-DATA = "coco_2017_val_100"  # registered by detectron2 wherever DETECTRON2_DATASETS points
 
 
 class Started(Exception):
@@ -34,7 +31,7 @@ def start(*args: Any, **kwargs: Any) -> None:
 @pytest.fixture
 def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the path of a complete config; whatever would start processes is disarmed."""
-    monkeypatch.setattr(launch, "detectron2_launch", start)
+    monkeypatch.setattr(launch.ranks, "launch", start)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
@@ -262,18 +259,8 @@ def test_threads_are_shared_among_the_ranks_of_a_machine(monkeypatch: pytest.Mon
 
 
 def run_tool(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    }
-    environment |= {
-        "DETECTRON2_DATASETS": str(folder),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+        command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=240
     )
 
 
@@ -294,22 +281,15 @@ def test_the_tool_itself_prints_one_line(tmp_path: Path) -> None:
 
 
 def test_train_on_two_processes_then_train_a_population_under_torchrun(tmp_path: Path) -> None:
-    images, annotations = tmp_path / "coco" / "val2017", tmp_path / "coco" / "annotations"
-    images.mkdir(parents=True)
-    annotations.mkdir()
-    categories = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
-    write_data(images, categories=categories)
-    (images / "tiny.json").rename(annotations / "instances_val2017_100.json")
-    out = tmp_path / "out"
-    cfg = tiny_config(DATA, out)
-    # as on GPUs, to the letter (defect 13)
-    cfg.MODEL.DEVICE = "cuda"
-    cfg.MODEL.META_ARCHITECTURE = "ConfigurableHeadRetinaNet"
-    cfg.MODEL.RETINANET.HEAD_NAME = "SharedBNRetinaNetHead"
-    cfg.MODEL.RETINANET.NORM = "SyncBN"
-    cfg.MODEL.RETINANET.NUM_CLASSES = 80
-    cfg.SOLVER.MAX_ITER = 2
-    (tmp_path / "run.yaml").write_text(cfg.dump())
+    out = write_run(
+        tmp_path,
+        # as on GPUs, to the letter (defect 13)
+        MODEL__DEVICE="cuda",
+        MODEL__META_ARCHITECTURE="ConfigurableHeadRetinaNet",
+        MODEL__RETINANET__HEAD_NAME="SharedBNRetinaNetHead",
+        MODEL__RETINANET__NORM="SyncBN",
+        SOLVER__MAX_ITER=2,
+    )
 
     done = run_tool(tmp_path, sys.executable, TOOL, "--config-file", "run.yaml", "--num-gpus", "2")
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,59 @@
+"""What the command lines of detectors share, and can do without detectron2: --help."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from rethinking_bn._detectron2 import INSTALL_GUIDE, detectron2_installed
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """Return the parser of a tool that runs a detector, with the options of detectron2's own."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="a YAML file")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
+    )
+    parser.add_argument("--eval-only", action="store_true", help="evaluate, without training")
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="GPUs (or processes) per machine"
+    )
+    parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="machines in all")
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, metavar="I", help="which of the machines this is"
+    )
+    parser.add_argument(
+        "--dist-url",
+        default="auto",
+        metavar="URL",
+        help="where the machines meet, such as tcp://HOST:PORT; found by itself on a single one",
+    )
+    parser.add_argument(
+        "opts", default=None, nargs=argparse.REMAINDER, help="config keys: KEY VALUE KEY VALUE ..."
+    )
+    return parser
+
+
+def require_detectron2(description: str, argv: Sequence[str] | None = None) -> None:
+    """End a tool in one line where detectron2 is not installed, unless it is asked for its help.
+
+    To be called before what needs detectron2 is imported.
+
+    Args:
+        description: for ``--help``.
+        argv: default ``sys.argv[1:]``.
+    """
+    if detectron2_installed():
+        return
+    argument_parser(description).parse_known_args(argv)  # ends here for --help
+    name = os.path.basename(sys.argv[0])
+    print(
+        f"{name}: error: needs detectron2, which is not installed: see {INSTALL_GUIDE}",
+        file=sys.stderr,
+    )
+    sys.exit(1)
