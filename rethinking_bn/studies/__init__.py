@@ -7,11 +7,31 @@ command line.
 
 from __future__ import annotations
 
-from rethinking_bn.studies import domain_shift, leakage, population, rows, small_batch, train_test
+from rethinking_bn.studies import (
+    averaging,
+    distillation,
+    domain_shift,
+    ema_momentum,
+    leakage,
+    population,
+    rows,
+    small_batch,
+    train_test,
+)
 from rethinking_bn.studies.runner import Interrupted, run_study
 from rethinking_bn.studies.study import Study
 
-_MODULES = (rows, population, train_test, domain_shift, leakage, small_batch)
+_MODULES = (
+    rows,
+    population,
+    train_test,
+    domain_shift,
+    leakage,
+    small_batch,
+    averaging,
+    ema_momentum,
+    distillation,
+)
 STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in _MODULES}
 
 __all__ = ["STUDIES", "Interrupted", "Study", "run_study"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,19 +43,22 @@ class ResidualBlock(nn.Module):
 
 
 def make_net(
-    norm: NormFactory = BatchNorm2d, *, conv: type[nn.Conv2d] = nn.Conv2d
+    norm: NormFactory = BatchNorm2d,
+    *,
+    conv: type[nn.Conv2d] = nn.Conv2d,
+    widths: Sequence[int] = WIDTHS,
 ) -> nn.Sequential:
     """Return a classifier of (N, 1, 8, 8) images: a stem, three stages of two blocks, mean, linear.
 
     15 norm layers; the maps of the stages are 8x8, 4x4 and 2x2.
     """
     layers: list[nn.Module] = [
-        conv(1, WIDTHS[0], 3, padding=1, bias=False),
-        norm(WIDTHS[0]),
+        conv(1, widths[0], 3, padding=1, bias=False),
+        norm(widths[0]),
         nn.ReLU(),
     ]
-    channels = WIDTHS[0]
-    for width in WIDTHS:
+    channels = widths[0]
+    for width in widths:
         for _ in range(BLOCKS):
             layers.append(ResidualBlock(channels, width, width // channels, norm, conv))
             channels = width

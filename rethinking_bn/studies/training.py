@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -17,6 +17,8 @@ from rethinking_bn.studies.data import Split
 from rethinking_bn.studies.network import make_net
 
 MOMENTUM, WEIGHT_DECAY, WARMUP = 0.9, 1e-4, 0.05  # WARMUP: fraction of the steps
+Schedule = Callable[[int, int, float], float]
+SoftLoss = Callable[[Tensor, Tensor], Tensor]
 _ROWS = 512  # images in one forward of an evaluation
 
 
@@ -24,6 +26,11 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     """Return the rate of a step: a linear warm-up, then half a cosine down to zero."""
     warm = min(1.0, (step + 1) / max(1.0, WARMUP * steps))
     return peak * warm * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def constant_rate(step: int, steps: int, peak: float) -> float:
+    """Return the rate of a step: a linear warm-up, then the peak to the end."""
+    return peak * min(1.0, (step + 1) / max(1.0, WARMUP * steps))
 
 
 def train(
@@ -36,6 +43,8 @@ def train(
     nbs: int | None = None,
     micro_batch: int | None = None,
     label: str | None = "",
+    schedule: Schedule = learning_rate,
+    soft_loss: SoftLoss | None = None,
 ) -> Iterator[int]:
     """Train with SGD; yields the number of steps done after each, the network in training mode.
 
@@ -47,20 +56,28 @@ def train(
         micro_batch: samples in one forward and backward, whose gradients add up to the batch's;
             None: the whole batch.
         label: what the progress bar says; None: no bar.
+        schedule: (step, steps, lr) -> the rate of a step.
+        soft_loss: (images, logits) -> what is added to the cross entropy.
     """
     optimizer = torch.optim.SGD(
-        net.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+        [p for p in net.parameters() if p.requires_grad],
+        lr=lr,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
     )
     net.train()
     bar = tqdm(range(steps), desc=label, leave=False, mininterval=0.5, disable=label is None)
     for step, indices in zip(bar, batches, strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
+            group["lr"] = schedule(step, steps, lr)
         optimizer.zero_grad()
         for part in indices.split(micro_batch or len(indices)):
             images, labels = data.take(part)
             with normalised_in_groups(net, len(part), nbs):
-                loss = F.cross_entropy(net(images), labels)
+                logits = net(images)
+                loss = F.cross_entropy(logits, labels)
+                if soft_loss is not None:
+                    loss = loss + soft_loss(images, logits)
             (loss * (len(part) / len(indices))).backward()
         optimizer.step()
         yield step + 1

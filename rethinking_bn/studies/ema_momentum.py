@@ -1,0 +1,134 @@
+"""The EMA's momentum: moving averages of every pace against exact statistics, along a training.
+
+A moving average is late by about 1/momentum steps, and as noisy as a mean over 2/momentum batches.
+With large batches weights move far in few steps and what matters is the delay; with small batches
+and a small network the noise does. No momentum is right for all of a training; exact statistics
+need none. The running statistics have no part in the training, so one training serves every
+momentum: its layers keep the last batch's statistics (momentum 1), and the averages are taken here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rethinking_bn.layers import BatchNorm2d
+from rethinking_bn.studies.data import Digits, load_digits, shuffled_indices
+from rethinking_bn.studies.network import make_net
+from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, Study, Values
+from rethinking_bn.studies.training import error, precise, train
+
+_MOMENTA = (0.01, 0.05, 0.1, 0.2, 0.5)
+_WATCHED = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the training
+_BATCHES = {"large": "Batches of 500", "small": "Batches of 16"}
+_ARMS = (*(f"EMA {momentum}" for momentum in _MOMENTA), "exact")
+
+
+def run(settings: Settings, seed: int, device: torch.device) -> Iterator[Values]:
+    """Yield once per batch size."""
+    digits = load_digits(device, seed, settings["conditions"])
+    for arm in _BATCHES:
+        yield dict(_train(settings, digits, seed, arm))
+
+
+def _train(settings: Settings, digits: Digits, seed: int, arm: str) -> Iterator[tuple[str, float]]:
+    torch.manual_seed(seed)
+    net = make_net().to(digits.train.images.device)
+    layers = [layer for layer in net.modules() if isinstance(layer, BatchNorm2d)]
+    averages = {momentum: _statistics(layers) for momentum in _MOMENTA}
+    for layer in layers:
+        layer.momentum = 1.0
+    number, size = len(digits.train.labels), settings[f"{arm}_batch"]
+    steps = settings["epochs"] * number // size
+    watched = {max(1, round(part * steps)): part for part in _WATCHED}
+    batches = shuffled_indices(number, size, seed)
+    lr = settings["lr_per_sample"] * size
+    for done in train(net, digits.train, batches, steps=steps, lr=lr, label=f"batch {size}"):
+        last = _statistics(layers)
+        for momentum, average in averages.items():
+            torch._foreach_lerp_(average, last, momentum)
+        if done in watched:
+            for momentum, average in averages.items():
+                _set(layers, average)
+                yield _key(arm, f"EMA {momentum}", watched[done]), error(net, digits.test)
+            precise(net, digits.train.images, settings["population_batch"])
+            yield _key(arm, "exact", watched[done]), error(net, digits.test)
+
+
+def _statistics(layers: list[BatchNorm2d]) -> list[Tensor]:
+    return [value.clone() for layer in layers for value in _buffers(layer)]
+
+
+def _set(layers: list[BatchNorm2d], values: list[Tensor]) -> None:
+    buffers = [buffer for layer in layers for buffer in _buffers(layer)]
+    torch._foreach_copy_(buffers, values)
+
+
+def _buffers(layer: nn.Module) -> list[Tensor]:
+    buffers = dict(layer.named_buffers())
+    return [buffers["running_mean"], buffers["running_var"]]
+
+
+def _key(arm: str, statistics: str, part: float) -> str:
+    return f"{arm}, {statistics}, {part:.0%}"
+
+
+_SETTINGS = {
+    "epochs": 20,
+    "large_batch": 500,
+    "small_batch": 16,
+    "lr_per_sample": 0.02 / 32,
+    "population_batch": 500,
+    "conditions": {"copies": 2, "contrast": 0.1, "brightness": 2.0},
+}
+
+STUDY = Study(
+    name="ema-momentum",
+    title="The momentum of moving averages against exact statistics",
+    source="Section 3 and its figures",
+    panels=tuple(
+        Panel(
+            title,
+            "of the training",
+            "error (%)",
+            [
+                Series(name, [Point(_key(arm, name, part), f"{part:.0%}") for part in _WATCHED])
+                for name in _ARMS
+            ],
+        )
+        for arm, title in _BATCHES.items()
+    ),
+    claims=(
+        *(
+            Claim(
+                f"large batches, a quarter into the training: exact beat momentum {momentum}",
+                low=_key("large", "exact", 0.25),
+                high=_key("large", f"EMA {momentum}", 0.25),
+            )
+            for momentum in _MOMENTA
+        ),
+        Claim(
+            "small batches, half-way: exact beat momentum 0.5, which is noise",
+            low=_key("small", "exact", 0.5),
+            high=_key("small", "EMA 0.5", 0.5),
+        ),
+        Claim(
+            "at the end momentum 0.1 does as well as exact ones",
+            low=_key("small", "exact", 1.0),
+            high=_key("small", "EMA 0.1", 1.0),
+            similar=True,
+        ),
+    ),
+    settings=_SETTINGS,
+    quick={
+        **_SETTINGS,
+        "epochs": 5,
+        "large_batch": 200,
+        "small_batch": 200,
+        "conditions": {"copies": 1, "contrast": 0.1, "brightness": 2.0},
+    },
+    parts=len(_BATCHES),
+    run=run,
+)
