@@ -25,6 +25,19 @@ def _our_keys() -> CfgNode:
     # images of one pass. Must divide the images per rank.
     c.SOLVER.ACCUMULATION_STEPS = 1
 
+    # --- Weights averaged over the training ------------------------- see docs/averaging.md
+    c.SOLVER.AVERAGE = CfgNode()
+    # "ema", "swa" (the mean of the weights at the updates) or "" (none).
+    c.SOLVER.AVERAGE.KIND = ""
+    # The EMA keeps min(DECAY, (1 + n) / (10 + n)) of itself at the update after n others.
+    c.SOLVER.AVERAGE.DECAY = 0.999
+    # Iterations before the average begins, and from one update to the next.
+    c.SOLVER.AVERAGE.START = 0
+    c.SOLVER.AVERAGE.PERIOD = 1
+    # The average's BatchNorm statistics: "estimate" (by population training on what TEST.PRECISE_BN
+    # describes, enabled or not), "average" (as the weights), "copy" (the model's at the update).
+    c.SOLVER.AVERAGE.STATISTICS = "estimate"
+
     # --- RetinaNet's head (META_ARCHITECTURE: ConfigurableHeadRetinaNet) ---------- section 5
     c.MODEL.RETINANET = CfgNode()
     # Which head, by its name in RETINANET_HEAD. Ours read MODEL.RETINANET.NORM as "BN" (statistics

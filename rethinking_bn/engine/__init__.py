@@ -11,7 +11,7 @@ from rethinking_bn.engine.accumulation import (  # noqa: E402
     AccumulatingTrainer,
 )
 from rethinking_bn.engine.checkpointer import Checkpointer  # noqa: E402
-from rethinking_bn.engine.hooks import with_rethinking_bn  # noqa: E402
+from rethinking_bn.engine.hooks import with_rethinking_bn, with_weight_average  # noqa: E402
 from rethinking_bn.engine.load_config import load_config  # noqa: E402
 from rethinking_bn.engine.merge_statistics import MergeStatistics, merge_statistics  # noqa: E402
 from rethinking_bn.engine.optimizer import build_optimizer  # noqa: E402
@@ -22,6 +22,7 @@ from rethinking_bn.engine.precise_bn import (  # noqa: E402
 )
 from rethinking_bn.engine.train_loader import ResumableTrainLoader, build_train_loader  # noqa: E402
 from rethinking_bn.engine.trainer import Trainer  # noqa: E402
+from rethinking_bn.engine.weight_average import WeightAverage  # noqa: E402
 
 __all__ = [
     "AccumulatingAMPTrainer",
@@ -31,6 +32,7 @@ __all__ = [
     "PreciseBN",
     "ResumableTrainLoader",
     "Trainer",
+    "WeightAverage",
     "build_optimizer",
     "build_population_loader",
     "build_train_loader",
@@ -38,4 +40,5 @@ __all__ = [
     "merge_statistics",
     "run_population_training",
     "with_rethinking_bn",
+    "with_weight_average",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -14,6 +16,10 @@ from torch import nn
 from rethinking_bn.engine.merge_statistics import MergeStatistics
 from rethinking_bn.engine.population_loader import build_together
 from rethinking_bn.engine.precise_bn import PreciseBN
+from rethinking_bn.engine.weight_average import WeightAverage, average_options
+from rethinking_bn.population.observers import find_population_layers
+
+logger = logging.getLogger(__name__)
 
 PopulationLoader = Callable[[], Iterable[Any]]  # built on the first call, on all ranks
 
@@ -32,6 +38,25 @@ def _precise_bn(cfg: Any, model: nn.Module, loader: PopulationLoader) -> HookBas
     return PreciseBN(cfg.TEST.EVAL_PERIOD, model, loader(), cfg.TEST.PRECISE_BN.NUM_ITER)
 
 
+def _weight_average(cfg: Any, model: nn.Module, loader: PopulationLoader) -> HookBase | None:
+    options = average_options(cfg)
+    if options is None:
+        return None
+    if options["statistics"] == "estimate":
+        if find_population_layers(model)[0]:
+            options.update(data_loader=loader(), num_iter=cfg.TEST.PRECISE_BN.NUM_ITER)
+        else:
+            logger.info("The average's statistics are the model's: no BN-like layer to estimate.")
+            options["statistics"] = "copy"
+    return WeightAverage(
+        model,
+        checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+        eval_period=cfg.TEST.EVAL_PERIOD,
+        output_dir=cfg.OUTPUT_DIR,
+        **options,
+    )
+
+
 def _merge(cfg: Any, model: nn.Module, loader: PopulationLoader) -> HookBase | None:
     if comm.get_world_size() == 1:
         return None
@@ -44,6 +69,7 @@ _OURS: tuple[
     tuple[type[HookBase], Callable[[Any, nn.Module, PopulationLoader], HookBase | None]], ...
 ] = (
     (PreciseBN, _precise_bn),
+    (WeightAverage, _weight_average),
     (MergeStatistics, _merge),
 )
 
@@ -83,6 +109,17 @@ def with_rethinking_bn(
     Raises:
         ValueError: for keys of ``cfg`` that cannot be followed, on all ranks.
     """
+    return _with(tuple(kind for kind, _ in _OURS), hooks, cfg, model, data_loader)
+
+
+def _with(
+    kinds: tuple[type[HookBase], ...],
+    hooks: Sequence[HookBase | None],
+    cfg: Any,
+    model: nn.Module,
+    data_loader: Iterable[Any] | None,
+) -> list[HookBase | None]:
+    """Add those of our hooks that are of these kinds."""
     result = list(hooks)
     stock = detectron2_hooks.PreciseBN
     ours = tuple(kind for kind, _ in _OURS)
@@ -90,11 +127,14 @@ def with_rethinking_bn(
         (i for i, hook in enumerate(result) if isinstance(hook, (stock, *_READERS, *ours))),
         len(result),
     )
-    if cfg.TEST.PRECISE_BN.ENABLED:  # nothing before `place` is removed
+    if cfg.TEST.PRECISE_BN.ENABLED and PreciseBN in kinds:  # nothing before `place` is removed
         result = [hook for hook in result if not isinstance(hook, stock)]
 
     @cache
     def loader() -> Iterable[Any]:
+        for hook in result:
+            if isinstance(hook, PreciseBN):
+                return hook.data_loader
         return build_together(cfg) if data_loader is None else data_loader
 
     for kind, build in _OURS:
@@ -102,8 +142,36 @@ def with_rethinking_bn(
         if there is not None:
             place = there + 1
             continue
-        hook = build(cfg, model, loader)
+        hook = build(cfg, model, loader) if kind in kinds else None
         if hook is not None:
             result.insert(place, hook)
             place += 1
+            if isinstance(hook, WeightAverage):
+                _evaluate_too(hook, result, cfg)
     return result
+
+
+def with_weight_average(
+    hooks: Sequence[HookBase | None],
+    cfg: Any,
+    model: nn.Module,
+    *,
+    data_loader: Iterable[Any] | None = None,
+) -> list[HookBase | None]:
+    """Add :class:`WeightAverage` alone, as :func:`with_rethinking_bn` would: same arguments."""
+    return _with((WeightAverage,), hooks, cfg, model, data_loader)
+
+
+def _evaluate_too(average: WeightAverage, hooks: list[HookBase | None], cfg: Any) -> None:
+    """Evaluate the average right after the model, into a folder of its own."""
+    there = [i for i, hook in enumerate(hooks) if isinstance(hook, detectron2_hooks.EvalHook)]
+    if not there:
+        return
+    own = cfg.clone()
+    own.defrost()
+    own.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "averaged")
+
+    def evaluate() -> Any:
+        return average.evaluate(lambda model: average.trainer.test(own, model))
+
+    hooks.insert(there[0] + 1, detectron2_hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate))

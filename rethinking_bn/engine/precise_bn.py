@@ -63,7 +63,7 @@ class PreciseBN(HookBase):
         if num_iter < 1:
             raise ValueError(f"num_iter must be a positive integer, got {num_iter!r}")
         self._period, self._model = period, model
-        self._data_loader, self._num_iter = data_loader, num_iter
+        self.data_loader, self.num_iter = data_loader, num_iter
         self.last_report: PopulationReport | None = None
         self.has_layers(model)
 
@@ -80,9 +80,9 @@ class PreciseBN(HookBase):
             return None
         report = estimate_population_statistics(
             self._model,
-            self._data_loader,
-            self._num_iter,
-            autocast=_autocast_of(self.trainer, self._model),
+            self.data_loader,
+            self.num_iter,
+            autocast=autocast_of(self.trainer, self._model),
             seed=0,
             allow_empty=True,
         )
@@ -146,7 +146,7 @@ def _autocast(model: nn.Module, dtype: torch.dtype | None = None) -> Autocast:
     return partial(torch.autocast, device, dtype=dtype)
 
 
-def _autocast_of(trainer: Any, model: nn.Module) -> Autocast | None:
+def autocast_of(trainer: Any, model: nn.Module) -> Autocast | None:
     """Return the autocast of a mixed-precision trainer; None: whatever is active."""
     for candidate in (trainer, getattr(trainer, "_trainer", None)):
         if isinstance(candidate, AMPTrainer):

@@ -1,0 +1,169 @@
+"""Averaged weights within detectron2: updated, given statistics, saved and evaluated."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from torch import nn
+
+from rethinking_bn.averaging import AveragedWeights
+from rethinking_bn.averaging.weights import KINDS, STATISTICS
+from rethinking_bn.engine.checkpointer import Checkpointer
+from rethinking_bn.engine.merge_statistics import merge_statistics
+from rethinking_bn.engine.precise_bn import autocast_of
+from rethinking_bn.population.observers import find_population_layers
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "model_averaged"
+
+
+class WeightAverage(HookBase):
+    """Keep an EMA or SWA of the weights beside a training that it does not touch.
+
+    After an iteration the average is updated; before a checkpoint, an evaluation and the end, it
+    gets its statistics: with "estimate" by population training (with PreciseBN's data, so the same
+    weights get the same statistics), and under unsynced BN merged over the ranks as the model's
+    are. At a checkpoint and the end it is also written to ``model_averaged.pth``, which any
+    detectron2 loads. Checkpoints of the training hold what resuming needs.
+
+    The average starts from the weights before iteration ``start``. On every rank it is the same.
+    Nothing is ever swapped: it is a model of its own, and so may be evaluated, or interrupted, at
+    any time.
+
+    State read: the trained model, the trainer's precision. State changed: its own average alone.
+    Comes after PreciseBN (a "copy" then has its statistics, at the iterations that have them) and
+    before the hooks that merge, checkpoint and evaluate; on every rank.
+
+    Attributes:
+        averaged: the :class:`rethinking_bn.averaging.AveragedWeights`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: str,
+        *,
+        decay: float = 0.999,
+        start: int = 0,
+        period: int = 1,
+        statistics: str = "estimate",
+        data_loader: Iterable[Any] | None = None,
+        num_iter: int = 0,
+        checkpoint_period: int = 0,
+        eval_period: int = 0,
+        output_dir: str = "",
+    ) -> None:
+        """
+        Args:
+            model: the trainer's, data-parallel wrapper included.
+            kind, decay, statistics: as for AveragedWeights; the EMA's decay warms up.
+            start: iterations before the average begins.
+            period: iterations from one update to the next.
+            data_loader, num_iter: for "estimate"; as for PreciseBN.
+            checkpoint_period, eval_period: of the trainer, in iterations; 0: only the end.
+            output_dir: where ``model_averaged.pth`` goes; "": nowhere.
+
+        Raises:
+            ValueError: for a kind or statistics that there is not, a decay outside [0, 1], a
+                negative start, a period below 1, or "estimate" without data.
+        """
+        if start < 0 or period < 1:
+            raise ValueError(
+                f"start must not be negative and period at least 1, got {start} and {period}"
+            )
+        if statistics == "estimate" and (data_loader is None or num_iter < 1):
+            raise ValueError('statistics "estimate" needs a data_loader and num_iter at least 1')
+        choices: Any = {"kind": kind, "decay": decay, "statistics": statistics}
+        self.averaged = AveragedWeights(model, **choices)
+        self._model, self._start, self._period = model, start, period
+        self._data_loader, self._num_iter = data_loader, num_iter
+        self._checkpoint_period, self._eval_period = checkpoint_period, eval_period
+        self._output_dir = output_dir
+        self._started = False
+
+    def before_step(self) -> None:
+        """Begin, with the weights as they are now, if it is time to and nothing was resumed."""
+        if not self._started and self.trainer.iter >= self._start:
+            self.averaged.restart(self._model)
+            self._started = True
+
+    def after_step(self) -> None:
+        """Update, and get ready for whoever reads the average after this iteration."""
+        done = self.trainer.iter + 1
+        if done > self._start and (done - self._start) % self._period == 0:
+            self.averaged.update(self._model)
+        end = done >= self.trainer.max_iter
+        saves, evaluates = (
+            end or (period > 0 and done % period == 0)
+            for period in (self._checkpoint_period, self._eval_period)
+        )
+        if self.averaged.updates and (saves or evaluates):
+            self._give_statistics()
+            if saves and self._output_dir:
+                Checkpointer(self.averaged.module, self._output_dir).save_untagged(FILE_NAME)
+
+    def _give_statistics(self) -> None:
+        if self.averaged.statistics == "estimate" and not self.averaged.estimated:
+            if find_population_layers(self.averaged.module)[0]:
+                assert self._data_loader is not None  # checked in the constructor
+                self.averaged.estimate_statistics(
+                    self._data_loader,
+                    self._num_iter,
+                    autocast=autocast_of(self.trainer, self.averaged.module),
+                    seed=0,
+                )
+        merge_statistics(self.averaged.module)
+
+    def evaluate(self, test: Callable[[nn.Module], Any]) -> dict[str, Any] | None:
+        """Return {"averaged": what ``test`` finds for the averaged model}; None before any update.
+
+        For detectron2's EvalHook, which names the results by that key.
+        """
+        if not self.averaged.updates:
+            logger.info("The weights are not averaged yet, so there is no average to evaluate.")
+            return None
+        logger.info(
+            "Evaluating the averaged weights (%s, %d updates, statistics: %s)",
+            *(self.averaged.kind, self.averaged.updates, self.averaged.statistics),
+        )
+        return {"averaged": test(self.averaged.module)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the average and its counter; nothing before it has begun."""
+        return self.averaged.state_dict() if self._started else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`'s; see AveragedWeights for the errors."""
+        self.averaged.load_state_dict(state)
+        self._started = True
+
+
+def average_options(cfg: CfgNode) -> dict[str, Any] | None:
+    """Return WeightAverage's arguments that SOLVER.AVERAGE holds; None where it averages nothing.
+
+    Raises:
+        ValueError: naming the key and what it may be.
+    """
+    keys = cfg.SOLVER.get("AVERAGE")  # configs of other projects may lack it
+    if keys is None or keys.KIND == "":
+        return None
+    for name, choices in (("KIND", KINDS), ("STATISTICS", STATISTICS)):
+        if keys[name] not in choices:
+            said = ", ".join(choices)
+            raise ValueError(f"SOLVER.AVERAGE.{name} must be one of {said}; got {keys[name]!r}")
+    if not 0 <= keys.DECAY <= 1:
+        raise ValueError(f"SOLVER.AVERAGE.DECAY must be in [0, 1], got {keys.DECAY}")
+    for name, least in (("START", 0), ("PERIOD", 1)):
+        if keys[name] < least:
+            raise ValueError(f"SOLVER.AVERAGE.{name} must be at least {least}, got {keys[name]}")
+    if keys.STATISTICS == "estimate" and cfg.TEST.PRECISE_BN.NUM_ITER < 1:
+        raise ValueError(
+            'SOLVER.AVERAGE.STATISTICS "estimate" takes TEST.PRECISE_BN.NUM_ITER batches, '
+            f"got {cfg.TEST.PRECISE_BN.NUM_ITER}"
+        )
+    return {name.lower(): keys[name] for name in keys}

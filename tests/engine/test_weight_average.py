@@ -1,0 +1,229 @@
+"""Averaged weights beside a training: the formula, the files, the results, and a live run alike."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.engine import hooks as stock
+from detectron2.modeling import build_model
+from torch import Tensor, nn
+
+from rethinking_bn.engine import PreciseBN, Trainer, WeightAverage, with_weight_average
+from rethinking_bn.engine.merge_statistics import MergeStatistics
+from rethinking_bn.engine.weight_average import average_options
+from tests.engine.test_resume import Interruption, RecordingTrainer, digest
+from tests.engine.tiny import register_data, tiny_config, write_data
+from tests.helpers import run_distributed
+
+SWA = {"SOLVER__AVERAGE__KIND": "swa", "SOLVER__AVERAGE__START": "2"}
+EMA = {"SOLVER__AVERAGE__KIND": "ema", "SOLVER__AVERAGE__PERIOD": "2"}
+NO_EVALUATION = {"TEST__EVAL_PERIOD": "0", "DATASETS__TEST": "()"}
+
+
+class Weights(HookBase):
+    """Keep a copy of the weights after every iteration."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, dict[str, Tensor]] = {}
+
+    def after_step(self) -> None:
+        named = unwrapped(self.trainer.model).named_parameters()
+        self.seen[self.trainer.iter + 1] = {name: p.detach().clone() for name, p in named}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    return getattr(model, "module", model)
+
+
+def average_of(trainer: Trainer) -> WeightAverage:
+    (hook,) = (hook for hook in trainer._hooks if isinstance(hook, WeightAverage))
+    return hook
+
+
+def train(cfg: CfgNode, *, resume: bool = False, interrupt_at: int | None = None) -> Any:
+    trainer = RecordingTrainer(cfg)
+    trainer.resume_or_load(resume)
+    trainer.weights = Weights()
+    trainer.register_hooks([trainer.weights])
+    if interrupt_at is None:
+        trainer.train()
+    else:
+        trainer.register_hooks([Interruption(interrupt_at)])
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    return trainer
+
+
+def record(trainer: Trainer) -> dict[str, Any]:
+    """What a run leaves of the model and of its average."""
+    averaged = average_of(trainer).averaged
+    return {
+        "losses": trainer.losses,
+        "state": digest(unwrapped(trainer.model).state_dict()),
+        "average": digest(averaged.module.state_dict()),
+        "updates": averaged.updates,
+    }
+
+
+def test_beside_a_run_that_it_leaves_alone(tmp_path: Path, caplog: Any) -> None:
+    write_data(tmp_path)
+    data = register_data(tmp_path)
+    without = train(tiny_config(data, tmp_path / "off"))
+    cfg = tiny_config(data, tmp_path / "on", **SWA)
+    with caplog.at_level(logging.INFO):
+        trainer = train(cfg)
+    assert trainer.losses == without.losses
+    assert digest(trainer.model.state_dict()) == digest(without.model.state_dict())
+    assert "averaged" not in trainer._last_eval_results
+
+    # the mean of the weights after iterations 3 to 6
+    hook = average_of(trainer)
+    assert hook.averaged.updates == 4 and hook.averaged.estimated
+    averaged = hook.averaged.module
+    for name, weight in averaged.named_parameters():
+        mean = sum(trainer.weights.seen[i][name].double() for i in (3, 4, 5, 6)) / 4
+        torch.testing.assert_close(weight.double(), mean, rtol=1e-5, atol=1e-6)
+
+    # evaluated after iterations 4 and 6, and not after 2
+    said = [r.message for r in caplog.records if "no average to evaluate" in r.message]
+    assert len(said) == 1
+    lines = [json.loads(line) for line in (tmp_path / "on" / "metrics.json").open()]
+    scores = [line for line in lines if "bbox/AP" in line]
+    assert scores and all("averaged/bbox/AP" in line for line in scores)
+    assert (tmp_path / "on" / "averaged" / "inference").is_dir()
+
+    # a file that detectron2 loads without us
+    plain = build_model(cfg)
+    DetectionCheckpointer(plain).load(str(tmp_path / "on" / "model_averaged.pth"))
+    assert digest(plain.state_dict()) == digest(averaged.state_dict())
+    saved = torch.load(tmp_path / "on" / "model_averaged.pth", weights_only=True)
+    assert set(saved) == {"model"}
+    # its statistics are not the model's
+    live = dict(trainer.model.named_buffers())
+    running = [name for name in live if name.endswith("running_var")]
+    assert not any(torch.equal(live[n], averaged.state_dict()[n]) for n in running)
+
+
+def interrupted_and_not(folder: Path, overrides: dict[str, str]) -> tuple[Any, Any]:
+    """Train 6 iterations at one go, and again with a crash in the fifth; checkpoint after 3."""
+    data = register_data(folder)
+    whole = record(train(tiny_config(data, folder / "whole", **overrides)))
+    crashed = tiny_config(data, folder / "crashed", **overrides)
+    train(crashed, interrupt_at=4)
+    resumed = record(train(crashed, resume=True))
+    assert sorted(resumed["losses"]) == [3, 4, 5]
+    resumed["losses"] = {**whole["losses"], **resumed["losses"]}
+    return whole, resumed
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {**SWA, "SOLVER__AVERAGE__STATISTICS": "average"},
+        # the checkpoint is between the start and the first update
+        {**EMA, "SOLVER__AVERAGE__START": "2", "TEST__PRECISE_BN__ENABLED": "True"},
+    ],
+    ids=str,
+)
+def test_resumed(tmp_path: Path, overrides: dict[str, str]) -> None:
+    write_data(tmp_path)
+    whole, resumed = interrupted_and_not(tmp_path, {**overrides, **NO_EVALUATION})
+    assert whole == resumed
+
+
+def on_rank(rank: int, folder: Path, overrides: dict[str, str]) -> tuple[Any, Any]:
+    return interrupted_and_not(folder, overrides)
+
+
+@pytest.mark.parametrize("statistics", ["average", "copy"])
+def test_two_processes(tmp_path: Path, statistics: str) -> None:
+    """BN of each rank's own data: the ranks' statistics differ until they are merged."""
+    write_data(tmp_path)
+    overrides = {**EMA, **NO_EVALUATION, "SOLVER__AVERAGE__STATISTICS": statistics}
+    first, second = run_distributed(on_rank, 2, tmp_path, overrides, timeout=240)
+    for whole, resumed in (first, second):
+        assert whole == resumed
+    assert first[0]["average"] == second[0]["average"]
+    assert first[0]["losses"] != second[0]["losses"]
+
+
+def test_an_interrupted_evaluation_swaps_nothing(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    cfg = tiny_config(register_data(tmp_path), tmp_path / "out", **EMA)
+    cfg.SOLVER.MAX_ITER = 2
+
+    class Stopped(Trainer):
+        @classmethod
+        def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
+            tested.append(model)
+            if len(tested) == 2:
+                raise KeyboardInterrupt
+            return {}
+
+    tested: list[nn.Module] = []
+    trainer = Stopped(cfg)
+    weights = Weights()
+    trainer.register_hooks([weights])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert tested == [trainer.model, average_of(trainer).averaged.module]
+    assert trainer.model.training
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, weights.seen[2][name])
+
+
+def test_places_in_the_list_and_the_shared_loader(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    overrides = {**EMA, "TEST__PRECISE_BN__ENABLED": "True"}
+    cfg = tiny_config(register_data(tmp_path), tmp_path / "out", **overrides)
+    trainer = Trainer(cfg)
+    kinds = (PreciseBN, WeightAverage, MergeStatistics, stock.PeriodicCheckpointer, stock.EvalHook)
+    ours = [hook for hook in trainer._hooks if isinstance(hook, kinds)]
+    assert [next(k for k in kinds if isinstance(hook, k)) for hook in ours] == [
+        *kinds, stock.EvalHook,
+    ]  # fmt: skip
+    assert ours[0].data_loader is ours[1]._data_loader
+    again = with_weight_average(trainer._hooks, cfg, trainer.model)
+    assert again == trainer._hooks
+    added = with_weight_average([None, stock.PeriodicWriter([])], cfg, trainer.model)
+    assert [type(hook).__name__ for hook in added] == [
+        "NoneType",
+        "WeightAverage",
+        "PeriodicWriter",
+    ]
+    cfg.SOLVER.AVERAGE.KIND = ""
+    assert with_weight_average(ours, cfg, trainer.model) == ours
+
+
+def test_without_a_layer_to_estimate(tmp_path: Path, caplog: Any) -> None:
+    write_data(tmp_path)
+    overrides = {**EMA, "MODEL__RESNETS__NORM": "FrozenBN", "MODEL__RETINANET__NORM": ""}
+    cfg = tiny_config(register_data(tmp_path), tmp_path / "out", **overrides)
+    with caplog.at_level(logging.INFO):
+        assert average_of(Trainer(cfg)).averaged.statistics == "copy"
+    assert "no BN-like layer to estimate" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("KIND", "mean", "KIND must be one of ema, swa; got 'mean'"),
+        ("STATISTICS", "none", "STATISTICS must be one of estimate, average, copy; got 'none'"),
+        ("DECAY", 2.0, r"DECAY must be in \[0, 1\], got 2.0"),
+        ("START", -1, "START must be at least 0, got -1"),
+        ("PERIOD", 0, "PERIOD must be at least 1, got 0"),
+    ],
+)
+def test_wrong_keys(tmp_path: Path, key: str, value: Any, said: str) -> None:
+    cfg = tiny_config("none", tmp_path, **EMA)
+    cfg.SOLVER.AVERAGE[key] = value
+    with pytest.raises(ValueError, match=f"SOLVER.AVERAGE.{said}"):
+        average_options(cfg)
