@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from rethinking_bn.layers import PopulationLayer
+from rethinking_bn.layers.freezing import freeze_layer, is_frozen, thaw_layer
 
 _PLAIN = (bool, int, float, type(None))
 
@@ -16,8 +17,8 @@ _PLAIN = (bool, int, float, type(None))
 def follow(copy: nn.Module, model: nn.Module, *, averaged: Container[str]) -> None:
     """Bring modes and buffers of ``copy`` to those of ``model``.
 
-    With the buffers of BN-like layers go their plain attributes, numbers and truth values: whether
-    a layer is frozen, or how many values a ring buffer of MABN holds.
+    Frozen layers are frozen in the copy, too. With the buffers of BN-like layers go their plain
+    attributes, numbers and truth values, such as how many values a ring buffer of MABN holds.
 
     Args:
         copy: once a deep copy of ``model``.
@@ -29,6 +30,11 @@ def follow(copy: nn.Module, model: nn.Module, *, averaged: Container[str]) -> No
     theirs = dict(model.named_buffers())
     mine = dict(copy.named_buffers())
     pairs = list(zip(model.modules(), copy.modules(), strict=False))
+    for source, target in pairs:
+        if is_frozen(source):
+            freeze_layer(target)
+        else:
+            thaw_layer(target)
     if any(type(source) is not type(target) for source, target in pairs):
         raise ValueError("the model's modules are not those it had; begin anew with restart()")
     for source, target in pairs:

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 from rethinking_bn.averaging import AveragedWeights
 from rethinking_bn.layers import BatchNorm2d, CenConv2d, MABN2d, MultiDomainBatchNorm2d
-from rethinking_bn.population import estimate_population_statistics
+from rethinking_bn.population import (
+    estimate_population_statistics,
+    freeze_batch_norm,
+    unfreeze_batch_norm,
+)
 
 RUNNING = ("running_mean", "running_var")
 
@@ -152,6 +156,24 @@ def test_estimate_keeps_frozen_layers_and_modes() -> None:
     averaged.update(model)
     assert not averaged.estimate_statistics([torch.randn(4, 2, 8, 8)], 1).frozen
     assert not averaged.module.training and not averaged.module.bn.training
+
+
+def test_layers_frozen_on_the_way_keep_the_statistics_of_the_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Net().conv, BatchNorm2d(3), nn.BatchNorm2d(3))
+    averaged = AveragedWeights(model, "swa", statistics="estimate")
+    averaged.update(model)
+    freeze_batch_norm(model, affine=True)
+    drift(model, 0)
+    averaged.update(model)
+    averaged.module.train()
+    assert not averaged.module[1].training and not averaged.module[2].training
+    for layer in (1, 2):
+        assert torch.equal(averaged.module[layer].running_mean, model[layer].running_mean)
+    unfreeze_batch_norm(model)
+    averaged.update(model)
+    report = averaged.estimate_statistics([torch.randn(4, 2, 8, 8)], 1)
+    assert not report.frozen and averaged.module[2].training
 
 
 def test_estimate_needs_statistics_that_are_not_averaged() -> None:
