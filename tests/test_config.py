@@ -29,6 +29,11 @@ def test_keys_and_defaults() -> None:
     assert {key: everything[key] for key in stock} == stock
     assert {key: value for key, value in everything.items() if key not in stock} == {
         "SOLVER.ACCUMULATION_STEPS": 1,
+        "SOLVER.AVERAGE.KIND": "",
+        "SOLVER.AVERAGE.DECAY": 0.999,
+        "SOLVER.AVERAGE.START": 0,
+        "SOLVER.AVERAGE.PERIOD": 1,
+        "SOLVER.AVERAGE.STATISTICS": "estimate",
         "MODEL.RETINANET.HEAD_NAME": "RetinaNetHead",
         "MODEL.RETINANET.BN.TRAIN_STATS": "",
         "MODEL.RETINANET.BN.POPULATION_STATS": "",
