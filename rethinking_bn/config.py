@@ -59,6 +59,15 @@ def _our_keys() -> CfgNode:
     # training; must divide the images per rank. 0: all images on the rank. Tables 3 and 6.
     c.MODEL.ROI_HEADS.NORM_IMAGES = 0
 
+    # --- Norms in the backbone (build_norm_*_backbone) ------------------------------ section 4
+    c.MODEL.BACKBONE = CfgNode()
+    # Images that a BN of backbone and FPN normalises together in training (ghost BN); must divide
+    # the images of one forward on a rank. 0: all of them. Figure 5.
+    c.MODEL.BACKBONE.NORM_IMAGES = 0
+    # Groups of "GN" in this package's components, which must divide the channels.
+    c.MODEL.GN = CfgNode()
+    c.MODEL.GN.NUM_GROUPS = 32
+
     # --- Moving Average Batch Normalization (norm "MABN") ------------------------- MABN, section 4
     c.MODEL.MABN = CfgNode()
     # Images whose statistics the backward pass averages over time; a multiple of BATCH_SIZE.

@@ -39,6 +39,8 @@ def test_keys_and_defaults() -> None:
         "MODEL.RETINANET.BN.POPULATION_STATS": "",
         "MODEL.RETINANET.BN.AFFINE": "",
         "MODEL.ROI_HEADS.NORM_IMAGES": 0,
+        "MODEL.BACKBONE.NORM_IMAGES": 0,
+        "MODEL.GN.NUM_GROUPS": 32,
         "MODEL.MABN.SIMULATED_BATCH_SIZE": 32,
         "MODEL.MABN.BATCH_SIZE": 0,
         "MODEL.MABN.MOMENTUM": 0.02,

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
+from itertools import product
 
 import torch
 from detectron2.config import CfgNode
@@ -103,11 +104,11 @@ def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None
         if estimates < 1 or estimates % ranks:
             raise ValueError(f"{key} {estimates} cannot be divided among {ranks} process(es)")
         sizes[key] = (estimates, estimates // ranks)
-    together = cfg.MODEL.ROI_HEADS.NORM_IMAGES
-    for key, (size, images) in sizes.items():
+    for part, (key, (size, images)) in product(("BACKBONE", "ROI_HEADS"), sizes.items()):
+        together = cfg.MODEL[part].NORM_IMAGES
         if together > 0 and images % together:
             raise ValueError(
-                f"MODEL.ROI_HEADS.NORM_IMAGES {together} does not divide the {images} images per "
+                f"MODEL.{part}.NORM_IMAGES {together} does not divide the {images} images per "
                 f"process and pass ({key} {size}, {ranks} process(es))"
             )
 

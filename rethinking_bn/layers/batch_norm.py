@@ -27,7 +27,8 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
     It takes an empty batch (statistics stay as they were) and a single value per channel
     (variance 0, running_var stays), keeps its statistics when a batch is not finite, as an
     overflow in mixed precision makes it, and can be told which rows form a normalisation batch,
-    see :meth:`row_groups`. Otherwise values, gradients and buffers equal nn.BatchNorm2d's.
+    see :meth:`row_groups` and ``rows_at_a_time``. Otherwise values, gradients and buffers equal
+    nn.BatchNorm2d's.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats: as nn.BatchNorm2d.
@@ -42,6 +43,9 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
     sync = False
     batch_stats_at_inference = False
     process_group: ProcessGroup | None = None
+    #: k > 0: normalise k consecutive rows at a time in training (each row by itself where
+    #: inference takes mini-batch statistics), unless ``row_groups`` says otherwise; 0: all rows
+    rows_at_a_time = 0
     _groups: tuple[int, ...] | None = None
 
     @contextmanager
@@ -74,7 +78,7 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
     def _normalize_batch(self, x: Tensor) -> Tensor:
         moves = self.training and self.track_running_stats and self._observer is None
         holders = [self] if moves else []
-        groups = self._groups
+        groups = self._groups_of(x)
         if groups is not None and len(groups) != 1 and (groups or len(x)):
             outputs, local = normalize_row_groups(
                 x,
@@ -101,6 +105,14 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
         if self.training and self._observer is not None and local is not None:
             self._observer(Moments(*(v[None] for v in merge_moments(*local))))
         return outputs[0]
+
+    def _groups_of(self, x: Tensor) -> tuple[int, ...] | None:
+        if self._groups is not None or not self.rows_at_a_time:
+            return self._groups
+        k = self.rows_at_a_time if self.training else 1
+        if len(x) % k:
+            raise ValueError(f"{len(x)} rows cannot be normalised {k} at a time")
+        return (k,) * (len(x) // k)
 
     def read_population(self) -> tuple[Tensor, Tensor]:
         if self.running_mean is None or self.running_var is None:

@@ -16,6 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from rethinking_bn.layers.batch_norm import SyncBatchNorm2d
 from rethinking_bn.layers.domain_state import DomainBatchNormBase
+from rethinking_bn.layers.freezing import freeze_layer, is_frozen
 from rethinking_bn.layers.mabn.centring import (
     centred_convolutions,
     norm_channels,
@@ -108,7 +109,7 @@ def replace_norms(
     model = _finish(model, {**replaced, **centred})
     for layer in kept:
         if norm == "FrozenBN":
-            layer.freeze()
+            freeze_layer(layer, affine=True)
         elif norm in ("BN", "SyncBN"):
             layer.sync = norm == "SyncBN"
     return model, replaced, left
@@ -170,9 +171,10 @@ def _in_place_of(old: Any, name: str, norm: Norm, options: Mapping[str, Any]) ->
             target.copy_(source)
         if isinstance(source, nn.Parameter) and isinstance(target, nn.Parameter):
             target.requires_grad_(source.requires_grad)
-    if getattr(old, "frozen", False) and hasattr(new, "freeze"):
-        new.freeze()
-    return new.train(old.training)
+    new.train(old.training)
+    if is_frozen(old) and not isinstance(new, FrozenBatchNorm2d):
+        freeze_layer(new)
+    return new
 
 
 def _options(old: Any, norm: Norm, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""detectron2's ResNets and FPNs with GN or MABN throughout."""
+"""detectron2's ResNets and FPNs with any norm, as the keys say or GN or MABN throughout."""
 
 from __future__ import annotations
 
@@ -13,75 +13,105 @@ from detectron2.modeling.backbone.fpn import (
     build_resnet_fpn_backbone,
     build_retinanet_resnet_fpn_backbone,
 )
+from torch import nn
 
-from rethinking_bn.layers import MABN2d
+from rethinking_bn.layers import BatchNorm2d, MABN2d, SyncBatchNorm2d, norm_names
 from rethinking_bn.layers.convert import replace_norms
 from rethinking_bn.modeling.norm_options import norm_options
 
 logger = logging.getLogger(__name__)
 
+# no norm, and detectron2's own FrozenBN, which loads weights of all ages
+_STOCK = ("", "FrozenBN")
+
 Builder = Callable[[CfgNode, ShapeSpec], Backbone]
 
 
 @BACKBONE_REGISTRY.register()
+def build_norm_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """detectron2's build_resnet_backbone with our norms; see :func:`build_with_norms`."""
+    return build_with_norms(build_resnet_backbone, cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_norm_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """detectron2's build_resnet_fpn_backbone with our norms; see :func:`build_with_norms`."""
+    return build_with_norms(build_resnet_fpn_backbone, cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_norm_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """detectron2's build_retinanet_resnet_fpn_backbone with our norms; see
+    :func:`build_with_norms`."""
+    return build_with_norms(build_retinanet_resnet_fpn_backbone, cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
 def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """detectron2's build_resnet_backbone with GN; see :func:`build_with_norm`."""
-    return build_with_norm(build_resnet_backbone, cfg, input_shape, "GN")
+    """build_norm_resnet_backbone with GN, whatever the keys say."""
+    return build_with_norms(build_resnet_backbone, cfg, input_shape, "GN")
 
 
 @BACKBONE_REGISTRY.register()
 def build_gn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """detectron2's build_resnet_fpn_backbone with GN; see :func:`build_with_norm`."""
-    return build_with_norm(build_resnet_fpn_backbone, cfg, input_shape, "GN")
+    """build_norm_resnet_fpn_backbone with GN, whatever the keys say."""
+    return build_with_norms(build_resnet_fpn_backbone, cfg, input_shape, "GN")
 
 
 @BACKBONE_REGISTRY.register()
 def build_gn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """detectron2's build_retinanet_resnet_fpn_backbone with GN; see :func:`build_with_norm`."""
-    return build_with_norm(build_retinanet_resnet_fpn_backbone, cfg, input_shape, "GN")
+    """build_norm_retinanet_resnet_fpn_backbone with GN, whatever the keys say."""
+    return build_with_norms(build_retinanet_resnet_fpn_backbone, cfg, input_shape, "GN")
 
 
 @BACKBONE_REGISTRY.register()
 def build_mabn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """detectron2's build_resnet_backbone with MABN; see :func:`build_with_norm`."""
-    return build_with_norm(build_resnet_backbone, cfg, input_shape, "MABN")
+    """build_norm_resnet_backbone with MABN, whatever the keys say."""
+    return build_with_norms(build_resnet_backbone, cfg, input_shape, "MABN")
 
 
 @BACKBONE_REGISTRY.register()
 def build_mabn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """detectron2's build_resnet_fpn_backbone with MABN; see :func:`build_with_norm`."""
-    return build_with_norm(build_resnet_fpn_backbone, cfg, input_shape, "MABN")
+    """build_norm_resnet_fpn_backbone with MABN, whatever the keys say."""
+    return build_with_norms(build_resnet_fpn_backbone, cfg, input_shape, "MABN")
 
 
 @BACKBONE_REGISTRY.register()
 def build_mabn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """detectron2's build_retinanet_resnet_fpn_backbone with MABN; see :func:`build_with_norm`."""
-    return build_with_norm(build_retinanet_resnet_fpn_backbone, cfg, input_shape, "MABN")
+    """build_norm_retinanet_resnet_fpn_backbone with MABN, whatever the keys say."""
+    return build_with_norms(build_retinanet_resnet_fpn_backbone, cfg, input_shape, "MABN")
 
 
-def build_with_norm(builder: Builder, cfg: CfgNode, input_shape: ShapeSpec, norm: str) -> Backbone:
-    """Build one of detectron2's backbones with a norm in every place that may have one.
+def build_with_norms(
+    builder: Builder, cfg: CfgNode, input_shape: ShapeSpec, preset: str | None = None
+) -> Backbone:
+    """Build one of detectron2's backbones with our norms in every place that may have one.
 
-    These are the stem, all convolutions of the blocks, the shortcuts, and the FPN's lateral and
-    output convolutions. RetinaNet's P6 and P7, which have no norm in detectron2 and are not among
-    the layers that MABN's authors name, stay plain convolutions.
-
-    MODEL.RESNETS.NORM and MODEL.FPN.NORM are not read: the builder's name stands for both. All
-    other keys keep their meaning. The first MODEL.BACKBONE.FREEZE_AT stages are frozen: no
-    gradients, and MABN keeps its statistics.
+    These are the stem, all convolutions of the blocks and the shortcuts (MODEL.RESNETS.NORM), and
+    the FPN's lateral and output convolutions (MODEL.FPN.NORM). RetinaNet's P6 and P7, which have no
+    norm in detectron2 and are not among the layers that MABN's authors name, stay plain
+    convolutions. All other keys keep their meaning. The first MODEL.BACKBONE.FREEZE_AT stages are
+    frozen: no gradients, FrozenBN in place of BN, and MABN keeps its statistics.
 
     Args:
         builder: of detectron2's registry, which reads these keys.
-        cfg: its ``MODEL.MABN`` is read for MABN.
+        cfg: also its MODEL.MABN and MODEL.GN are read, where a norm has options, and
+            MODEL.BACKBONE.NORM_IMAGES, which makes BN normalise so many images at a time.
         input_shape: of the image.
-        norm: "GN", or another name that :func:`rethinking_bn.layers.get_norm` knows.
+        preset: a norm for both, in place of the keys.
 
     Raises:
-        ValueError: for deformable stages with MABN, which cannot centre their convolutions; for
-            channels that GN's 32 groups do not divide; for a batch size that does not fit
-            (:func:`~rethinking_bn.modeling.norm_options.norm_options`).
+        ValueError: for a norm that :func:`rethinking_bn.layers.get_norm` does not know; for
+            deformable stages with MABN, which cannot centre their convolutions; for channels that
+            GN's groups do not divide; for a batch size that does not fit
+            (:func:`~rethinking_bn.modeling.norm_options.norm_options`); for NORM_IMAGES with norms
+            that know no groups of images.
     """
-    if norm == "MABN" and any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
+    norms = {key: preset or cfg.MODEL[key].NORM for key in ("RESNETS", "FPN")}
+    for key, norm in norms.items():
+        if norm not in norm_names():
+            raise ValueError(f"MODEL.{key}.NORM must be one of {norm_names()}, got {norm!r}")
+    if norms["RESNETS"] == "MABN" and any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
         raise ValueError(
             f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE}, but "
             "MABN needs convolutions with centred filters, which deformable ones do not have: "
@@ -89,16 +119,30 @@ def build_with_norm(builder: Builder, cfg: CfgNode, input_shape: ShapeSpec, norm
         )
     stock = cfg.clone()
     stock.defrost()
-    stock.MODEL.RESNETS.NORM = stock.MODEL.FPN.NORM = "BN"
+    for key, norm in norms.items():
+        stock.MODEL[key].NORM = norm if norm in _STOCK else "BN"  # which is then replaced
     stock.MODEL.BACKBONE.FREEZE_AT = 0  # after the conversion: detectron2 freezes by replacing BN
     backbone = builder(stock, input_shape)
-    replace_norms(backbone, norm, **norm_options(cfg, norm))
     resnet = backbone if isinstance(backbone, ResNet) else backbone.bottom_up
+    keys = ("RESNETS",) if backbone is resnet else ("RESNETS", "FPN")
+    if all(norms[key] == norms["RESNETS"] for key in keys):
+        _replace(backbone, norms["RESNETS"], cfg)
+    else:
+        _replace(resnet, norms["RESNETS"], cfg)
+        backbone.bottom_up = nn.Identity()  # not to be seen twice
+        _replace(backbone, norms["FPN"], cfg)
+        backbone.bottom_up = resnet
+    for key in keys if preset else ():
+        if (said := cfg.MODEL[key].NORM) != preset:
+            logger.info("The backbone has %s where MODEL.%s.NORM says %r", preset, key, said)
     _freeze(resnet, cfg.MODEL.BACKBONE.FREEZE_AT)
-    for key, said in (("RESNETS", cfg.MODEL.RESNETS.NORM), ("FPN", cfg.MODEL.FPN.NORM)):
-        if said != norm and (key == "RESNETS" or backbone is not resnet):
-            logger.info("The backbone has %s where MODEL.%s.NORM says %r", norm, key, said)
+    _normalize_images(backbone, cfg.MODEL.BACKBONE.NORM_IMAGES)
     return backbone
+
+
+def _replace(part: nn.Module, norm: str, cfg: CfgNode) -> None:
+    if norm not in _STOCK:
+        replace_norms(part, norm, **norm_options(cfg, norm))
 
 
 def _freeze(resnet: ResNet, freeze_at: int) -> None:
@@ -106,3 +150,23 @@ def _freeze(resnet: ResNet, freeze_at: int) -> None:
     for layer in resnet.modules():
         if isinstance(layer, MABN2d) and not layer.weight.requires_grad:
             layer.freeze()
+
+
+def _normalize_images(backbone: nn.Module, images: int) -> None:
+    """Let every BN normalise so many images at a time; 0: all of them."""
+    key = f"MODEL.BACKBONE.NORM_IMAGES is {images}"
+    if images < 0:
+        raise ValueError(f"{key} < 0")
+    if not images:
+        return
+    norms = [m for m in backbone.modules() if isinstance(m, (BatchNorm2d, MABN2d))]
+    for norm in norms:
+        if isinstance(norm, (SyncBatchNorm2d, MABN2d)):
+            pools = "averages over iterations" if isinstance(norm, MABN2d) else "pools all ranks"
+            raise ValueError(
+                f"{key}, but {type(norm).__name__} {pools} and knows no groups of images: set it "
+                "to 0, or MODEL.RESNETS.NORM and MODEL.FPN.NORM to BN or BatchStatBN"
+            )
+        norm.rows_at_a_time = images
+    if not norms:
+        raise ValueError(f"{key}, but no norm of the backbone normalises several images together")

@@ -14,21 +14,23 @@ def norm_options(cfg: CfgNode, norm: str) -> dict[str, Any]:
     """Return the keyword arguments that the config has for layers of a norm.
 
     Args:
-        cfg: with ``MODEL.MABN``.
+        cfg: with ``MODEL.MABN`` and ``MODEL.GN``.
         norm: a name that :func:`rethinking_bn.layers.get_norm` knows.
 
     Returns:
-        arguments of ``get_norm(norm, channels, ...)``: those of MODEL.MABN for "MABN", otherwise
-        none. ``batch_size`` is in images, for layers that see RoIs as well. It is None where
-        MODEL.MABN.BATCH_SIZE is 0 and the images per pass, as many as the ranks now running make
-        of SOLVER.IMS_PER_BATCH, do not fit: a model trained on other ranks can be evaluated here,
-        and in training its first layer finds the size unfit (rethinking_bn.engine checks that
-        before it starts).
+        arguments of ``get_norm(norm, channels, ...)``: those of MODEL.MABN for "MABN", num_groups
+        for "GN", otherwise none. ``batch_size`` is in images, for layers that see RoIs as well. It
+        is None where MODEL.MABN.BATCH_SIZE is 0 and the images per pass, as many as the ranks now
+        running make of SOLVER.IMS_PER_BATCH, do not fit: a model trained on other ranks can be
+        evaluated here, and in training its first layer finds the size unfit (rethinking_bn.engine
+        checks that before it starts).
 
     Raises:
         ValueError: naming the keys, when MODEL.MABN.BATCH_SIZE does not divide
             MODEL.MABN.SIMULATED_BATCH_SIZE.
     """
+    if norm == "GN":
+        return {"num_groups": cfg.MODEL.GN.NUM_GROUPS}
     if norm != "MABN":
         return {}
     keys = cfg.MODEL.MABN

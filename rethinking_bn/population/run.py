@@ -130,9 +130,7 @@ class PopulationRun:
         error.__cause__ = raised
         return error
 
-    def _agree(
-        self, error: BaseException | None, labelled: bool, done: bool
-    ) -> tuple[bool, bool]:
+    def _agree(self, error: BaseException | None, labelled: bool, done: bool) -> tuple[bool, bool]:
         """Fail together, or return whether all ranks have labels, and whether one is done.
 
         One small collective.

@@ -23,6 +23,7 @@ from rethinking_bn.layers import (
     get_norm,
     norm_names,
 )
+from rethinking_bn.layers.freezing import freeze_layer, is_frozen
 
 BATCH_NORMS = {
     "BN": BatchNorm2d,
@@ -152,16 +153,23 @@ class Frozen(nn.Module):
         return self.levels([x, x[:, :, ::2]])
 
 
-@pytest.mark.skipif(not hasattr(MultiDomainBatchNorm2d, "freeze"), reason="comes with freeze()")
 def test_frozen_bn_freezes_every_layer_of_ours() -> None:
     model = Frozen()
     convert_norms(model, "FrozenBN").train()
     assert type(model.plain) is FrozenBatchNorm2d
-    assert type(model.levels) is MultiDomainBatchNorm2d and type(model.average) is MABN2d
+    assert all(is_frozen(layer) for layer in (model.levels, model.average))
     assert type(model.groups) is nn.GroupNorm
     before = {key: value.clone() for key, value in model.named_buffers()}
     model(torch.randn(2, 4, 5, 5))
     assert all(torch.equal(value, before[key]) for key, value in model.named_buffers())
+    assert not any(p.requires_grad for p in [*model.levels.parameters(), model.average.weight])
+
+
+def test_a_frozen_layer_stays_frozen() -> None:
+    old = BatchNorm2d(4)
+    freeze_layer(old)
+    new = convert_norms(old, "SyncBN").train()
+    assert isinstance(new, SyncBatchNorm2d) and is_frozen(new) and not new.training
 
 
 def test_sync_bn_reaches_layers_with_domains_and_leaves_others(
