@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 # From so many values, in planes (H·W) of so many, blocks pay for the loop over them.
-_MANY, _PLANE = 2**16, 16
+MANY, _PLANE = 2**16, 16
 _BLOCK = 2**18  # values for a thread: 1 MiB of float32
 
 
 def worth_blocks(x: Tensor) -> bool:
     """Whether x (N, C, *) is on the CPU, contiguous and large, and nothing is being compiled."""
-    if x.device.type != "cpu" or x.dim() < 3 or x.numel() < _MANY or not x.is_contiguous():
+    if x.device.type != "cpu" or x.dim() < 3 or x.numel() < MANY or not x.is_contiguous():
         return False
     return x[0, 0].numel() >= _PLANE and not torch.compiler.is_compiling()
 

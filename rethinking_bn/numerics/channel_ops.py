@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rethinking_bn.numerics.blocks import (
+    MANY,
     block_buffer,
     blocks,
     is_channels_last,
@@ -48,7 +49,8 @@ def affine_normalize(
     dtype = statistics_dtype(x.dtype)
     mean, variance = _typed(mean, dtype), _typed(variance, dtype)
     weight, bias = _typed(weight, dtype), _typed(bias, dtype)
-    return F.batch_norm(x, mean, variance, weight, bias, training=False, momentum=0.0, eps=eps)
+    # F.batch_norm's checks are of the training mode
+    return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)
 
 
 def _typed(channels: Tensor | None, dtype: torch.dtype) -> Any:
@@ -79,10 +81,78 @@ def _combine_blocks(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> T
     return out
 
 
+def combine_each(
+    dys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Return :func:`combine` of those of L pairs of tensors that are ``needed``, None for others.
+
+    Args:
+        a, b, c: (1, C) for all, or (L, C).
+    """
+    few = all(x.device.type == "cpu" and x.numel() < MANY and x.dtype == a.dtype for x in xs)
+    if few and all(needed) and not torch.compiler.is_compiling():
+        # two calls for all tensors
+        out = torch._foreach_addcmul(_views(c, xs), list(xs), _views(b, xs))
+        torch._foreach_addcmul_(out, list(dys), _views(a, xs))
+        return tuple(out)
+    rows = [r.unbind() if len(r) == len(xs) else [r[0]] * len(xs) for r in (a, b, c)]
+    return tuple(
+        combine(dy, x, *coefficients) if need else None
+        for dy, x, need, *coefficients in zip(dys, xs, needed, *rows, strict=True)
+    )
+
+
+def _views(rows: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+    ones = [1] * (xs[0].dim() - 2)
+    if len(rows) == 1:
+        return [rows.view(1, -1, *ones)] * len(xs)
+    return list(rows.view(len(rows), 1, -1, *ones).unbind())
+
+
+def input_gradient_on_cuda(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    count: Tensor,
+) -> Tensor:
+    """Return weight · invstd · (dy - Σ dy/n - x̂ · Σ dy·x̂/n) in one kernel, in x's type.
+
+    Args:
+        mean, invstd, weight: (C,).
+        sums: (2, C), Σ dy and Σ dy·x̂ of the pool.
+        count: (1,) int32, n.
+    """
+    if x.numel() == 0:
+        return torch.zeros_like(x)
+    weight = _typed(weight, mean.dtype)
+    dy = _match_memory_format(dy, x)
+    sum_dy, sum_dy_centred = sums[0], sums[1] / invstd
+    return torch.batch_norm_backward_elemt(
+        dy, x, mean, invstd, weight, sum_dy, sum_dy_centred, count
+    )
+
+
 def gradient_sums(
-    dy: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    invstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (C,) Σ dy and (C,) Σ dy·x̂ with x̂ = (x - mean) / sqrt(variance + eps)."""
+    """Return (C,) Σ dy and (C,) Σ dy·x̂ with x̂ = (x - mean) / sqrt(variance + eps).
+
+    Args:
+        invstd: 1 / sqrt(variance + eps), where the caller has it.
+    """
     dtype = mean.dtype
     if x.numel() == 0:  # the fused CPU operator ends the process on an empty tensor
         zeros = torch.zeros_like(mean)
@@ -91,12 +161,12 @@ def gradient_sums(
         if dtype != x.dtype and not (x.is_contiguous() or is_channels_last(x)):
             x = x.contiguous()  # of other strides the kernel rounds sums to the half type
         dy = _match_memory_format(dy, x)
-        one = torch.ones_like(mean)  # tells it the type to return
-        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, one, mean, variance, None, None, False, eps, [False, True, True]
+        # the mean in place of a weight tells it the type to return
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward.default(
+            dy, x, mean, mean, variance, None, None, False, eps, [False, True, True]
         )
-        return grad_bias.to(dtype), grad_weight.to(dtype)
-    invstd = (variance + eps).rsqrt()
+        return grad_bias, grad_weight
+    invstd = (variance + eps).rsqrt() if invstd is None else invstd
     if torch.compiler.is_compiling():
         return _plain_gradient_sums(dy, x, mean, invstd)
     if x.device.type == "cuda":

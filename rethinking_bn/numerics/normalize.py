@@ -13,17 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from rethinking_bn.distributed import all_gather, all_reduce_sum, get_world_size
-from rethinking_bn.numerics.channel_ops import (
-    affine_normalize,
-    broadcast,
-    combine,
-    gradient_sums,
+from rethinking_bn.distributed import all_gather, get_world_size
+from rethinking_bn.numerics.batch_statistics import (
+    BatchStatistics,
+    batch_statistics,
+    pool_parts,
 )
+from rethinking_bn.numerics.channel_ops import broadcast
 from rethinking_bn.numerics.moments import Moments, merge_moments, stack_moments
+from rethinking_bn.numerics.native import normalize_each, suits_native
+from rethinking_bn.numerics.normalize_function import Normalize
 from rethinking_bn.numerics.running import update_running_statistics
 from rethinking_bn.numerics.tensor_moments import local_moments, plain_moments
 from rethinking_bn.numerics.triton.choice import takes_triton
@@ -78,6 +79,7 @@ def normalize(
     Raises:
         NotImplementedError: for more than one rank under a transform of torch.func.
     """
+    index, one_part, one_pool = _index(parts, pools)
     sync = sync and get_world_size(group) > 1
     if takes_triton(xs, weight, bias, holders):
         from rethinking_bn.numerics.triton import batch_norm  # imports Triton
@@ -87,8 +89,8 @@ def normalize(
                 xs,
                 weight,
                 bias,
-                one_part=_is_one(parts),
-                pooled=_is_one(pools),
+                one_part=one_part,
+                pooled=one_pool,
                 eps=eps,
                 sync=sync,
                 group=group,
@@ -96,73 +98,123 @@ def normalize(
                 momentum=momentum,
             )
         )
-    weight, bias = _as_rows(weight), _as_rows(bias)
+    call = _Call(xs, _as_list(weight), _as_list(bias), index, one_part, one_pool, eps)
+    local: BatchStatistics | Moments
+    pooled: BatchStatistics | Moments
     if torch._C._are_functorch_transforms_active():
         if sync:
             raise NotImplementedError("torch.func cannot transform statistics pooled over ranks")
-        outputs, local = _normalize_in_plain_operators(xs, weight, bias, parts, pools, eps)
-        if holders:
-            update_running_statistics(holders, local, momentum)
-        return Normalized(outputs, local)
+        outputs, local = _in_plain_operators(call)
+        pooled = local
+    elif sync or torch.compiler.is_compiling():
+        outputs, local, pooled = _by_moments(call, sync, group)
+    else:
+        outputs, local = _on_this_rank(call)
+        pooled = local
+    if holders:
+        update_running_statistics(holders, pooled, momentum)
+        return Normalized(outputs, None)
+    return Normalized(outputs, local if isinstance(local, Moments) else local.moments())
+
+
+class _Call(NamedTuple):
+    """The arguments: a weight and a bias for all tensors or one each, the pool of each tensor,
+    and whether all are one part, and one pool."""
+
+    xs: Sequence[Tensor]
+    weights: Sequence[Any]
+    biases: Sequence[Any]
+    pool_of: list[int]
+    one_part: bool
+    one_pool: bool
+    eps: float
+
+
+def _as_list(rows: Rows) -> Sequence[Any]:
+    if rows is None:
+        return [None]
+    return rows.unbind() if isinstance(rows, Tensor) else rows
+
+
+def _as_tensor(rows: Sequence[Any]) -> Any:
+    """Return (C,) or None for all, or (L, C)."""
+    return rows[0] if len(rows) == 1 else torch.stack(list(rows))
+
+
+def _index(parts: Sequence[int], pools: Sequence[int]) -> tuple[list[int], bool, bool]:
+    """Return each tensor's pool, and whether all parts, and all pools, are one."""
+    for index in (parts, pools):
+        if any(index) and list(index) != list(range(len(index))):
+            raise ValueError(f"rows are merged into one or not at all, got the index {list(index)}")
+    return [pools[part] for part in parts], not any(parts), not any(pools)
+
+
+def _on_this_rank(call: _Call) -> tuple[list[Tensor], BatchStatistics]:
+    """Normalise by statistics of this process, whose counts the host knows."""
+    xs, weights, biases, index, one_part, one_pool, eps = call
+    each = len(xs) == 1 or not one_pool
+    if each and all(x.numel() == 0 or suits_native(x) for x in xs):
+        return normalize_each(xs, weights, biases, eps)
     with torch.no_grad():
-        per_tensor = stack_moments([local_moments(x) for x in xs])
-        local = _merge_rows(per_tensor, parts)
+        statistics = batch_statistics(xs)
+        pool = pool_parts(statistics) if one_pool else statistics
+        mean, variance = pool.values.unbind()
+    weight, bias = _as_tensor(weights), _as_tensor(biases)
+    outputs = Normalize.apply(
+        weight, bias, mean, variance, pool.counts, index, eps, None, False, *xs
+    )
+    return list(outputs), pool if one_part else statistics
+
+
+def _by_moments(
+    call: _Call, sync: bool, group: ProcessGroup | None
+) -> tuple[list[Tensor], Moments, Moments]:
+    """Normalise by statistics whose counts are on the device: other ranks', or a compiler's.
+
+    Returns:
+        The outputs, this rank's moments, and those of all ranks, one row per part.
+    """
+    xs, weights, biases, index, one_part, one_pool, eps = call
+    with torch.no_grad():
+        compiling = torch.compiler.is_compiling()
+        local = _each_moments(xs) if compiling else batch_statistics(xs).moments()
+        local = _merged(local) if one_part else local
         pooled = _merge_ranks(local, group) if sync else local
-        pool = _merge_rows(pooled, pools)
+        pool = _merged(pooled) if one_pool else pooled
         count, mean, variance = pool.count, pool.mean, pool.variance()
     if sync and torch.is_grad_enabled():
         # The other ranks may wait in the backward's collective: it is part of this rank's graph
         # even if nothing here needs a gradient.
         count = count.detach().requires_grad_()
-    index = [pools[part] for part in parts]
-    outputs = _Normalize.apply(
+    weight, bias = _as_tensor(weights), _as_tensor(biases)
+    outputs = Normalize.apply(
         weight, bias, mean, variance, count, index, eps, group if sync else None, sync, *xs
     )
-    if holders:
-        update_running_statistics(holders, pooled, momentum)
-    return Normalized(list(outputs), local)
+    return list(outputs), local, pooled
 
 
-def _is_one(index: Sequence[int]) -> bool:
-    """Whether an index merges everything into one, rather than nothing."""
-    if all(i == 0 for i in index):
-        return True
-    if list(index) != list(range(len(index))):
-        raise ValueError(f"rows are merged into one or not at all, got the index {list(index)}")
-    return False
+def _each_moments(xs: Sequence[Tensor]) -> Moments:
+    return stack_moments([local_moments(x) for x in xs])
 
 
-def _as_rows(rows: Rows) -> Tensor | None:
-    if rows is None or isinstance(rows, Tensor):
-        return rows
-    return rows[0][None] if len(rows) == 1 else torch.stack(list(rows))
-
-
-def _normalize_in_plain_operators(
-    xs: Sequence[Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    parts: Sequence[int],
-    pools: Sequence[int],
-    eps: float,
-) -> tuple[list[Tensor], Moments]:
-    """The same for one rank, in operators that torch.func can transform in every way."""
-    local = _merge_rows(stack_moments([plain_moments(x) for x in xs]), parts)
-    pool = _merge_rows(local, pools)
+def _in_plain_operators(call: _Call) -> tuple[list[Tensor], Moments]:
+    """Normalise on one rank, in operators that torch.func can transform in every way."""
+    xs, weights, biases, index, one_part, one_pool, eps = call
+    local = stack_moments([plain_moments(x) for x in xs])
+    local = _merged(local) if one_part else local
+    pool = _merged(local) if one_pool else local
     mean, invstd = pool.mean, (pool.variance() + eps).rsqrt()
     outputs = []
-    for i, x in enumerate(xs):
-        p = pools[parts[i]]
-        scale = invstd[p] if weight is None else invstd[p] * _row(weight, i)
+    for i, (x, p) in enumerate(zip(xs, index, strict=True)):
+        weight, bias = (rows[i if len(rows) > 1 else 0] for rows in (weights, biases))
+        scale = invstd[p] if weight is None else invstd[p] * weight
         y = (x - broadcast(mean[p], x)) * broadcast(scale, x)
-        outputs.append((y if bias is None else y + broadcast(_row(bias, i), x)).to(x.dtype))
+        outputs.append((y if bias is None else y + broadcast(bias, x)).to(x.dtype))
     return outputs, local
 
 
-def _merge_rows(rows: Moments, index: Sequence[int]) -> Moments:
-    if len(index) > 1 and _is_one(index):
-        return Moments(*(v[None] for v in merge_moments(*rows)))
-    return rows
+def _merged(rows: Moments) -> Moments:
+    return rows if len(rows.count) == 1 else Moments(*(v[None] for v in merge_moments(*rows)))
 
 
 def _merge_ranks(rows: Moments, group: ProcessGroup | None) -> Moments:
@@ -172,74 +224,3 @@ def _merge_ranks(rows: Moments, group: ProcessGroup | None) -> Moments:
     return merge_moments(
         gathered[..., 0], gathered[..., 1 : 1 + channels], gathered[..., 1 + channels :]
     )
-
-
-class _Normalize(torch.autograd.Function):
-    """Normalisation by given pool statistics whose backward knows they came from the inputs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
-        count: Tensor,
-        index: list[int],
-        eps: float,
-        group: ProcessGroup | None,
-        sync: bool,
-        *xs: Tensor,
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(weight, mean, variance, count, *xs)
-        ctx.index, ctx.eps, ctx.group, ctx.sync = index, eps, group, sync
-        return tuple(
-            affine_normalize(x, mean[p], variance[p], _row(weight, i), _row(bias, i), eps)
-            for i, (x, p) in enumerate(zip(xs, index, strict=True))
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        weight, mean, variance, count, *xs = ctx.saved_tensors
-        num_pools = mean.shape[0]
-        means, variances = mean.unbind(), variance.unbind()
-        # per tensor: Σ dy and Σ dy·x̂, in one pass over dy and x
-        pairs = [
-            gradient_sums(dy, x, means[p], variances[p], ctx.eps)
-            for dy, x, p in zip(grads, xs, ctx.index, strict=True)
-        ]
-        sums = torch.stack([value for pair in pairs for value in pair]).view(len(xs), 2, -1)
-        scaled = sums if weight is None else sums * weight[:, None].to(sums.dtype)
-        if num_pools == 1:
-            scaled = scaled.sum(0, keepdim=True)
-        if ctx.sync:
-            # Reached by every rank, empty or not: the others are waiting in it.
-            scaled = all_reduce_sum(scaled, ctx.group)
-        scaled = scaled / count.clamp(min=1)[:, None, None]
-        # dx = a·dy + b·x + c with per-channel a, b, c: one fused affine, one fused add. Each has
-        # one row for all tensors or one per tensor.
-        invstd = (variance + ctx.eps).rsqrt()
-        a = invstd if weight is None else invstd * weight.to(invstd.dtype)
-        b = -invstd.square() * scaled[:, 1]
-        c = -invstd * scaled[:, 0] - b * mean
-        needed = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(xs) :]
-        grad_x: list[Tensor | None] = [
-            combine(dy, x, *(_row(row, i) for row in (a, b, c))) if need else None
-            for i, (dy, x, need) in enumerate(zip(grads, xs, needed, strict=True))
-        ]
-        grad_weight = grad_bias = None
-        if weight is not None and ctx.needs_input_grad[0]:
-            grad_weight = _affine_gradient(sums[:, 1], weight)
-        if weight is not None and ctx.needs_input_grad[1]:
-            grad_bias = _affine_gradient(sums[:, 0], weight)
-        return grad_weight, grad_bias, None, None, None, None, None, None, None, *grad_x
-
-
-def _affine_gradient(per_tensor: Tensor, parameter: Tensor) -> Tensor:
-    summed = per_tensor.sum(0, keepdim=True) if parameter.shape[0] == 1 else per_tensor
-    return summed.to(parameter.dtype)
-
-
-def _row(rows: Tensor | None, i: int) -> Any:
-    return None if rows is None else rows[i if len(rows) > 1 else 0]

@@ -91,7 +91,7 @@ def _normalize_as_channels(
     """Normalise K groups of n rows as (n, K·C, H, W): one pass, however many groups."""
     n = len(x) // k
     folded = x.view(k, n, -1).transpose(0, 1).reshape(n, k * x.shape[1], *x.shape[2:])
-    affine = (None if p is None else p.repeat(k)[None] for p in (weight, bias))
+    affine = (None if p is None else [p.repeat(k)] for p in (weight, bias))
     (out,), rows = normalize([folded], *affine, parts=[0], pools=[0], eps=eps)
     assert rows is not None  # there were no holders to take them
     each = Moments(rows.count.expand(k), rows.mean.view(k, -1), rows.m2.view(k, -1))

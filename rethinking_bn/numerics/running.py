@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rethinking_bn.numerics.batch_statistics import BatchStatistics
 from rethinking_bn.numerics.moments import Moments
 
 
 @torch.no_grad()
 def update_running_statistics(
-    holders: Sequence[Any], moments: Moments, momentum: float | None
+    holders: Sequence[Any], seen: Moments | BatchStatistics, momentum: float | None
 ) -> None:
-    """Move BatchNorm-like buffers towards moments: one EMA step per row that saw a value.
+    """Move BatchNorm-like buffers towards what was seen: one EMA step per row that saw a value.
 
     With one holder and several rows the steps follow each other, row after row, as when one
     nn.BatchNorm2d is called once per level. Rows are skipped on the device, without a host
@@ -26,9 +28,38 @@ def update_running_statistics(
     Args:
         holders: modules with running_mean, running_var (C,) and num_batches_tracked; either one
             for all K rows, or one per row.
-        moments: K rows.
+        seen: K rows.
         momentum: fraction of the new value; None: 1 / number of steps so far.
     """
+    if isinstance(seen, Moments):
+        _update_on_device(holders, seen, momentum)
+        return
+    alike = all(h.running_mean.dtype == seen.values.dtype for h in holders)
+    if momentum is not None and alike and len(holders) == len(seen.counts):
+        _update_each(holders, seen.unbiased(), momentum)
+    else:
+        _update_on_device(holders, seen.moments(), momentum)
+
+
+def _update_each(holders: Sequence[Any], seen: BatchStatistics, momentum: float) -> None:
+    """One row a holder: all buffers in one operator, what has no value left out by the host."""
+    counts, values, _ = seen
+    # an input that is not finite leaves a variance that is not
+    finite = values[1].amax(1) < math.inf  # (K,)
+    buffers = [h.running_mean for h in holders] + [h.running_var for h in holders]
+    old = torch.stack(buffers).view(values.shape)
+    new = torch.where(finite[:, None], values, old).flatten(0, 1).unbind()
+    moving = [i for i, n in enumerate((*counts, *counts)) if n > (0 if i < len(counts) else 1)]
+    if moving:
+        torch._foreach_lerp_([buffers[i] for i in moving], [new[i] for i in moving], momentum)
+    counters = [h.num_batches_tracked for h, n in zip(holders, counts, strict=True) if n]
+    steps = [step for step, n in zip(finite.unbind(), counts, strict=True) if n]
+    if counters:
+        torch._foreach_add_(counters, steps)
+
+
+def _update_on_device(holders: Sequence[Any], moments: Moments, momentum: float | None) -> None:
+    """The same for counts that only the device knows, and for steps that follow each other."""
     values = torch.stack([moments.mean, moments.variance(unbiased=True)])  # (2, K, C)
     # x·0 is NaN for what is not finite, so that a row's sum tells
     finite = (values * 0).sum((0, 2)) == 0  # (K,)

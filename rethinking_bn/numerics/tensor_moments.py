@@ -17,10 +17,7 @@ from rethinking_bn.numerics.moments import Moments, merge_moments, stack_moments
 
 # The CPU's channels-last kernels add up in float32, one value after the other, which loses digits
 # over many values. Moments of blocks this long are merged instead, in the same time.
-_ROWS = 4096
-# CUDA's kernel returns 1 / sqrt(variance + eps), and 0 for a variance and an eps of 0. This one
-# tells those from an infinite variance, and is far below what float32 activations vary by.
-_TINY = 1e-30
+ROWS = 4096
 
 
 def local_moments(x: Tensor) -> Moments:
@@ -32,42 +29,52 @@ def local_moments(x: Tensor) -> Moments:
     Returns:
         Moments of one set: count (), mean (C,), m2 (C,). No host synchronisation on CUDA.
     """
-    x = x.detach()
     channels, dtype = x.shape[1], statistics_dtype(x.dtype)
     size = x.numel() // max(channels, 1)
     count = torch.full((), float(size), dtype=dtype, device=x.device)
     if size == 0:
         zeros = torch.zeros(channels, dtype=dtype, device=x.device)
         return Moments(count, zeros, zeros.clone())
-    if torch.compiler.is_compiling():  # plain operators are what a compiler can fuse
-        mean, variance = _plain_mean_variance(x)
-    elif x.device.type == "cpu":
-        if dtype == x.dtype and worth_blocks(x):
-            return _block_moments(x, count)
-        if size > _ROWS and is_channels_last(x) and not x.is_contiguous():
-            rows = x.permute(0, 2, 3, 1).reshape(-1, channels)  # a view
-            return merge_moments(
-                *stack_moments([local_moments(part) for part in rows.split(_ROWS)])
-            )
-        # Given float32 buffers it returns float32 statistics for half types too.
-        buffer = torch.zeros(channels, dtype=dtype) if dtype != x.dtype else None
-        mean, variance = torch.batch_norm_update_stats(x, buffer, buffer, 0.0)
-    elif x.device.type == "cuda":
-        mean, variance = _cuda_mean_variance(x)
-    else:
-        mean, variance = _plain_mean_variance(x)
+    mean, variance = mean_variance(x.detach())
     return Moments(count, mean, variance * size)
 
 
-def _block_moments(x: Tensor, count: Tensor) -> Moments:
-    """Moments of a large contiguous tensor in the corrected two-pass algorithm, by blocks.
+def mean_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance (C,) of a tensor that is not empty and needs no gradient.
+
+    Args:
+        x: (N, C, *); half types are accumulated in float32.
+    """
+    if torch.compiler.is_compiling():  # plain operators are what a compiler can fuse
+        return _plain_mean_variance(x)
+    kind, buffer = x.device.type, None
+    if kind == "cpu":
+        dtype = statistics_dtype(x.dtype)
+        if dtype == x.dtype and worth_blocks(x):
+            return _block_mean_variance(x)
+        size = x.numel() // x.shape[1]
+        if size > ROWS and is_channels_last(x) and not x.is_contiguous():
+            rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # a view
+            parts = stack_moments([local_moments(part) for part in rows.split(ROWS)])
+            _, mean, m2 = merge_moments(*parts)
+            return mean, m2 / size
+        # Given float32 buffers it returns float32 statistics for half types too.
+        buffer = torch.zeros(x.shape[1], dtype=dtype) if dtype != x.dtype else None
+    elif kind != "cuda":
+        return _plain_mean_variance(x)
+    mean, variance = torch.batch_norm_update_stats(x, buffer, buffer, 0.0)
+    return mean, variance
+
+
+def _block_mean_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a large contiguous tensor in the corrected two-pass algorithm, by blocks.
 
     With d = x - s for a shift s near the mean: mean = s + Σd/n and M2 = Σd² - (Σd)²/n, whose
     last term takes back what rounding s left (Chan, Golub and LeVeque, 1983). torch's own kernel
     adds up such tensors one value after the other in float64, which takes longer.
     """
-    rows = planes(x)
-    shift = x.sum([0, *range(2, x.dim())]) / count
+    rows, size = planes(x), x.numel() // x.shape[1]
+    shift = x.sum([0, *range(2, x.dim())]) / size
     shifts, buffer = per_plane(shift, len(x)), block_buffer(rows, x.dtype)
     sums, squares = [], []
     for block in blocks(rows):
@@ -76,15 +83,8 @@ def _block_moments(x: Tensor, count: Tensor) -> Moments:
         squares.append(d.square_().sum(1))
     total = torch.cat(sums).view(x.shape[:2]).sum(0)
     square = torch.cat(squares).view(x.shape[:2]).sum(0)
-    m2 = (square - total.square() / count).clamp_(min=0)
-    return Moments(count, shift + total / count, m2)
-
-
-def _cuda_mean_variance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance from CUDA's fused pass; a constant channel has variance 0."""
-    mean, invstd = torch.batch_norm_stats(x, _TINY)
-    variance = invstd.square().reciprocal()
-    return mean, variance.masked_fill(variance < 2 * _TINY, 0.0)  # NaN and inf stay
+    m2 = (square - total.square() / size).clamp_(min=0)
+    return shift + total / size, m2 / size
 
 
 def plain_moments(x: Tensor) -> Moments:

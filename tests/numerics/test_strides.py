@@ -48,6 +48,10 @@ def expanded(x: Tensor) -> Tensor:
 def test_equals_the_reference(
     view: Callable[[Tensor], Tensor], dtype: torch.dtype, tolerance: float, shared: bool
 ) -> None:
+    if view is expanded:
+        # Two distinct values per channel: the gradient is what nearly cancelling terms leave, and
+        # nn.BatchNorm2d's own is off by up to 1.8e-4.
+        tolerance *= 2
     choice = "shared" if shared else "domain_specific"
     layer = MultiDomainBatchNorm2d(CHANNELS, len(SHAPES), train_stats=choice, affine=choice)
     for i, parameter in enumerate(layer.parameters()):

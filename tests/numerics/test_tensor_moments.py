@@ -7,7 +7,6 @@ import torch
 
 from rethinking_bn.layers import local_moments
 from rethinking_bn.numerics.blocks import worth_blocks
-from rethinking_bn.numerics.tensor_moments import _cuda_mean_variance
 from tests import reference
 
 
@@ -55,31 +54,6 @@ def test_large_contiguous_tensors_of_one_value_or_not_finite() -> None:
     got = local_moments(x)
     assert got.m2[1] <= 1e-6 and got.m2[2] == 0 and (got.m2[[0, 5]] > 0).all()
     assert not got.mean[[3, 4]].isfinite().any() and got.m2[[3, 4]].isnan().all()
-
-
-def _cuda_kernel(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What torch.batch_norm_stats returns on CUDA: 0 for a variance and an eps of 0."""
-    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-    both_zero = (variance == 0) & (eps == 0)
-    return mean, torch.where(both_zero, 0.0, 1 / (variance + eps).sqrt())
-
-
-def test_what_cuda_returns_becomes_a_variance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A constant channel has variance 0, not infinity, and an overflow is not taken for one."""
-    monkeypatch.setattr(torch, "batch_norm_stats", _cuda_kernel)
-    x = torch.randn(4, 5, 3, 3) * 2
-    x[:, 1] = 0.0  # a dead channel
-    x[:, 2] = 7.0
-    x[:, 3] *= 1e30
-    x[:, 4] *= 1e-10
-    mean, variance = _cuda_mean_variance(x)
-    values = reference.values_per_channel([x.double()])
-    expected = values.var(1, unbiased=False)
-    expected[3] = float("inf")
-    torch.testing.assert_close(variance.double(), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(mean.double(), values.mean(1), rtol=1e-4, atol=1e-5)
-    x[0, 0, 0, 0] = float("nan")
-    assert _cuda_mean_variance(x)[1][0].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

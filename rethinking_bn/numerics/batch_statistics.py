@@ -1,0 +1,90 @@
+"""Statistics of this process's batch, whose counts the host knows: nothing asks the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rethinking_bn.numerics.moments import Moments, statistics_dtype
+from rethinking_bn.numerics.tensor_moments import mean_variance
+
+
+class BatchStatistics(NamedTuple):
+    """Mean and variance of C channels in K parts.
+
+    Attributes:
+        counts: K numbers of values per channel.
+        values: (2, K, C), the means and the variances; 0 for a part without values.
+        is_unbiased: whether the variances are those divided by count - 1 (0 for a count of 1).
+    """
+
+    counts: tuple[int, ...]
+    values: Tensor
+    is_unbiased: bool
+
+    def unbiased(self) -> BatchStatistics:
+        """Return the same with unbiased variances."""
+        if self.is_unbiased:
+            return self
+        factors = [n / max(n - 1, 1) for n in self.counts]
+        if len(factors) == 1:
+            mean, variance = self.values.unbind()
+            values = torch.stack([mean, variance * factors[0]])
+        else:
+            rows = [[1.0] * len(factors), factors]
+            values = self.values * on_device(rows, self.values)[..., None]
+        return BatchStatistics(self.counts, values, True)
+
+    def moments(self) -> Moments:
+        """Return the same as moments, their counts on the device."""
+        counts = self.counts
+        divisors = [max(n - 1, 0) for n in counts] if self.is_unbiased else counts
+        rows = on_device([counts, divisors], self.values)
+        mean, variance = self.values.unbind()
+        return Moments(rows[0], mean, variance * rows[1, :, None])
+
+
+def on_device(values: Sequence[Sequence[float]], like: Tensor) -> Tensor:
+    """Return numbers as a tensor of ``like``'s type and device, without waiting for the device."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
+def batch_statistics(xs: Sequence[Tensor]) -> BatchStatistics:
+    """Return the statistics of L tensors (N, C, *), each a part; the variances are biased.
+
+    Half types are accumulated in float32.
+    """
+    counts = tuple(x.numel() // x.shape[1] for x in xs)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for x, n in zip(xs, counts, strict=True):
+        if n:
+            pairs.append(mean_variance(x.detach()))
+        else:
+            zero = x.new_zeros(x.shape[1], dtype=statistics_dtype(x.dtype))
+            pairs.append((zero, zero))
+    values = torch.stack([mean for mean, _ in pairs] + [variance for _, variance in pairs])
+    return BatchStatistics(counts, values.view(2, len(xs), -1), False)
+
+
+def pool_parts(parts: BatchStatistics) -> BatchStatistics:
+    """Pool K parts with biased variances into one.
+
+    With shares sᵢ = nᵢ/n, means relative to that of the largest part, so that they keep their
+    digits: mean = Σ sᵢ meanᵢ and variance = Σ sᵢ (varianceᵢ + (meanᵢ - mean)²).
+    """
+    counts, values, _ = parts
+    if len(counts) == 1:
+        return parts
+    total = sum(counts)
+    largest = counts.index(max(counts))
+    mean, variance = values.unbind()
+    reference = mean[largest]
+    share = on_device([[n / max(total, 1)] for n in counts], values)
+    centred = mean - reference
+    shift = (centred * share).sum(0)
+    centred.sub_(shift)
+    pooled = (torch.addcmul(variance, centred, centred) * share).sum(0)
+    return BatchStatistics((total,), torch.stack([reference + shift, pooled])[:, None], False)

@@ -1,0 +1,136 @@
+"""The autograd function behind :mod:`.normalize`: given pool statistics, and the true gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from rethinking_bn.distributed import all_reduce_sum
+from rethinking_bn.numerics.batch_statistics import on_device
+from rethinking_bn.numerics.channel_ops import (
+    affine_normalize,
+    combine_each,
+    gradient_sums,
+    input_gradient_on_cuda,
+)
+
+
+class Normalize(torch.autograd.Function):
+    """Normalisation by given pool statistics whose backward knows they came from the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        count: Tensor | tuple[int, ...],
+        index: list[int],
+        eps: float,
+        group: ProcessGroup | None,
+        sync: bool,
+        *xs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return y = weight · (x - mean) / sqrt(variance + eps) + bias of L tensors (N, C, *).
+
+        Args:
+            weight, bias: (C,) for all tensors, (L, C) for one row each, or None.
+            mean, variance: (P, C), of one pool or of L.
+            count: P numbers of values per channel, on all ranks; a tensor where only the device
+                knows.
+            index: the pool of each tensor.
+            sync: the pools span the ranks of ``group``.
+        """
+        on_host = None if isinstance(count, Tensor) else count
+        ctx.save_for_backward(weight, mean, variance, None if on_host else count, *xs)
+        ctx.count, ctx.index, ctx.eps, ctx.group, ctx.sync = on_host, index, eps, group, sync
+        ctx.affine = [None if p is None else (p.dim() == 1, p.dtype) for p in (weight, bias)]
+        means, variances = mean.unbind(), variance.unbind()
+        weights, biases = _per_tensor(weight, len(xs)), _per_tensor(bias, len(xs))
+        return tuple(
+            affine_normalize(x, means[p], variances[p], w, b, eps)
+            for x, p, w, b in zip(xs, index, weights, biases, strict=True)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+        """Return the gradients; synchronised, a collective that every rank must reach."""
+        weight, mean, variance, count, *xs = ctx.saved_tensors
+        count = ctx.count if count is None else count
+        invstd = (variance + ctx.eps).rsqrt()
+        means, variances, invstds = mean.unbind(), variance.unbind(), invstd.unbind()
+        # per tensor: Σ dy and Σ dy·x̂, in one pass over dy and x
+        pairs = [
+            gradient_sums(dy, x, means[p], variances[p], ctx.eps, invstds[p])
+            for dy, x, p in zip(dys, xs, ctx.index, strict=True)
+        ]
+        sums = torch.stack([value for pair in pairs for value in pair]).view(len(xs), 2, -1)
+        one_pool = len(mean) < len(xs)
+        shared = any(layout is not None and layout[0] for layout in ctx.affine)
+        total = sums.sum(0, keepdim=True) if len(xs) > 1 and (one_pool or shared) else sums
+        # A weight that the whole pool shares is left out of its sums, and multiplied in later.
+        shares_weight = weight is None or weight.dim() == 1 or not one_pool
+        pooled = total if one_pool else sums
+        if not shares_weight:
+            pooled = (sums * weight[:, None]).sum(0, keepdim=True)
+        if ctx.sync:
+            # Reached by every rank, empty or not: the others are waiting in it.
+            pooled = all_reduce_sum(pooled, ctx.group)
+        needed = ctx.needs_input_grad[-len(xs) :]
+        grad_x: tuple[Tensor | None, ...] = (None,) * len(xs)
+        if any(needed) and shares_weight and mean.is_cuda and not torch.compiler.is_compiling():
+            counts = _as_integers(count, mean)
+            weights = _per_tensor(weight, len(xs))
+            grad_x = tuple(
+                input_gradient_on_cuda(dy, x, means[p], invstds[p], w, pooled[p], counts[p : p + 1])
+                if need
+                else None
+                for dy, x, p, w, need in zip(dys, xs, ctx.index, weights, needed, strict=True)
+            )
+        elif any(needed):
+            # dx = a·dy + b·x + c with per-channel a, b, c: of all tensors, or a row each
+            a = invstd if weight is None else invstd * weight
+            scale = (a if shares_weight else invstd) * _minus_reciprocal(count, mean)
+            scaled = pooled * scale[:, None]
+            b = scaled[:, 1] * invstd
+            c = torch.addcmul(scaled[:, 0], b, mean, value=-1)
+            grad_x = combine_each(dys, xs, a, b, c, needed)
+        of_weight, of_bias = (
+            _affine_gradient(layout, sums, total, i) if layout and need else None
+            for layout, i, need in zip(ctx.affine, (1, 0), ctx.needs_input_grad[:2], strict=True)
+        )
+        return of_weight, of_bias, None, None, None, None, None, None, None, *grad_x
+
+
+def _affine_gradient(
+    layout: tuple[bool, torch.dtype], sums: Tensor, total: Tensor, i: int
+) -> Tensor:
+    is_shared, dtype = layout
+    gradient = total[0, i] if is_shared else sums[:, i]
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
+
+
+def _per_tensor(rows: Tensor | None, tensors: int) -> Any:
+    """Return a row for each tensor, or the one there is for all."""
+    return [rows] * tensors if rows is None or rows.dim() == 1 else rows.unbind()
+
+
+def _minus_reciprocal(count: Tensor | tuple[int, ...], like: Tensor) -> Any:
+    """Return -1 / count, a number or (P, 1)."""
+    if isinstance(count, Tensor):
+        return -1 / count.clamp(min=1)[:, None]
+    if len(count) == 1:
+        return -1 / max(count[0], 1)
+    return on_device([[-1 / max(n, 1)] for n in count], like)
+
+
+def _as_integers(count: Tensor | tuple[int, ...], like: Tensor) -> Tensor:
+    if isinstance(count, Tensor):
+        return count.to(torch.int32)
+    return torch.tensor(count, dtype=torch.int32).to(like.device, non_blocking=True)
