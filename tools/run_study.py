@@ -5,12 +5,13 @@ What there is:
 
     python tools/run_study.py list
 
-One of them, with three seeds, in at most five minutes on two CPU cores:
+The paper's Table 5, one seed, in at most eight minutes on two CPU cores:
 
-    python tools/run_study.py population
+    python tools/run_study.py rows
 
-Prints a table beside the paper's and writes it as JSON and CSV, with a plot, to OUTPUT/NAME.
-Ctrl-C keeps the seeds that were finished, and running the same command again goes on from there.
+Prints each value as soon as it is known, then a table beside the paper's, and writes it as JSON and
+CSV, with a plot, to OUTPUT/NAME. Ctrl-C keeps what was finished, and running the same command again
+goes on from there.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("studies_output"), metavar="DIR")
     parser.add_argument("--seeds", type=int, metavar="N", help="run seeds 0 to N - 1")
     parser.add_argument("--quick", action="store_true", help="a first look, one seed, in seconds")
+    parser.add_argument("--all", action="store_true", help="rows: GN and no norm, too")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args(arguments)
     if args.seeds is not None and args.seeds < 1:
@@ -66,10 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
             folder,
             seeds=range(count),
             quick=args.quick,
+            everything=args.all,
             device=torch.device(args.device),
         )
     except Interrupted as interrupted:
-        kept = "nothing was finished" if interrupted.report is None else "finished seeds are kept"
+        none = "no seed was finished, parts that stand alone are kept"
+        kept = none if interrupted.report is None else "finished seeds are kept"
         print(f"interrupted: {kept}; the same command goes on from there", file=sys.stderr)
         return 130
     return 0

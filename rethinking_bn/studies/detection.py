@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,13 +93,13 @@ def batches(data: ShapesDataset, batch_size: int, seed: int) -> Iterator[Batch]:
 
 
 def train_detector(
-    model: nn.Module, data: ShapesDataset, settings: Any, seed: int, label: str
+    model: nn.Module, data: ShapesDataset, settings: Any, seed: int, tick: Callable[[], Any]
 ) -> None:
-    """Train with SGD and clipped gradients; the schedule is the classifier's."""
+    """Train with SGD and clipped gradients, a tick a step; the schedule is the classifier's."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), settings["lr"], 0.9, weight_decay=1e-4)
-    bar = tqdm(range(settings["steps"]), desc=label, leave=False, mininterval=0.5)
-    for step, batch in zip(bar, batches(data, settings["batch_size"], seed), strict=False):
+    steps = range(settings["steps"])
+    for step, batch in zip(steps, batches(data, settings["batch_size"], seed), strict=False):
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings["steps"], settings["lr"])
         loss = sum(run_detector(model, batch).values())
         optimizer.zero_grad()
@@ -107,6 +107,7 @@ def train_detector(
         for parameter in model.parameters():  # each by itself, as detectron2 does
             nn.utils.clip_grad_norm_(parameter, 1.0)
         optimizer.step()
+        tick()
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ def summarise(study: Study, values: dict[str, list[float]]) -> dict[str, Any]:
     A claim holds ("yes") when the mean over seeds of high - low exceeds the standard deviation of
     that difference, does not ("no") when it is below minus that, and is "within noise" between.
     Where the paper finds two about equal, it holds when they are within twice the deviation. One
-    seed has no deviation to compare with: then the sign decides, and equality is "unknown".
+    seed has no deviation to compare with, and settles nothing: "one seed". Quantities that were
+    not measured are left out, with their claims.
     """
     table = [
         {
@@ -33,8 +34,10 @@ def summarise(study: Study, values: dict[str, list[float]]) -> dict[str, Any]:
         for panel in study.panels
         for series in panel.series
         for point in series.points
+        if point.key in values
     ]
-    return {"table": table, "claims": [_judge(claim, values) for claim in study.claims]}
+    claims = [c for c in study.claims if c.low in values and c.high in values]
+    return {"table": table, "claims": [_judge(claim, values) for claim in claims]}
 
 
 def _spread(values: list[float]) -> float | None:
@@ -45,9 +48,11 @@ def _judge(claim: Claim, values: dict[str, list[float]]) -> dict[str, Any]:
     pairs = zip(values[claim.high], values[claim.low], strict=True)
     differences = [high - low for high, low in pairs]
     mean, spread = statistics.fmean(differences), _spread(differences)
-    if claim.similar:
-        holds = "unknown" if spread is None else "yes" if abs(mean) <= 2 * spread else "no"
-    elif abs(mean) <= (spread or 0.0):
+    if spread is None:
+        holds = "one seed"
+    elif claim.similar:
+        holds = "yes" if abs(mean) <= 2 * spread else "no"
+    elif abs(mean) <= spread:
         holds = "within noise"
     else:
         holds = "yes" if mean > 0 else "no"
@@ -64,10 +69,9 @@ def _judge(claim: Claim, values: dict[str, list[float]]) -> dict[str, Any]:
 
 def as_text(report: dict[str, Any]) -> str:
     """Return the tables for the terminal."""
-    seeds = report["seeds"]
-    lines = [f"{report['title']} ({report['source']}; {len(seeds)} seed{'s' * (len(seeds) > 1)})"]
+    lines = [f"{report['title']} ({report['source']}; {_seeds(report)})"]
     if report["quick"]:
-        lines.append("--quick: the numbers say little")
+        lines.append("--quick: the numbers mean nothing")
     rows = [("", "", "ours", "paper")]
     panel = None
     for row in report["table"]:
@@ -77,11 +81,18 @@ def as_text(report: dict[str, Any]) -> str:
         paper = "" if row["paper"] is None else f"{row['paper']:g}"
         rows.append((row["arm"], row["x"], _with_spread(row["mean"], row["std"]), paper))
     lines += ["", *_aligned(rows), ""]
-    claims = [("the paper finds that", "high - low", "holds here")]
+    if not report["claims"]:
+        return "\n".join(lines)
+    claims = [("the paper finds that", "high - low", f"holds here ({_seeds(report)})")]
     claims += [
         (c["claim"], _with_spread(c["difference"], c["std"]), c["holds"]) for c in report["claims"]
     ]
     return "\n".join([*lines, *_aligned(claims), ""])
+
+
+def _seeds(report: dict[str, Any]) -> str:
+    count = len(report["seeds"])
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def _with_spread(mean: float, spread: float | None) -> str:
@@ -112,44 +123,47 @@ def write_csv(path: Path, report: dict[str, Any]) -> None:
 
 
 def plot(path: Path, study: Study, report: dict[str, Any]) -> None:
-    """Draw ours with error bars over seeds; the paper's values, hollow, have an axis of their own.
+    """Draw ours (filled, error bars over seeds), and beside it the paper's values (hollow).
 
-    Other data and another network make other numbers: what compares is the shape.
+    Other data and another network make other numbers, so the two never share axes: what compares
+    is the order. An axis on which larger is better, beside one on which smaller is, is reversed.
     """
     from matplotlib.figure import Figure  # slow to import, and needed only here
 
     found = {row["key"]: row for row in report["table"]}
-    figure = Figure(figsize=(max(8.0, 6.4 * len(study.panels)), 4.4), layout="constrained")
-    axes_of = figure.subplots(1, len(study.panels), squeeze=False)[0]
-    for axes, panel in zip(axes_of, study.panels, strict=True):
-        ticks = list(dict.fromkeys(p.x for series in panel.series for p in series.points))
-        paper = axes.twinx() if panel.paper else None
-        for number, series in enumerate(panel.series):
-            colour, rows = f"C{number}", [found[point.key] for point in series.points]
-            aside = 0.0 if panel.ordered else 0.12 * (number - (len(panel.series) - 1) / 2)
-            x = [ticks.index(point.x) + aside for point in series.points]
-            axes.errorbar(
-                x,
-                [row["mean"] for row in rows],
-                [row["std"] or 0.0 for row in rows],
-                fmt="o-" if panel.ordered else "o", capsize=3, color=colour, label=series.label,
-            )  # fmt: skip
-            known = [(i, p.paper) for i, p in zip(x, series.points, strict=True) if p.paper]
-            if paper is not None and known:
-                places, numbers = zip(*known, strict=True)
-                style = "D--" if panel.ordered else "D"
-                paper.plot(places, numbers, style, color=colour, mfc="none", alpha=0.5)
-        axes.set(title=panel.title, xlabel=panel.x_label, ylabel=f"ours: {panel.y_label}")
+    columns = [(panel, ours) for panel in study.panels for ours in (True, False)]
+    columns = [(panel, ours) for panel, ours in columns if ours or panel.paper]
+    figure = Figure(figsize=(max(8.0, 4.8 * len(columns)), 4.8), layout="constrained")
+    axes_of = figure.subplots(1, len(columns), squeeze=False)[0]
+    for axes, (panel, ours) in zip(axes_of, columns, strict=True):
+        shown = [
+            (series, [p for p in series.points if p.key in found and (ours or p.paper is not None)])
+            for series in panel.series
+        ]
+        ticks = list(dict.fromkeys(p.x for _, points in shown for p in points))
+        ticks = [tick for tick in panel.ticks if tick in ticks] or ticks
+        for number, (series, points) in enumerate(shown):
+            aside = 0.0 if panel.ordered or panel.ticks else 0.12 * (number - len(shown) / 2 + 0.5)
+            x = [ticks.index(point.x) + aside for point in points]
+            style = {"color": f"C{number}", "label": series.label or None}
+            line = "-" if panel.ordered else ""
+            if ours:
+                rows = [found[point.key] for point in points]
+                means, stds = ([row[n] or 0.0 for row in rows] for n in ("mean", "std"))
+                axes.errorbar(x, means, stds, fmt=f"o{line}", capsize=3, **style)
+            else:
+                axes.plot(x, [p.paper for p in points], f"D{line}", mfc="none", **style)
+        axes.set_title(f"{panel.title}\n{_seeds(report) if ours else f'paper, {panel.paper}'}")
+        label = panel.y_label if ours or not panel.paper_label else panel.paper_label
+        if not ours and panel.paper_label:
+            axes.invert_yaxis()
+            label += ", axis reversed"
+        axes.set(xlabel=panel.x_label, ylabel=label)
         axes.set_xticks(range(len(ticks)), ticks)
-        if len("".join(ticks)) > 60:
-            axes.tick_params(axis="x", rotation=30)
+        if len("".join(ticks)) > 40:
+            axes.tick_params(axis="x", rotation=35)
         axes.grid(alpha=0.3)
-        if paper is not None:
-            label = panel.paper_label or panel.y_label
-            paper.set_ylabel(f"◇ paper ({panel.paper}): {label}")
-        if len(panel.series) > 1:
-            axes.legend(fontsize="small")
-    count = len(report["seeds"])
-    title = f"{study.title} ({count} seed{'s' * (count > 1)})"
-    figure.suptitle("\n".join(wrap(title, width=round(10 * figure.get_figwidth()))))
-    replace(path, lambda aside: figure.savefig(aside, dpi=120, format="png"))
+        if ours and len(panel.series) > 1:
+            axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.22))
+    figure.suptitle("\n".join(wrap(study.title, width=round(10 * figure.get_figwidth()))))
+    replace(path, lambda aside: figure.savefig(aside, dpi=110, format="png"))

@@ -1,4 +1,4 @@
-"""Run a study seed by seed: finished seeds are kept, found again, and reported."""
+"""Run a study seed by seed: what is finished is kept, found again, and reported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rethinking_bn.files import read_json, write_json
 from rethinking_bn.randomness import isolated_random_state
 from rethinking_bn.studies.environment import describe_environment
 from rethinking_bn.studies.report import as_text, plot, summarise, write_csv
-from rethinking_bn.studies.study import Settings, Study
+from rethinking_bn.studies.study import Part, Settings, Study
 
 _PACKAGES = ("scikit-learn", "matplotlib", "pycocotools", "Pillow")
 
@@ -35,15 +35,18 @@ def run_study(
     *,
     seeds: Sequence[int],
     quick: bool = False,
+    everything: bool = False,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Run the seeds that are not finished yet and report on all of them.
 
     Args:
-        folder: gets ``seed_<n>.json`` as each seed ends, then ``<study>.json``, ``.csv``, ``.png``.
-            Seeds found there are taken as they are if their settings and device are these.
+        folder: gets ``seed_<n>.json`` as each seed or a part of it ends, then ``<study>.json``,
+            ``.csv``, ``.png``. What is found there is taken as it is if its settings and device are
+            these.
         seeds: which, in this order.
         quick: small settings, to see that everything works.
+        everything: measure what the study holds back by default, too.
 
     Returns:
         The report, as in the JSON.
@@ -55,24 +58,34 @@ def run_study(
     device = torch.device("cpu") if device is None else device
     settings = study.quick if quick else study.settings
     identity = {"study": study.name, "settings": dict(settings), "device": device.type}
+    wanted = study.keys(everything)
     finished: dict[int, dict[str, Any]] = {}
+    begun: dict[int, dict[str, Any]] = {}
     for seed in seeds:
         record = read_json(_path(folder, seed))
-        if record is not None and record.get("identity") == identity and _complete(study, record):
-            finished[seed] = record
+        if record is None or record.get("identity") != identity:
+            continue
+        done = set(wanted) <= set(record["values"])
+        (finished if done else begun)[seed] = record
     if finished:
         tqdm.write(f"{study.name}: seeds {sorted(finished)} are finished, found in {folder}")
     todo = [seed for seed in seeds if seed not in finished]
-    bar = tqdm(total=study.parts * len(todo), desc=study.name, unit="part", disable=not todo)
+    total, unit = study.parts, "part"
+    if study.ticks is not None:
+        total, unit = sum(study.ticks(settings)[: 1 + everything]), "step"
+    bar = tqdm(total=total * len(todo), desc=study.name, unit=unit, disable=not todo)
     try:
         with bar:
             for seed in todo:
-                finished[seed] = _run_seed(study, settings, seed, device, bar)
-                finished[seed]["identity"] = identity
-                write_json(_path(folder, seed), finished[seed])
+                record = begun.get(seed, {"seed": seed, "seconds": 0.0, "values": {}})
+                record["identity"] = identity
+                _run_seed(study, settings, record, wanted, _path(folder, seed), device, bar)
+                finished[seed] = record
     except KeyboardInterrupt:
-        raise Interrupted(_report(study, folder, finished, settings, quick, device)) from None
-    report = _report(study, folder, finished, settings, quick, device)
+        raise Interrupted(
+            _report(study, folder, finished, settings, wanted, quick, device)
+        ) from None
+    report = _report(study, folder, finished, settings, wanted, quick, device)
     assert report is not None  # no seeds is a usage error, caught by the command line
     return report
 
@@ -81,25 +94,42 @@ def _path(folder: Path, seed: int) -> Path:
     return folder / f"seed_{seed}.json"
 
 
-def _complete(study: Study, record: dict[str, Any]) -> bool:
-    values = record.get("values")
-    return isinstance(values, dict) and set(values) == set(study.keys())
-
-
 def _run_seed(
-    study: Study, settings: Settings, seed: int, device: torch.device, bar: Any
-) -> dict[str, Any]:
-    start = time.perf_counter()
-    values: dict[str, float] = {}
-    with isolated_random_state(seed, [device]):
-        for part in study.run(settings, seed, device):
-            values.update(part)
+    study: Study,
+    settings: Settings,
+    record: dict[str, Any],
+    wanted: Sequence[str],
+    path: Path,
+    device: torch.device,
+    bar: Any,
+) -> None:
+    """Bring a seed's record to its end; it is written after each part that can stand alone."""
+    start, before = time.perf_counter(), record["seconds"]
+    values: dict[str, float] = record["values"]
+    options = {} if study.ticks is None else {"tick": bar.update}
+
+    def take(new: dict[str, float]) -> None:
+        for key, value in new.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{study.name}, seed {record['seed']}: {key} is {value}")
+            tqdm.write(f"{study.name}, seed {record['seed']}: {key} {value:.1f}")
+        values.update(new)
+        record["seconds"] = round(before + time.perf_counter() - start, 1)
+        if study.ticks is None:
             bar.update()
-    for key, value in values.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(f"{study.name}, seed {seed}: {key} is {value}")
-    ordered = {key: values[key] for key in study.keys()}
-    return {"seed": seed, "seconds": round(time.perf_counter() - start, 1), "values": ordered}
+
+    with isolated_random_state(record["seed"], [device]):
+        for part in study.run(settings, record["seed"], device, **options):
+            if not isinstance(part, Part):
+                take(part)
+                continue
+            missing = set(part.keys).intersection(wanted).difference(values)
+            for new in part.run() if missing else ():
+                take(new)
+            if missing:
+                write_json(path, record)
+    record["values"] = {key: values[key] for key in study.keys() if key in values}
+    write_json(path, record)
 
 
 def _version(package: str) -> str | None:
@@ -114,13 +144,14 @@ def _report(
     folder: Path,
     finished: dict[int, dict[str, Any]],
     settings: Settings,
+    wanted: Sequence[str],
     quick: bool,
     device: torch.device,
 ) -> dict[str, Any] | None:
     if not finished:
         return None
     seeds = sorted(finished)
-    values = {key: [finished[s]["values"][key] for s in seeds] for key in study.keys()}
+    values = {key: [finished[s]["values"][key] for s in seeds] for key in wanted}
     environment = describe_environment(device)
     for package in _PACKAGES:
         environment[package] = _version(package)
@@ -136,9 +167,14 @@ def _report(
         "values": values,
         **summarise(study, values),
     }
+    if quick:
+        report["claims"] = []  # so little training shows nothing
     write_csv(folder / f"{study.name}.csv", report)
-    plot(folder / f"{study.name}.png", study, report)
+    drawn = any(value for of_key in values.values() for value in of_key)
+    if drawn:
+        plot(folder / f"{study.name}.png", study, report)
     write_json(folder / f"{study.name}.json", report)  # last: it says that all is there
     tqdm.write(as_text(report))
-    tqdm.write(f"written to {folder}: {study.name}.json, .csv, .png")
+    pictures = ".png" if drawn else "no picture, as every value is 0"
+    tqdm.write(f"written to {folder}: {study.name}.json, .csv, {pictures}")
     return report

@@ -6,10 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-
 Settings = Mapping[str, Any]  # plain values: they go to JSON
 Values = dict[str, float]  # key of a quantity -> its value for one seed
+
+
+class Part(NamedTuple):
+    """Work that needs no other part's result: not done again when its values were kept."""
+
+    keys: Sequence[str]
+    run: Callable[[], Iterator[Values]]
 
 
 class Point(NamedTuple):
@@ -30,8 +35,9 @@ class Series(NamedTuple):
 class Panel(NamedTuple):
     """One pair of axes. ``paper`` says where its values are from; None where it has none.
 
-    ``paper_label`` says what they are where that is not ``y_label``. Points are joined by lines
-    where x has an order.
+    ``paper_label`` says what they are where that is not ``y_label``; larger is then better where
+    for ours smaller is, and the paper's axis is drawn reversed. Points are joined by lines where x
+    has an order. ``ticks`` gives the places on the x axis; empty: as the points come.
     """
 
     title: str
@@ -41,6 +47,7 @@ class Panel(NamedTuple):
     paper: str | None = None
     paper_label: str | None = None
     ordered: bool = True
+    ticks: Sequence[str] = ()
 
 
 class Claim(NamedTuple):
@@ -62,8 +69,12 @@ class Study:
         panels, claims: what is reported.
         settings, quick: all numbers of a run; by default, and for a first look.
         parts: results that ``run`` yields for one seed, for the progress bar.
-        run: (settings, seed, device) -> the quantities, some in each yield, all of them in the end.
+        run: (settings, seed, device) -> the quantities, some in each yield, all of them in the end;
+            or parts that give them.
         seeds: how many by default.
+        more: keys of quantities that are measured only when asked for (``--all``).
+        ticks: settings -> training steps of all parts but those of ``more``, and of those; ``run``
+            then takes ``tick``, to be called after each, and the time to go is told by them.
     """
 
     name: str
@@ -74,10 +85,13 @@ class Study:
     settings: Settings
     quick: Settings
     parts: int
-    run: Callable[[Settings, int, torch.device], Iterator[Values]]
+    run: Callable[..., Iterator[Values | Part]]
     seeds: int = 3
+    more: Sequence[str] = ()
+    ticks: Callable[[Settings], tuple[int, int]] | None = None
 
-    def keys(self) -> list[str]:
-        """Return the keys of all quantities, in the order of the report."""
+    def keys(self, everything: bool = True) -> list[str]:
+        """Return the keys of the quantities, in the order of the report."""
         points = [p for panel in self.panels for series in panel.series for p in series.points]
-        return list(dict.fromkeys(point.key for point in points))
+        left_out = () if everything else self.more
+        return [key for key in dict.fromkeys(p.key for p in points) if key not in left_out]
