@@ -8,6 +8,7 @@ from rethinking_bn.layers.mabn.layer import MABN2d
 from rethinking_bn.layers.multi_domain import MultiDomainBatchNorm2d
 from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.layers.registry import get_norm, norm_names
+from rethinking_bn.layers.split import SplitBatchNorm2d, row_domains
 from rethinking_bn.numerics.moments import Moments, merge_moments, mix_statistics
 from rethinking_bn.numerics.tensor_moments import local_moments
 from rethinking_bn.shuffle.rows import shuffle_rows, unshuffle_rows
@@ -21,6 +22,7 @@ __all__ = [
     "Moments",
     "MultiDomainBatchNorm2d",
     "PopulationLayer",
+    "SplitBatchNorm2d",
     "SyncBatchNorm2d",
     "convert_norms",
     "get_norm",
@@ -28,6 +30,7 @@ __all__ = [
     "merge_moments",
     "mix_statistics",
     "norm_names",
+    "row_domains",
     "shuffle_rows",
     "unshuffle_rows",
 ]

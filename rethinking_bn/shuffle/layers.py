@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from rethinking_bn.randomness import derive_seed
-from rethinking_bn.recomputation import is_recomputing
+from rethinking_bn.recomputation import is_recomputing, recognise
 from rethinking_bn.shuffle.rows import shuffle_rows, unshuffle_rows
 
 _REMEMBERED = 64  # calls of one iteration that can be recomputed
@@ -99,7 +98,7 @@ class ShuffledLayers:
         step = max(1, len(x) // _SAMPLED)
         mark = x.detach()[::step].flatten(1).float().sum(1)
         if is_recomputing() and self._calls:
-            call = _recognise(mark, self._calls)
+            call = self._calls[recognise(mark, [other for _, other in self._calls])][0]
         else:
             if now != self._iteration:
                 self._iteration, self._num_calls, self._calls = now, 0, ()
@@ -107,17 +106,6 @@ class ShuffledLayers:
             self._num_calls += 1
             self._calls = (*self._calls, (call, mark))[-_REMEMBERED:]
         return derive_seed(*now, self.seed_of_head, call)
-
-
-def _recognise(mark: Tensor, calls: Sequence[tuple[int, Tensor]]) -> int:
-    """Return the number of the call whose mark is nearest, of equal ones the newest."""
-    if len(calls) == 1:
-        return calls[0][0]
-    alike = [(call, other) for call, other in reversed(calls) if other.shape == mark.shape]
-    if not alike:
-        return calls[-1][0]
-    distances = torch.stack([(other - mark).abs().sum() for _, other in alike])
-    return alike[int(distances.nan_to_num(math.inf).argmin())][0]
 
 
 def mixes_rows(norm: nn.Module) -> bool:

@@ -236,9 +236,7 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
         if not present:
             return self._empty(xs)
         statistics = Statistics(own, own, torch.ones_like(own), moving=torch.tensor(False))
-        return mabn_normalize(
-            xs, self.weight, self.bias, statistics, self.eps, lambda p, moving: p
-        )
+        return mabn_normalize(xs, self.weight, self.bias, statistics, self.eps, lambda p, moving: p)
 
     def _empty(self, xs: list[Tensor]) -> list[Tensor]:
         one = torch.ones_like(self.running_mean_square)
