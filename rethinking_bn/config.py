@@ -38,6 +38,14 @@ def _our_keys() -> CfgNode:
     # describes, enabled or not), "average" (as the weights), "copy" (the model's at the update).
     c.SOLVER.AVERAGE.STATISTICS = "estimate"
 
+    # --- Freezing near the end ------------------------------------------------ section 4, Figure 6
+    c.SOLVER.FREEZE_BN = CfgNode()
+    # The first iteration whose BN-like layers normalise by population statistics, which are
+    # estimated as TEST.PRECISE_BN says (whether it is enabled or not) and stay. -1: never.
+    c.SOLVER.FREEZE_BN.START = -1
+    # Whether the layers' weight and bias are frozen, too.
+    c.SOLVER.FREEZE_BN.AFFINE = False
+
     # --- RetinaNet's head (META_ARCHITECTURE: ConfigurableHeadRetinaNet) ---------- section 5
     c.MODEL.RETINANET = CfgNode()
     # Which head, by its name in RETINANET_HEAD. Ours read MODEL.RETINANET.NORM as "BN" (statistics
@@ -142,3 +150,9 @@ def images_per_pass(cfg: CfgNode, ranks: int) -> int:
             f"process (SOLVER.IMS_PER_BATCH {images}, {ranks} process(es))"
         )
     return images // ranks // passes
+
+
+def needs_population_loader(cfg: CfgNode, *, training: bool = True) -> bool:
+    """Return whether a run estimates population statistics from TEST.PRECISE_BN's images."""
+    freezes = training and cfg.SOLVER.FREEZE_BN.START >= 0
+    return cfg.TEST.PRECISE_BN.ENABLED or freezes

@@ -34,6 +34,8 @@ def test_keys_and_defaults() -> None:
         "SOLVER.AVERAGE.START": 0,
         "SOLVER.AVERAGE.PERIOD": 1,
         "SOLVER.AVERAGE.STATISTICS": "estimate",
+        "SOLVER.FREEZE_BN.START": -1,
+        "SOLVER.FREEZE_BN.AFFINE": False,
         "MODEL.RETINANET.HEAD_NAME": "RetinaNetHead",
         "MODEL.RETINANET.BN.TRAIN_STATS": "",
         "MODEL.RETINANET.BN.POPULATION_STATS": "",

@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from rethinking_bn.config import images_per_pass
+from rethinking_bn.config import images_per_pass, needs_population_loader
 from rethinking_bn.data.register import ShapesMetadata
 from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.load_config import load_config, use_available_device
@@ -50,10 +50,13 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
         raise ValueError(
             f"SOLVER.CHECKPOINT_PERIOD must be at least 1, got {cfg.SOLVER.CHECKPOINT_PERIOD}"
         )
-    if cfg.TEST.PRECISE_BN.ENABLED and cfg.TEST.PRECISE_BN.NUM_ITER < 1:
+    training = not args.eval_only
+    if needs_population_loader(cfg, training=training) and cfg.TEST.PRECISE_BN.NUM_ITER < 1:
         raise ValueError(
             f"TEST.PRECISE_BN.NUM_ITER must be at least 1, got {cfg.TEST.PRECISE_BN.NUM_ITER}"
         )
+    if training:
+        check_freezing(cfg, ranks)
     check_batch_size(cfg, ranks, training=not args.eval_only)
     check_weights(cfg, resume=args.resume, training=not args.eval_only)
     check_data_sets(cfg, training=not args.eval_only)
@@ -84,6 +87,17 @@ def hold_output_dir(cfg: CfgNode) -> Iterator[None]:
         yield
 
 
+def check_freezing(cfg: CfgNode, ranks: int) -> None:
+    """Raise a ValueError if SOLVER.FREEZE_BN.START is no iteration of the run, nor -1."""
+    solver = DefaultTrainer.auto_scale_workers(cfg, ranks).SOLVER
+    start = solver.FREEZE_BN.START
+    if start < -1 or start >= solver.MAX_ITER:
+        raise ValueError(
+            f"SOLVER.FREEZE_BN.START {start} is neither an iteration in [0, {solver.MAX_ITER}) "
+            "(SOLVER.MAX_ITER) nor -1 (never)"
+        )
+
+
 def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:
     """Raise a ValueError unless the images of an iteration can be divided among the ranks, those
     of a rank among its passes, and those of a pass into normalisation batches."""
@@ -94,9 +108,10 @@ def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be divided by "
             f"SOLVER.REFERENCE_WORLD_SIZE {cfg.SOLVER.REFERENCE_WORLD_SIZE}"
         ) from error
-    estimates = cfg.TEST.PRECISE_BN.IMS_PER_BATCH if cfg.TEST.PRECISE_BN.ENABLED else 0
+    is_estimated = needs_population_loader(cfg, training=training)
+    estimates = cfg.TEST.PRECISE_BN.IMS_PER_BATCH if is_estimated else 0
     sizes = {}  # (on all ranks, per forward on one rank)
-    if training or (cfg.TEST.PRECISE_BN.ENABLED and not estimates):
+    if training or (is_estimated and not estimates):
         images = images_per_pass(cfg, ranks)
         sizes["SOLVER.IMS_PER_BATCH"] = (cfg.SOLVER.IMS_PER_BATCH, images)
     if estimates:
@@ -160,7 +175,7 @@ def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN is empty")
         names += cfg.DATASETS.TRAIN
-    if cfg.TEST.PRECISE_BN.ENABLED:
+    if needs_population_loader(cfg, training=training):
         names += cfg.TEST.PRECISE_BN.DATASETS or cfg.DATASETS.TRAIN
     for name in names:
         known = DatasetCatalog.list()

@@ -13,6 +13,7 @@ from detectron2.engine import hooks as detectron2_hooks
 from detectron2.utils import comm
 from torch import nn
 
+from rethinking_bn.engine.freeze_bn import FreezeBN
 from rethinking_bn.engine.merge_statistics import MergeStatistics
 from rethinking_bn.engine.population_loader import build_together
 from rethinking_bn.engine.precise_bn import PreciseBN
@@ -57,6 +58,13 @@ def _weight_average(cfg: Any, model: nn.Module, loader: PopulationLoader) -> Hoo
     )
 
 
+def _freeze_bn(cfg: Any, model: nn.Module, loader: PopulationLoader) -> HookBase | None:
+    keys = cfg.SOLVER.get("FREEZE_BN", {})
+    if keys.get("START", -1) < 0:
+        return None
+    return FreezeBN(keys.START, model, loader(), cfg.TEST.PRECISE_BN.NUM_ITER, affine=keys.AFFINE)
+
+
 def _merge(cfg: Any, model: nn.Module, loader: PopulationLoader) -> HookBase | None:
     if comm.get_world_size() == 1:
         return None
@@ -69,6 +77,7 @@ _OURS: tuple[
     tuple[type[HookBase], Callable[[Any, nn.Module, PopulationLoader], HookBase | None]], ...
 ] = (
     (PreciseBN, _precise_bn),
+    (FreezeBN, _freeze_bn),
     (WeightAverage, _weight_average),
     (MergeStatistics, _merge),
 )

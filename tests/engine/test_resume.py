@@ -153,6 +153,7 @@ def assert_same_run(whole: Record, resumed: Record) -> None:
         },
         {"TEST.PRECISE_BN.ENABLED": "True"},
         {"SOLVER.ACCUMULATION_STEPS": "2", "SOLVER.AMP.ENABLED": "True", **NO_EVALUATION},
+        {"SOLVER.FREEZE_BN.START": "4"},  # after the checkpoint
         {**MABN, **NO_EVALUATION},
     ],
     ids=str,
@@ -172,6 +173,7 @@ def on_rank(rank: int, folder: Path, overrides: dict[str, Any]) -> tuple[Record,
     ("world", "overrides"),
     [
         (2, {"TEST.PRECISE_BN.ENABLED": "True"}),
+        (2, {"SOLVER.FREEZE_BN.START": "2", "SOLVER.FREEZE_BN.AFFINE": "True"}),
         (2, {"SOLVER.IMS_PER_BATCH": "8", "SOLVER.ACCUMULATION_STEPS": "2", **NO_EVALUATION}),
         # the sum of three gradients depends on their order
         (3, {"SOLVER.IMS_PER_BATCH": "6", **MABN, **NO_EVALUATION}),
