@@ -9,7 +9,7 @@ from textwrap import wrap
 from typing import Any
 
 from rethinking_bn.files import replace
-from rethinking_bn.studies.study import Claim, Study
+from rethinking_bn.studies.study import Claim, Panel, Study
 
 
 def summarise(study: Study, values: dict[str, list[float]]) -> dict[str, Any]:
@@ -131,39 +131,57 @@ def plot(path: Path, study: Study, report: dict[str, Any]) -> None:
     from matplotlib.figure import Figure  # slow to import, and needed only here
 
     found = {row["key"]: row for row in report["table"]}
-    columns = [(panel, ours) for panel in study.panels for ours in (True, False)]
-    columns = [(panel, ours) for panel, ours in columns if ours or panel.paper]
-    figure = Figure(figsize=(max(8.0, 4.8 * len(columns)), 4.8), layout="constrained")
-    axes_of = figure.subplots(1, len(columns), squeeze=False)[0]
-    for axes, (panel, ours) in zip(axes_of, columns, strict=True):
-        shown = [
-            (series, [p for p in series.points if p.key in found and (ours or p.paper is not None)])
-            for series in panel.series
-        ]
-        ticks = list(dict.fromkeys(p.x for _, points in shown for p in points))
-        ticks = [tick for tick in panel.ticks if tick in ticks] or ticks
-        for number, (series, points) in enumerate(shown):
-            aside = 0.0 if panel.ordered or panel.ticks else 0.12 * (number - len(shown) / 2 + 0.5)
-            x = [ticks.index(point.x) + aside for point in points]
-            style = {"color": f"C{number}", "label": series.label or None}
-            line = "-" if panel.ordered else ""
-            if ours:
-                rows = [found[point.key] for point in points]
-                means, stds = ([row[n] or 0.0 for row in rows] for n in ("mean", "std"))
-                axes.errorbar(x, means, stds, fmt=f"o{line}", capsize=3, **style)
-            else:
-                axes.plot(x, [p.paper for p in points], f"D{line}", mfc="none", **style)
-        axes.set_title(f"{panel.title}\n{_seeds(report) if ours else f'paper, {panel.paper}'}")
-        label = panel.y_label if ours or not panel.paper_label else panel.paper_label
-        if not ours and panel.paper_label:
-            axes.invert_yaxis()
-            label += ", axis reversed"
-        axes.set(xlabel=panel.x_label, ylabel=label)
-        axes.set_xticks(range(len(ticks)), ticks)
-        if len("".join(ticks)) > 40:
-            axes.tick_params(axis="x", rotation=35)
-        axes.grid(alpha=0.3)
-        if ours and len(panel.series) > 1:
-            axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.22))
-    figure.suptitle("\n".join(wrap(study.title, width=round(10 * figure.get_figwidth()))))
+    panels = study.panels
+    beside = len(panels) == 1  # the paper's axes are beside ours, or below them
+    size = (11.0, 4.8) if beside else (max(8.0, 5.5 * len(panels)), 7.6)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(1, 2, squeeze=False).T if beside else figure.subplots(2, len(panels))
+    for panel, row in [(panel, row) for panel in range(len(panels)) for row in (0, 1)]:
+        axes, ours = grid[row][panel], row == 0
+        _draw(axes, panels[panel], report, found, ours=ours)
+        if ours and len(panels[panel].series) > 1:
+            side = "center" if beside else ("left", "right")[panel % 2]
+            handles, labels = axes.get_legend_handles_labels()
+            title = None if beside else panels[panel].title
+            figure.legend(
+                handles, labels, title=title, fontsize="small", loc=f"outside lower {side}"
+            )
+    figure.suptitle("\n".join(wrap(study.title, width=round(10 * size[0]))))
     replace(path, lambda aside: figure.savefig(aside, dpi=110, format="png"))
+
+
+def _draw(axes: Any, panel: Panel, report: dict[str, Any], found: Any, *, ours: bool) -> None:
+    if not ours and not panel.paper:
+        axes.set_axis_off()
+        return
+    shown = [
+        (series, [p for p in series.points if p.key in found and (ours or p.paper is not None)])
+        for series in panel.series
+    ]
+    ticks = list(
+        dict.fromkeys(p.x for series in panel.series for p in series.points if p.key in found)
+    )
+    ticks = [tick for tick in panel.ticks if tick in ticks] or ticks
+    for number, (series, points) in enumerate(shown):
+        aside = 0.0 if panel.ordered or panel.ticks else 0.12 * (number - len(shown) / 2 + 0.5)
+        x = [ticks.index(point.x) + aside for point in points]
+        style = {"color": f"C{number}", "label": series.label or None}
+        line = "-" if panel.ordered else ""
+        if ours:
+            rows = [found[point.key] for point in points]
+            means, stds = ([row[n] or 0.0 for row in rows] for n in ("mean", "std"))
+            axes.errorbar(x, means, stds, fmt=f"o{line}", capsize=3, **style)
+        else:
+            axes.plot(x, [p.paper for p in points], f"D{line}", mfc="none", **style)
+    who = f"ours, {_seeds(report)}" if ours else f"the paper, {panel.paper}"
+    axes.set_title(f"{panel.title}\n{who}", fontsize="medium")
+    label = panel.y_label if ours or not panel.paper_label else panel.paper_label
+    if not ours and panel.paper_label:
+        axes.invert_yaxis()
+        label += ", axis reversed"
+    axes.set(xlabel=panel.x_label, ylabel=label)
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set_xlim(-0.5, len(ticks) - 0.5)
+    if len("".join(ticks)) > 48:
+        axes.tick_params(axis="x", rotation=35)
+    axes.grid(alpha=0.3)
