@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -73,13 +74,51 @@ def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     return out
 
 
+_host_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+def host_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | None:
+    """Return a group of the same ranks whose collectives take tensors on the CPU.
+
+    What the host must know before it can go on travels there: over NCCL it would wait for
+    everything that the GPU was given before. Where ``group`` itself takes CPU tensors, as gloo
+    does, it is returned. Else a gloo group is created on first use, once per group, which is a
+    collective of its ranks.
+    """
+    if get_world_size(group) == 1:
+        return group
+    key = group if group is not None else dist.group.WORLD
+    assert key is not None  # more than one rank, so there is a default group
+    if "cpu:" in dist.get_backend_config(key):
+        return group
+    if key not in _host_groups:
+        ranks = dist.get_process_group_ranks(key)
+        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)  # this rank is one of its ranks
+        _host_groups[key] = made
+    return _host_groups[key]
+
+
+def gather_numbers(
+    numbers: Sequence[int], group: dist.ProcessGroup | None = None
+) -> list[list[int]]:
+    """Gather equally many 64-bit integers per rank without waiting for a device: one collective.
+
+    Returns:
+        W lists, rank r's numbers at index r.
+    """
+    mine = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    gathered: list[list[int]] = all_gather(mine, host_group(group)).tolist()
+    return gathered
+
+
 def all_gather_object(obj: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Gather one picklable object per rank (host memory, synchronises: never in a hot path)."""
+    """Gather one picklable object per rank: the host waits for the others, not for its device."""
     world = get_world_size(group)
     if world == 1:
         return [obj]
     gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, obj, group=group)
+    dist.all_gather_object(gathered, obj, group=host_group(group))
     return gathered
 
 

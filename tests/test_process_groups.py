@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rethinking_bn.distributed import all_gather, gather_numbers, host_group, raise_together
 from rethinking_bn.engine import merge_statistics
 from rethinking_bn.layers import MultiDomainBatchNorm2d, SyncBatchNorm2d
 from rethinking_bn.population import estimate_population_statistics
+from rethinking_bn.shuffle.rows import _agree
 from tests import reference
 from tests.helpers import run_distributed
 from tests.reference import CHANNELS, SHAPES
@@ -93,3 +95,27 @@ def test_only_the_ranks_of_the_group_take_part(
         torch.testing.assert_close(ranks[rank]["population"], dict(model.state_dict()))
         assert ranks[rank]["world"] == len(members)
         assert ranks[rank]["merged"] == ((0.5, 1.25) if len(members) == 2 else (2.0, 1.0))
+
+
+def _over_the_host(rank: int) -> Any:
+    # takes no CPU tensors, as an NCCL group
+    group = dist.new_group([0, 1], backend="cuda:gloo")
+    assert host_group() is None  # gloo itself
+    if rank == 2:
+        return None
+    with pytest.raises(RuntimeError, match="[Bb]ackend"):
+        all_gather(torch.zeros(1), group)
+    assert host_group(group) is host_group(group) is not group
+    rows, _, _ = _agree(torch.zeros(rank + 1, 2), 5, group)  # a shuffle's header
+    with pytest.raises(RuntimeError if rank else KeyError, match="lost"):
+        raise_together(None if rank else KeyError("lost"), group)
+    with pytest.raises(ValueError, match="dtype is torch.float32 on rank 0 and"):
+        _agree(torch.zeros(1, 2, dtype=torch.float64 if rank else torch.float32), 5, group)
+    return gather_numbers([rank, -(2**62) + rank], group), rows
+
+
+def test_what_the_host_must_know_travels_beside_a_group_of_devices() -> None:
+    """On the ranks of the group alone, created on first use and once."""
+    low = -(2**62)
+    told = ([[0, low], [1, low + 1]], [1, 2])
+    assert run_distributed(_over_the_host, 3) == [told, told, None]

@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from rethinking_bn.distributed import (
-    all_gather,
-    collective_device,
+    gather_numbers,
     get_rank,
     get_world_size,
     raise_together,
@@ -139,9 +137,8 @@ class PopulationRun:
             if error is not None:
                 raise error
             return labelled, done
-        flags = torch.tensor([error is not None, labelled, done], dtype=torch.int64)
         try:
-            gathered = all_gather(flags.to(collective_device(self.group)), self.group).tolist()
+            gathered = gather_numbers([error is not None, labelled, done], self.group)
         except BaseException:
             if error is not None:
                 raise error from None

@@ -22,11 +22,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from rethinking_bn.distributed import (
-    all_gather,
     all_gather_object,
-    collective_device,
+    gather_numbers,
     get_rank,
-    get_world_size,
 )
 from rethinking_bn.shuffle.exchange import (
     Exchange,
@@ -145,13 +143,9 @@ def _agree(x: Tensor, seed: int, group: ProcessGroup | None) -> tuple[list[int],
     # One digest stands for all that must be equal; the values themselves are only told when not.
     digest = stable_hash((seed, shape, str(x.dtype)))
     gradients = int(torch.is_grad_enabled()) * (2 if x.requires_grad else 1)
-    header = torch.tensor(
-        [len(x) if x.dim() else 0, int(x.dim() > 0), gradients, layout_vote(x), digest],
-        device="cpu",
-    )
-    if get_world_size(group) > 1:
-        header = header.to(collective_device(group))
-    rows, has_rows, modes, layouts, digests = all_gather(header, group).t().tolist()
+    header = [len(x) if x.dim() else 0, int(x.dim() > 0), gradients, layout_vote(x), digest]
+    everyone = zip(*gather_numbers(header, group), strict=True)
+    rows, has_rows, modes, layouts, digests = (list(values) for values in everyone)
     requires_grad = 2 in modes
     if len(set(digests)) > 1 or 0 in has_rows or (requires_grad and 0 in modes):
         described = {"seed": seed, "row shape": shape, "dtype": x.dtype}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rethinking_bn.layers import shuffle_rows, unshuffle_rows
+from rethinking_bn.shuffle.exchange import _carrier
 
 DTYPES = [
     torch.bool,
@@ -249,3 +250,20 @@ def test_the_state_is_frozen():
     _, state = shuffle_rows(torch.randn(3), generator_seed=0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         state.channels_last = True  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "bytes_each"),
+    [(8, torch.float32, 16), (6, torch.float32, 8), (5, torch.float32, 4), (8, torch.bfloat16, 16)]
+    + [(3, torch.bfloat16, 2), (7, torch.uint8, 1), (2, torch.float64, 16), (1, torch.int64, 8)],
+)
+def test_rows_travel_in_the_widest_carrier(
+    columns: int, dtype: torch.dtype, bytes_each: int
+) -> None:
+    x = torch.randn(6, columns).mul(50).to(dtype)
+    assert _carrier(x).itemsize == bytes_each
+    moved = torch.randn(6, 2 * columns + 1).mul(50).to(dtype)[:, 1 : columns + 1]  # misaligned
+    for rows in (x, x[::2], x[:0], moved):
+        shuffled, state = shuffle_rows(rows, generator_seed=3)
+        assert same_bits(shuffled, rows[permutation(len(rows), 3)])
+        assert same_bits(unshuffle_rows(shuffled, state), rows)
