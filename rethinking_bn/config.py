@@ -25,7 +25,7 @@ def _our_keys() -> CfgNode:
     # images of one pass. Must divide the images per rank.
     c.SOLVER.ACCUMULATION_STEPS = 1
 
-    # --- Weights averaged over the training ------------------------- see docs/averaging.md
+    # --- Weights averaged over the training ------------------------- docs/averaging.md
     c.SOLVER.AVERAGE = CfgNode()
     # "ema", "swa" (the mean of the weights at the updates) or "" (none).
     c.SOLVER.AVERAGE.KIND = ""
@@ -45,6 +45,22 @@ def _our_keys() -> CfgNode:
     c.SOLVER.FREEZE_BN.START = -1
     # Whether the layers' weight and bias are frozen, too.
     c.SOLVER.FREEZE_BN.AFFINE = False
+
+    # --- Fine-tuning a part ------------------------------------------ see docs/fixres.md
+    # Patterns (fnmatch) of the names of the modules to train; all others keep their weights and
+    # their norms the population statistics. Empty: everything is trained.
+    c.SOLVER.TRAIN_ONLY = ()
+
+    # --- RetinaNet taught by another (META_ARCHITECTURE: DistilledRetinaNet) docs/distillation.md
+    c.MODEL.DISTILL = CfgNode()
+    # The teacher: a config file of any detectron2 RetinaNet, and its trained weights. They are read
+    # when training begins; inference needs neither.
+    c.MODEL.DISTILL.TEACHER_CONFIG = ""
+    c.MODEL.DISTILL.TEACHER_WEIGHTS = ""
+    # T by which both sides' logits are divided; the loss is multiplied by its square.
+    c.MODEL.DISTILL.TEMPERATURE = 5.0
+    # Of the soft loss, a mean over all classes of the anchors that the focal loss counts.
+    c.MODEL.DISTILL.WEIGHT = 1.0
 
     # --- RetinaNet's head (META_ARCHITECTURE: ConfigurableHeadRetinaNet) ---------- section 5
     c.MODEL.RETINANET = CfgNode()

@@ -28,6 +28,11 @@ SHAPES_ONLY = [
     for norm in ("bn", "gn", "mabn")
     for step in ("", "_of_16")
 ]
+# what is added to a trained detector, or to its training
+SHAPES_ONLY += [
+    f"shapes/retinanet_{name}.yaml"
+    for name in ("bn_row1_ema", "bn_row1_swa", "bn_row1_fixres", "narrow", "narrow_distilled")
+]
 SHARED, SEPARATE = "shared", "domain_specific"
 
 
@@ -59,8 +64,12 @@ def batch(with_masks: bool) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_training_step_and_one_inference_step(name: str) -> None:
+def test_one_training_step_and_one_inference_step(name: str, tmp_path: Path) -> None:
     cfg = load(name)
+    if cfg.MODEL.META_ARCHITECTURE == "DistilledRetinaNet":
+        cfg.MODEL.DISTILL.TEACHER_WEIGHTS = str(tmp_path / "teacher.pth")
+        teacher = build_model(load(cfg.MODEL.DISTILL.TEACHER_CONFIG))
+        torch.save({"model": teacher.state_dict()}, cfg.MODEL.DISTILL.TEACHER_WEIGHTS)
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "INPUT.MASK_FORMAT", "bitmask"])
     # fewer boxes and rows, so that it is quick; the layers are the config's
     cfg.merge_from_list(["MODEL.RPN.POST_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TEST", 10])

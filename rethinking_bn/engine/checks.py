@@ -21,8 +21,10 @@ from rethinking_bn.config import images_per_pass, needs_population_loader
 from rethinking_bn.data.register import ShapesMetadata
 from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.load_config import load_config, use_available_device
+from rethinking_bn.engine.weight_average import average_options
 from rethinking_bn.files import check_unlocked, locked_folder, probe_folder
 from rethinking_bn.layers import MABN2d
+from rethinking_bn.modeling.distilled import teacher_config
 
 
 def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode:
@@ -60,6 +62,9 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
     check_batch_size(cfg, ranks, training=not args.eval_only)
     check_weights(cfg, resume=args.resume, training=not args.eval_only)
     check_data_sets(cfg, training=not args.eval_only)
+    if not args.eval_only:
+        check_teacher(cfg)
+        average_options(cfg)
     check_model(cfg, ranks, training=not args.eval_only)
     if "://" not in cfg.OUTPUT_DIR:
         if not args.eval_only:
@@ -149,6 +154,25 @@ def check_weights(cfg: CfgNode, *, resume: bool = False, training: bool = True) 
     path = cfg.MODEL.WEIGHTS.partition("?")[0]  # "?matching_heuristics=True" may follow
     if path and "://" not in path and not os.path.isfile(path):
         raise FileNotFoundError(f"MODEL.WEIGHTS {path!r} does not exist")
+
+
+def check_teacher(cfg: CfgNode) -> None:
+    """Check that a model to be distilled has a teacher.
+
+    Raises:
+        FileNotFoundError: if its weights, where they are a file, are missing.
+        ValueError: if its config is missing, or one of the two keys is empty.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != "DistilledRetinaNet":
+        return
+    keys = cfg.MODEL.DISTILL
+    for name in ("TEACHER_CONFIG", "TEACHER_WEIGHTS"):
+        if not keys[name]:
+            raise ValueError(f"MODEL.DISTILL.{name} is empty, which training needs")
+    teacher_config(keys.TEACHER_CONFIG)
+    path = keys.TEACHER_WEIGHTS
+    if "://" not in path and not os.path.isfile(path):
+        raise FileNotFoundError(f"MODEL.DISTILL.TEACHER_WEIGHTS {path!r} does not exist")
 
 
 def check_required_weights(cfg: CfgNode) -> None:

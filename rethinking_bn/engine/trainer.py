@@ -33,6 +33,7 @@ from rethinking_bn.engine.optimizer import build_optimizer
 from rethinking_bn.engine.preemption import Preemption
 from rethinking_bn.engine.rank_state import RankState, gather_rank_state, load_rank_state
 from rethinking_bn.engine.train_loader import build_train_loader
+from rethinking_bn.population import train_only
 from rethinking_bn.population.run import communicates
 from rethinking_bn.randomness import announce_iteration, derive_seed
 
@@ -74,7 +75,8 @@ class Trainer(DefaultTrainer):
 
         Raises:
             ValueError: if ``SOLVER.IMS_PER_BATCH`` cannot be divided among the ranks, or a rank's
-                images among the passes of ``SOLVER.ACCUMULATION_STEPS``.
+                images among the passes of ``SOLVER.ACCUMULATION_STEPS``, or if a pattern of
+                ``SOLVER.TRAIN_ONLY`` names no module.
         """
         # DefaultTrainer's own wraps the model for GPUs and has no override for that: skipped
         super(DefaultTrainer, self).__init__()
@@ -88,6 +90,8 @@ class Trainer(DefaultTrainer):
         seed_all_rng(self.run_seed)
         self._rank_states: tuple[int, list[RankState]] | None = None
         model = self.build_model(self.cfg)
+        if self.cfg.SOLVER.TRAIN_ONLY:
+            train_only(model, self.cfg.SOLVER.TRAIN_ONLY)
         optimizer = self.build_optimizer(self.cfg, model)
         data_loader = self.build_train_loader(self.cfg)
         on_gpu = torch.device(self.cfg.MODEL.DEVICE).type == "cuda"

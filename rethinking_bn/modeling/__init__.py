@@ -9,6 +9,7 @@ require_detectron2("rethinking_bn.modeling")
 from rethinking_bn.layers.convert import centre_convolutions, convert_norms  # noqa: E402
 from rethinking_bn.modeling import backbone  # noqa: E402, F401
 from rethinking_bn.modeling.box_head import NormBoxHead, ShuffleBNBoxHead  # noqa: E402
+from rethinking_bn.modeling.distilled import DistilledRetinaNet  # noqa: E402
 from rethinking_bn.modeling.mask_head import NormMaskHead, ShuffleBNMaskHead  # noqa: E402
 from rethinking_bn.modeling.norm_options import norm_options  # noqa: E402
 from rethinking_bn.modeling.retinanet import ConfigurableHeadRetinaNet  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "RETINANET_HEAD",
     "ConfigurableHeadRetinaNet",
     "CycleBNRetinaNetHead",
+    "DistilledRetinaNet",
     "DomainBNRetinaNetHead",
     "MultiDomainBNRetinaNetHead",
     "NormBoxHead",

@@ -5,11 +5,13 @@ from __future__ import annotations
 from rethinking_bn.population.estimate import estimate_population_statistics
 from rethinking_bn.population.freezing import freeze_batch_norm, unfreeze_batch_norm
 from rethinking_bn.population.report import LayerReport, PopulationReport
+from rethinking_bn.population.train_only import train_only
 
 __all__ = [
     "LayerReport",
     "PopulationReport",
     "estimate_population_statistics",
     "freeze_batch_norm",
+    "train_only",
     "unfreeze_batch_norm",
 ]
