@@ -30,7 +30,13 @@ Main = Callable[[argparse.Namespace], Any]
 _until_the_end = ExitStack()  # what this process holds for as long as it lives
 
 
-def run(main: Main, description: str, argv: Sequence[str] | None = None) -> Any:
+def run(
+    main: Main,
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    add_options: Callable[[argparse.ArgumentParser], Any] | None = None,
+) -> Any:
     """Read and check the command line, then call ``main(args)`` on every rank.
 
     Ranks are ``--num-gpus`` spawned processes per machine (gloo on the CPU, NCCL on GPUs), or the
@@ -41,11 +47,15 @@ def run(main: Main, description: str, argv: Sequence[str] | None = None) -> Any:
         main: a module-level function.
         description: for ``--help``.
         argv: default ``sys.argv[1:]``.
+        add_options: adds a tool's own options to the parser; ``args`` then holds them.
 
     Returns:
         what ``main`` returned, if there is one rank only; otherwise None.
     """
-    args = argument_parser(description).parse_args(argv)
+    parser = argument_parser(description)
+    if add_options is not None:
+        add_options(parser)
+    args = parser.parse_args(argv)
     try:
         with _silence():
             cfg = check_arguments(args)

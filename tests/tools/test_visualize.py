@@ -1,0 +1,78 @@
+"""tools/visualize.py: a picture per image, predictions beside ground truth, and a sheet of all."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("detectron2")
+cv2 = pytest.importorskip("cv2", reason="needs opencv-python, which is not installed")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+from detectron2.structures import Boxes, Instances  # noqa: E402
+
+from rethinking_bn import get_config_file  # noqa: E402
+
+TOOL = Path(__file__).parents[2] / "tools" / "visualize.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    spec = importlib.util.spec_from_file_location("visualize_tool", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def found_in(sample: dict[str, Any], boxes: list[list[float]]) -> Instances:
+    found = Instances((sample["height"], sample["width"]))
+    found.pred_boxes = Boxes(torch.tensor(boxes).view(-1, 4))
+    found.scores = torch.ones(len(boxes))
+    found.pred_classes = torch.zeros(len(boxes), dtype=torch.long)
+    return found
+
+
+def test_predictions_are_on_the_left_and_truth_on_the_right(
+    tool: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    sample = DatasetCatalog.get("shapes_val")[0]
+    metadata = MetadataCatalog.get("shapes_val")
+    nothing = tool.draw(sample, found_in(sample, []), metadata)
+    one = tool.draw(sample, found_in(sample, [[10.0, 10.0, 60.0, 60.0]]), metadata)
+    assert one.shape == nothing.shape and one.dtype == np.uint8
+    half = one.shape[1] // 2 - 4
+    assert (one[:, :half] != nothing[:, :half]).any()
+    # with nothing found the left side is the plain image; on the right the truth is drawn
+    assert not np.array_equal(nothing[:, :half], nothing[:, -half:])
+
+
+def test_the_sheet_holds_every_picture(tool: Any) -> None:
+    pictures = [np.full((40, 60 + i, 3), 10 * i, np.uint8) for i in range(5)]
+    sheet = tool.contact_sheet(pictures)
+    assert sheet.shape[0] == 3 * (320 + 8)  # two columns
+    assert {10 * i for i in range(5)} <= set(np.unique(sheet).tolist())
+
+
+@pytest.mark.slow
+def test_the_command(tool: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    config = get_config_file("shapes/retinanet_bn_row1.yaml")
+    keys = ["OUTPUT_DIR", str(tmp_path / "out"), "MODEL.DEVICE", "cpu"]
+    tool.run(
+        tool.main,
+        "draw",
+        ["--images", "2", "--config-file", config, *keys],
+        add_options=tool.add_options,
+    )
+    written = sorted(path.name for path in (tmp_path / "out" / "visualize").iterdir())
+    assert len(written) == 3 and written[-1] == "sheet.jpg"
+    sheet = cv2.imread(str(tmp_path / "out" / "visualize" / "sheet.jpg"))
+    assert sheet is not None and sheet.std() > 1
+    assert "2 pictures" in capsys.readouterr().out
