@@ -25,6 +25,69 @@ _RESNET = re.compile(
 _STATISTICS = ("running_mean", "running_var")
 
 
+def select_domain(state_dict: Mapping[str, Tensor], domain: int) -> dict[str, Tensor]:
+    """Return the state dict of the model that a model with domains in the data is for one domain.
+
+    Layers with statistics or affines per domain become plain BatchNorms with those of ``domain``;
+    all other entries stay.
+
+    Args:
+        state_dict: of a model with :class:`~rethinking_bn.layers.SplitBatchNorm2d` layers.
+        domain: from 0.
+
+    Raises:
+        ValueError: when no layer has domains, they disagree about how many, or have not so many.
+    """
+    children: dict[str, set[int]] = {}
+    for key in state_dict:
+        layer, _, entry = key.rpartition(".")
+        name, _, child = layer.rpartition(".")
+        below = f"{name}." if name else ""
+        apart = entry == "running_mean" or (
+            entry == "weight" and below + "running_mean" in state_dict
+        )
+        if child.isdigit() and apart:
+            children.setdefault(name, set()).add(int(child))
+    # a lone BatchNorm in an nn.Sequential is no layer with domains
+    domains = {n: len(c) for n, c in children.items() if c == set(range(len(c))) and len(c) > 1}
+    numbers = sorted(set(domains.values()))
+    if len(numbers) != 1:
+        raise ValueError(f"one number of domains in all layers is needed, there are {numbers}")
+    if not 0 <= domain < numbers[0]:
+        raise ValueError(f"the checkpoint has the domains 0 to {numbers[0] - 1}, not {domain}")
+    selected = {}
+    for key, value in state_dict.items():
+        layer, _, entry = key.rpartition(".")
+        name, _, child = layer.rpartition(".")
+        if name in domains and child.isdigit():
+            if int(child) != domain:
+                continue
+            key = f"{name}.{entry}" if name else entry
+        selected[key] = value
+    return selected
+
+
+def copy_to_levels(state_dict: Mapping[str, Tensor], num_levels: int) -> dict[str, Tensor]:
+    """Give a RetinaNet head's shared statistics to each level, as detectron2's own head has them.
+
+    Args:
+        state_dict: of a RetinaNet; layers below ``head.`` with statistics are rewritten.
+        num_levels: L.
+
+    Returns:
+        a new state dict, for detectron2's CycleBatchNormList.
+    """
+    copied: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        layer, _, entry = key.rpartition(".")
+        is_statistic = entry in (*_STATISTICS, "num_batches_tracked")
+        levels = range(num_levels) if key.startswith("head.") and is_statistic else ()
+        copied.update({f"{layer}.{level}.{entry}": value.clone() for level in levels})
+        if not levels:
+            copied[key] = value
+    return copied
+
+
 def missing_statistics(
     module: nn.Module, state_dict: Mapping[str, Any], prefix: str = ""
 ) -> list[str]:

@@ -92,6 +92,16 @@ def _our_keys() -> CfgNode:
     c.MODEL.GN = CfgNode()
     c.MODEL.GN.NUM_GROUPS = 32
 
+    # --- Domains in the data: BN of build_norm_*_backbone and RetinaNet's head ------- section 5
+    c.MODEL.DOMAIN_BN = CfgNode()
+    # One group (list of data set names) per domain, such as [["clean"], ["fog", "snow"]]; every
+    # data set of the run, test sets too, is in one of them. Empty: no domains.
+    c.MODEL.DOMAIN_BN.DATASETS = ()
+    # As MODEL.RETINANET.BN's choices, but between the domains: "shared" or "domain_specific".
+    c.MODEL.DOMAIN_BN.TRAIN_STATS = "domain_specific"
+    c.MODEL.DOMAIN_BN.POPULATION_STATS = "domain_specific"
+    c.MODEL.DOMAIN_BN.AFFINE = "domain_specific"
+
     # --- Moving Average Batch Normalization (norm "MABN") ------------------------- MABN, section 4
     c.MODEL.MABN = CfgNode()
     # Images whose statistics the backward pass averages over time; a multiple of BATCH_SIZE.

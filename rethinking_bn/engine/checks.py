@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
-from itertools import product
+from itertools import chain, product
 
 import torch
 from detectron2.config import CfgNode
@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from rethinking_bn.config import images_per_pass, needs_population_loader
+from rethinking_bn.data.domains import domain_groups, domain_of
 from rethinking_bn.data.register import ShapesMetadata
 from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.load_config import load_config, use_available_device
@@ -25,6 +26,7 @@ from rethinking_bn.engine.weight_average import average_options
 from rethinking_bn.files import check_unlocked, locked_folder, probe_folder
 from rethinking_bn.layers import MABN2d
 from rethinking_bn.modeling.distilled import teacher_config
+from rethinking_bn.modeling.domains import check_architecture
 
 
 def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode:
@@ -191,7 +193,8 @@ def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
     """Check that the data sets of a run are registered, and on disk unless they are generated.
 
     Raises:
-        ValueError: for a name that is not registered; close names are listed.
+        ValueError: for a name that is not registered, in a group of MODEL.DOMAIN_BN.DATASETS,
+            too (close names are listed); for a data set that is in no group where there are some.
         FileNotFoundError: saying where the data set was looked for, and what moves that place.
     """
     names = list(cfg.DATASETS.TEST)
@@ -201,14 +204,17 @@ def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
         names += cfg.DATASETS.TRAIN
     if needs_population_loader(cfg, training=training):
         names += cfg.TEST.PRECISE_BN.DATASETS or cfg.DATASETS.TRAIN
-    for name in names:
+    groups = domain_groups(cfg)
+    for name in names if groups else ():
+        domain_of(cfg, name)
+    for name in (*names, *chain.from_iterable(groups)):
         known = DatasetCatalog.list()
         if name not in known:
             close = get_close_matches(name, known, n=5)
             hint = f"; close names: {', '.join(close)}" if close else ""
             raise ValueError(f"no data set is registered as {name!r}{hint}")
         metadata = MetadataCatalog.get(name)
-        if isinstance(metadata, ShapesMetadata):  # generated on first use
+        if name not in names or isinstance(metadata, ShapesMetadata):  # generated on first use
             continue
         for attribute in ("json_file", "image_root"):
             path = metadata.get(attribute, "")
@@ -233,6 +239,7 @@ def check_model(cfg: CfgNode, ranks: int = 1, *, training: bool = True) -> None:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
+    check_architecture(cfg)
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = build_model(cfg)

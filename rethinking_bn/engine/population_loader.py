@@ -17,6 +17,7 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
 from rethinking_bn.config import images_per_pass
+from rethinking_bn.data.domains import mark
 from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.train_loader import Mapper, ResumableTrainLoader, Sample
 
@@ -109,7 +110,7 @@ def _load(cfg: CfgNode, names: Sequence[str]) -> list[Sample]:
             raise ValueError(
                 f"{name} is a {type(samples).__name__}; population training needs a list of dicts"
             )
-        sets[name] = samples
+        sets[name] = mark(cfg, name, samples)
     unlabelled = [name for name, samples in sets.items() if not _has_labels(samples)]
     if not unlabelled:
         return _filtered(cfg, itertools.chain.from_iterable(sets.values()))

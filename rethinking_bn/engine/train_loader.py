@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from rethinking_bn.data.domains import domain_groups, marked_training_dicts
 from rethinking_bn.randomness import derive_seed, isolated_random_state
 
 Sample = dict[str, Any]  # detectron2's dataset dict, before or after mapping
@@ -93,8 +94,9 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[l
     """Build the training loader that ``cfg`` describes, resumable if its data sets are lists.
 
     Data sets, filtering, sampler, grouping and workers are read by detectron2, so all its keys and
-    training samplers work. A torch Dataset registered in place of a list gets detectron2's own
-    loader, which starts over when a run is resumed; the log warns of it.
+    training samplers work; with MODEL.DOMAIN_BN each image is marked with its domain. A torch
+    Dataset registered in place of a list gets detectron2's own loader, which starts over when a run
+    is resumed; the log warns of it.
 
     Args:
         cfg: ``cfg.SEED`` must be the run's seed, not negative and equal on all ranks.
@@ -104,9 +106,10 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[l
         ValueError: if ``SOLVER.IMS_PER_BATCH`` cannot be divided among the ranks, or a dataset
             dict has no size to group by.
     """
+    dataset = marked_training_dicts(cfg) if domain_groups(cfg) else None
     # samplers that take no seed draw one from numpy's generator
     with isolated_random_state(derive_seed(cfg.SEED)):
-        parts = build_detection_train_loader.from_config(cfg, mapper=mapper)
+        parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset)
     if not isinstance(parts["dataset"], list):
         logging.getLogger(__name__).warning(
             "%s are not lists of dicts but %s: a resumed run starts over with the data.",

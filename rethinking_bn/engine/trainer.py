@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from rethinking_bn.config import images_per_pass
+from rethinking_bn.data.domains import build_test_loader
 from rethinking_bn.engine.accumulation import (
     AccumulatingAMPTrainer,
     AccumulatingTrainer,
@@ -237,6 +238,11 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
         """Build a loader that can begin at any iteration; an override of any kind is fine too."""
         return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict[str, Any]]]:
+        """Build detectron2's loader; with MODEL.DOMAIN_BN images are marked with their domain."""
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

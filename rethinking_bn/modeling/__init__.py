@@ -10,6 +10,7 @@ from rethinking_bn.layers.convert import centre_convolutions, convert_norms  # n
 from rethinking_bn.modeling import backbone  # noqa: E402, F401
 from rethinking_bn.modeling.box_head import NormBoxHead, ShuffleBNBoxHead  # noqa: E402
 from rethinking_bn.modeling.distilled import DistilledRetinaNet  # noqa: E402
+from rethinking_bn.modeling.domains import DomainRCNN, follow_domains  # noqa: E402
 from rethinking_bn.modeling.mask_head import NormMaskHead, ShuffleBNMaskHead  # noqa: E402
 from rethinking_bn.modeling.norm_options import norm_options  # noqa: E402
 from rethinking_bn.modeling.retinanet import ConfigurableHeadRetinaNet  # noqa: E402
@@ -32,6 +33,7 @@ __all__ = [
     "CycleBNRetinaNetHead",
     "DistilledRetinaNet",
     "DomainBNRetinaNetHead",
+    "DomainRCNN",
     "MultiDomainBNRetinaNetHead",
     "NormBoxHead",
     "NormImagesCascadeROIHeads",
@@ -43,5 +45,6 @@ __all__ = [
     "build_retinanet_head",
     "centre_convolutions",
     "convert_norms",
+    "follow_domains",
     "norm_options",
 ]

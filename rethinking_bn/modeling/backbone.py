@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -15,8 +16,16 @@ from detectron2.modeling.backbone.fpn import (
 )
 from torch import nn
 
-from rethinking_bn.layers import BatchNorm2d, MABN2d, SyncBatchNorm2d, norm_names
+from rethinking_bn.layers import (
+    BatchNorm2d,
+    MABN2d,
+    SplitBatchNorm2d,
+    SyncBatchNorm2d,
+    norm_names,
+)
 from rethinking_bn.layers.convert import replace_norms
+from rethinking_bn.layers.freezing import freeze_layer
+from rethinking_bn.modeling.domains import check_architecture, domain_norm
 from rethinking_bn.modeling.norm_options import norm_options
 
 logger = logging.getLogger(__name__)
@@ -96,7 +105,8 @@ def build_with_norms(
     Args:
         builder: of detectron2's registry, which reads these keys.
         cfg: also its MODEL.MABN and MODEL.GN are read, where a norm has options, and
-            MODEL.BACKBONE.NORM_IMAGES, which makes BN normalise so many images at a time.
+            MODEL.BACKBONE.NORM_IMAGES, which makes BN normalise so many images at a time, and
+            MODEL.DOMAIN_BN, which makes BN and SyncBN follow the domains of the images.
         input_shape: of the image.
         preset: a norm for both, in place of the keys.
 
@@ -105,8 +115,10 @@ def build_with_norms(
             deformable stages with MABN, which cannot centre their convolutions; for channels that
             GN's groups do not divide; for a batch size that does not fit
             (:func:`~rethinking_bn.modeling.norm_options.norm_options`); for NORM_IMAGES with norms
-            that know no groups of images.
+            that know no groups of images; for MODEL.DOMAIN_BN with norms or a META_ARCHITECTURE
+            that know no domains.
     """
+    check_architecture(cfg)
     norms = {key: preset or cfg.MODEL[key].NORM for key in ("RESNETS", "FPN")}
     for key, norm in norms.items():
         if norm not in norm_names():
@@ -126,11 +138,11 @@ def build_with_norms(
     resnet = backbone if isinstance(backbone, ResNet) else backbone.bottom_up
     keys = ("RESNETS",) if backbone is resnet else ("RESNETS", "FPN")
     if all(norms[key] == norms["RESNETS"] for key in keys):
-        _replace(backbone, norms["RESNETS"], cfg)
+        _replace(backbone, norms, "RESNETS", cfg)
     else:
-        _replace(resnet, norms["RESNETS"], cfg)
+        _replace(resnet, norms, "RESNETS", cfg)
         backbone.bottom_up = nn.Identity()  # not to be seen twice
-        _replace(backbone, norms["FPN"], cfg)
+        _replace(backbone, norms, "FPN", cfg)
         backbone.bottom_up = resnet
     for key in keys if preset else ():
         if (said := cfg.MODEL[key].NORM) != preset:
@@ -140,8 +152,12 @@ def build_with_norms(
     return backbone
 
 
-def _replace(part: nn.Module, norm: str, cfg: CfgNode) -> None:
-    if norm not in _STOCK:
+def _replace(part: nn.Module, norms: dict[str, str], key: str, cfg: CfgNode) -> None:
+    norm = norms[key]
+    follows_domains = domain_norm(cfg, norm, f"MODEL.{key}.NORM")
+    if follows_domains is not None:
+        replace_norms(part, follows_domains)
+    elif norm not in _STOCK:
         replace_norms(part, norm, **norm_options(cfg, norm))
 
 
@@ -150,6 +166,10 @@ def _freeze(resnet: ResNet, freeze_at: int) -> None:
     for layer in resnet.modules():
         if isinstance(layer, MABN2d) and not layer.weight.requires_grad:
             layer.freeze()
+        if isinstance(layer, SplitBatchNorm2d) and not any(
+            p.requires_grad for p in layer.parameters()
+        ):
+            freeze_layer(layer)
 
 
 def _normalize_images(backbone: nn.Module, images: int) -> None:
@@ -159,13 +179,17 @@ def _normalize_images(backbone: nn.Module, images: int) -> None:
         raise ValueError(f"{key} < 0")
     if not images:
         return
-    norms = [m for m in backbone.modules() if isinstance(m, (BatchNorm2d, MABN2d))]
+    pools = {
+        SyncBatchNorm2d: "pools all ranks",
+        MABN2d: "averages over iterations",
+        SplitBatchNorm2d: "takes a domain's images (MODEL.DOMAIN_BN)",
+    }
+    norms: list[Any] = [m for m in backbone.modules() if isinstance(m, (BatchNorm2d, *pools))]
     for norm in norms:
-        if isinstance(norm, (SyncBatchNorm2d, MABN2d)):
-            pools = "averages over iterations" if isinstance(norm, MABN2d) else "pools all ranks"
+        if type(norm) in pools:
             raise ValueError(
-                f"{key}, but {type(norm).__name__} {pools} and knows no groups of images: set it "
-                "to 0, or MODEL.RESNETS.NORM and MODEL.FPN.NORM to BN or BatchStatBN"
+                f"{key}, but {type(norm).__name__} {pools[type(norm)]} and knows no groups of "
+                "images: set it to 0, or MODEL.RESNETS.NORM and MODEL.FPN.NORM to BN or BatchStatBN"
             )
         norm.rows_at_a_time = images
     if not norms:

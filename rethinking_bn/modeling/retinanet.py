@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import RetinaNet
 
+from rethinking_bn.modeling.domains import check_norms, follow_domains
 from rethinking_bn.modeling.retinanet_head import build_retinanet_head
 
 logger = logging.getLogger(__name__)
@@ -24,19 +25,29 @@ class ConfigurableHeadRetinaNet(RetinaNet):
     With ``HEAD_NAME: RetinaNetHead``, detectron2's own, the model is detectron2's RetinaNet bit for
     bit, and so is the random state after building it. Any other head is built from the random state
     that detectron2's would have been built from. The constructor is RetinaNet's: from LazyConfig,
-    pass any head as ``head``.
+    pass any head as ``head``. Images' domains are followed where norm layers know them
+    (MODEL.DOMAIN_BN, see :func:`~rethinking_bn.modeling.domains.follow_domains`).
     """
+
+    follows_domains = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        follow_domains(self)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Return RetinaNet's arguments.
 
         Raises:
-            ValueError: when no head of that name is registered, or the head refuses its keys.
+            ValueError: when no head of that name is registered, or the head refuses its keys; for
+                MODEL.DOMAIN_BN with norms that know no domains.
         """
         if cfg.MODEL.RETINANET.HEAD_NAME == "RetinaNetHead":
             _refuse_choices(cfg)
-            return super().from_config(cfg)
+            arguments = super().from_config(cfg)
+            check_norms(cfg, arguments.items())
+            return arguments
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         head = build_retinanet_head(cfg, [shapes[f] for f in cfg.MODEL.RETINANET.IN_FEATURES])
@@ -54,7 +65,9 @@ class ConfigurableHeadRetinaNet(RetinaNet):
             )
         with torch.random.fork_rng(devices=[]):
             arguments = super().from_config(stock)
-        return {**arguments, "backbone": backbone, "head": head}
+        arguments |= {"backbone": backbone, "head": head}
+        check_norms(cfg, arguments.items())
+        return arguments
 
 
 def _refuse_choices(cfg: CfgNode) -> None:

@@ -18,6 +18,7 @@ from rethinking_bn.layers.convert import centre_convolutions, replace_norms
 from rethinking_bn.layers.domain_state import CHOICES, Choice
 from rethinking_bn.layers.levels import run_layer_by_layer
 from rethinking_bn.layers.multi_domain import TABLE_5
+from rethinking_bn.modeling.domains import domain_norm
 from rethinking_bn.modeling.norm_options import norm_options
 
 RETINANET_HEAD = Registry("RETINANET_HEAD")
@@ -84,6 +85,7 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
         affine: str = "",
         prior_prob: float = 0.01,
         norm_arguments: Mapping[str, Any] | None = None,
+        domain_norm: NormFactory | None = None,
     ) -> None:
         """
         Args:
@@ -101,6 +103,8 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
                 Table 5.
             prior_prob: initial foreground probability of every anchor.
             norm_arguments: keyword arguments of the layers of another norm than "BN" and "SyncBN".
+            domain_norm: for data with domains, channels -> a SplitBatchNorm2d that stands for "BN"
+                and "SyncBN"; the three choices, which are about levels, must then all be "shared".
 
         Raises:
             ValueError: for an unknown value, or one that contradicts the class or the norm.
@@ -112,28 +116,32 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
             "population_stats": population_stats,
             "affine": affine,
         }
+        options = norm_arguments or {}
+        factory = self._norm_factory(norm, len(input_shape), given, options, domain_norm)
         super().__init__(
             input_shape=list(input_shape),
             num_classes=num_classes,
             num_anchors=num_anchors,
             conv_dims=list(conv_dims),
-            norm=self._norm_factory(norm, len(input_shape), given, norm_arguments or {}) or "",
+            norm=factory or "",
             prior_prob=prior_prob,
         )
         if norm == "MABN":
-            replace_norms(self, norm, **(norm_arguments or {}))
+            replace_norms(self, norm, **options)
         else:
             centre_convolutions(self)  # for a callable that makes MABN2d
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
-        """Read MODEL.RETINANET, with the three choices from its BN, and MODEL.MABN."""
+        """Read MODEL.RETINANET, with the three choices from its BN, MODEL.MABN and .DOMAIN_BN."""
         arguments = super().from_config(cfg, input_shape)
         choices = cfg.MODEL.RETINANET.BN
         arguments["train_stats"] = choices.TRAIN_STATS
         arguments["population_stats"] = choices.POPULATION_STATS
         arguments["affine"] = choices.AFFINE
-        arguments["norm_arguments"] = norm_options(cfg, cfg.MODEL.RETINANET.NORM)
+        norm = cfg.MODEL.RETINANET.NORM
+        arguments["norm_arguments"] = norm_options(cfg, norm)
+        arguments["domain_norm"] = domain_norm(cfg, norm, "MODEL.RETINANET.NORM")
         return arguments
 
     @classmethod
@@ -143,10 +151,13 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
         num_domains: int,
         given: Mapping[str, str],
         options: Mapping[str, Any],
+        domain_norm: NormFactory | None,
     ) -> NormFactory | None:
         """Return channels -> layer for the requested norm, or None for no norm."""
         if norm in _BN_NAMES:
             choices = cls._resolve(given)
+            if domain_norm is not None:
+                return cls._follow_domains(domain_norm, choices)
             sync = norm == "SyncBN"
             said = ", ".join(f"{name} {choice}" for name, choice in choices.items())
             logger.info("%s: %s over %d feature levels, %s", cls.__name__, norm, num_domains, said)
@@ -162,6 +173,20 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
         if norm == "MABN":
             return nn.BatchNorm2d  # stands in until the convolutions can be centred, too
         return lambda channels: get_norm(norm, channels, **options)
+
+    @classmethod
+    def _follow_domains(
+        cls, domain_norm: NormFactory, choices: Mapping[str, Choice]
+    ) -> NormFactory:
+        for name, choice in choices.items():
+            if choice != "shared":
+                raise ValueError(
+                    f"{cls.__name__}: {name} (MODEL.RETINANET.BN.{name.upper()}) is "
+                    f"{choice!r}, but with domains in the data (MODEL.DOMAIN_BN.DATASETS) the "
+                    "feature levels must share theirs"
+                )
+        logger.info("%s: %s, shared between levels", cls.__name__, domain_norm(1))
+        return domain_norm
 
     @classmethod
     def _resolve(cls, given: Mapping[str, str]) -> dict[str, Choice]:
