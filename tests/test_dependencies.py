@@ -1,0 +1,70 @@
+"""What is declared is what is imported, extra by extra."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "rethinking_bn"
+# distributions whose modules have another name
+NAMES = {"PIL": "Pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "PyYAML"}
+OURS = {"rethinking_bn", "benchmarks"}
+WITH_DETECTRON2 = {"detectron2", "iopath", "omegaconf", "yacs"}  # it brings them along
+DETECTION = [
+    *PACKAGE.glob("modeling/*.py"),
+    *PACKAGE.glob("engine/*.py"),
+    *(PACKAGE / name for name in ("config.py", "data/register.py", "data/dataset.py")),
+    *(PACKAGE / "data" / name for name in ("storage.py", "shapes.py")),
+    *(p for p in (ROOT / "tools").glob("*.py") if p.stem not in ("benchmark", "run_study")),
+    ROOT / "tools" / "benchmarks" / "precise_bn.py",  # beside fvcore's
+]
+STUDIES = [
+    *PACKAGE.glob("studies/*.py"),
+    *(p for p in PACKAGE.glob("data/*.py") if p.stem != "register"),
+    ROOT / "tools" / "run_study.py",
+]
+BASE = sorted(
+    set(PACKAGE.rglob("*.py")) - set(DETECTION) - set(STUDIES) - set(PACKAGE.glob("data/*.py"))
+)
+
+
+def declared(name: str) -> set[str]:
+    """Return a list of setup.py, by the name of the constant that holds it."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
+            return set(ast.literal_eval(node.value))
+    raise AssertionError(f"setup.py has no {name}")
+
+
+def imported(files: Iterable[Path]) -> set[str]:
+    """Return the distributions that files import anywhere, torch's and the standard library aside."""
+    found = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add((node.module or "").split(".")[0])
+    found -= OURS | WITH_DETECTRON2 | {"torch", "torchvision"} | set(sys.stdlib_module_names)
+    return {NAMES.get(name, name) for name in found}
+
+
+@pytest.mark.parametrize(("files", "name"), [(STUDIES, "STUDIES"), (DETECTION, "DETECTION")])
+def test_an_extra_declares_what_its_part_imports(files: list[Path], name: str) -> None:
+    assert len(files) > 5
+    assert imported(files) == declared(name)
+
+
+def test_the_rest_needs_torch_alone() -> None:
+    # Triton comes with torch where there is a GPU; pictures of a diagnosis, and annotations
+    assert imported(BASE) <= {"triton", "matplotlib", "typing_extensions"}
+
+
+def test_the_benchmarks_import_nothing_else() -> None:
+    files = (ROOT / "tools").glob("benchmark*/**/*.py")
+    assert imported(files) <= declared("STUDIES") | declared("DETECTION") | {"triton"}
