@@ -42,7 +42,7 @@ def declared(name: str) -> set[str]:
 
 
 def imported(files: Iterable[Path]) -> set[str]:
-    """Return the distributions that files import anywhere, beside torch and the standard library."""
+    """Return the distributions that files import, beside torch and the standard library."""
     found = set()
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
