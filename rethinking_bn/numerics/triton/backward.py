@@ -144,11 +144,11 @@ def input_gradient(
         b = tl.load(p + P * C, mask=keep, other=0.0)
     count, mean, rest, invstd = _read_stats(stats, P, pool, C, channel)
     some = tl.maximum(count, 1.0)
-    scale = invstd
+    weight = zeros_like(channel) + 1.0
     if weights is not None:
         w = tl.load(pick(weights, group, A) + channel, mask=keep, other=0.0)
-        scale *= w.to(tl.float32)
-    shift, slope = invstd * (a / some), invstd * invstd * (b / some)
+        weight = w.to(tl.float32)
+    shift, slope = a / some, invstd * (b / some)
     x, dy, dx = pick(xs, group, L) + base, pick(dys, group, L) + base, pick(dxs, group, L) + base
     PLANES: tl.constexpr = 1 if LAST else ROWS
     POSITIONS: tl.constexpr = ROWS if LAST else COLUMNS
@@ -160,5 +160,6 @@ def input_gradient(
             g = tl.load(dy + offset, mask=mask, other=0.0).to(tl.float32)
             v = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
             centred = (v - wide(mean, LAST)) - wide(rest, LAST)
-            out = g * wide(scale, LAST) - wide(shift, LAST) - centred * wide(slope, LAST)
+            out = g * wide(weight, LAST) - wide(shift, LAST) - centred * wide(slope, LAST)
+            out *= wide(invstd, LAST)
             tl.store(dx + offset, out.to(dx.dtype.element_ty), mask=mask)

@@ -1,0 +1,412 @@
+"""The kernels beside float64, wherever they can run: collected by test_kernels.py in a process of
+its own, under Triton's interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rethinking_bn.layers import (
+    BatchNorm2d,
+    BatchStatNorm2d,
+    CycleBatchNorm2d,
+    MultiDomainBatchNorm2d,
+)
+from rethinking_bn.numerics.triton import backward, forward, plan
+from tests import reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+C = 2
+SHAPES = [(2, C, 5, 3), (0, C, 2, 2), (1, C, 1, 1)]
+ROWS = list(itertools.product(("shared", "domain_specific"), repeat=3))
+WORST: dict[str, float] = {}
+CASES = [0]
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run the kernels or fail; undo what a test does to the plans."""
+    monkeypatch.setenv("RETHINKING_BN_KERNELS", "triton")
+    plan.make_plan.cache_clear()
+    yield
+    plan.make_plan.cache_clear()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles for a tensor and blocks for a tile, at sizes that an interpreter can do."""
+    monkeypatch.setattr(plan, "BLOCK", 4 if DEVICE.type == "cpu" else 128)
+    monkeypatch.setattr(plan, "BLOCKS", 2)
+    monkeypatch.setattr(plan, "CHANNELS_LAST_BYTES", 8 if DEVICE.type == "cpu" else 64)
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Collect the names of what is launched."""
+    launched: list[str] = []
+
+    class Counting:
+        def __init__(self, name: str, kernel) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    with monkeypatch.context() as patch:
+        for module in (forward, backward):
+            for name in ("moments", "merge", "normalize", "gradient_sums", "merge_sums"):
+                if hasattr(module, name):
+                    patch.setattr(module, name, Counting(name, getattr(module, name)))
+        patch.setattr(
+            backward, "input_gradient", Counting("input_gradient", backward.input_gradient)
+        )
+        yield launched
+
+
+def features(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, last: bool, offset: float = 0.0
+) -> list[Tensor]:
+    """Tensors whose mean and spread differ from level to level, or are ``offset`` ± 1."""
+    xs = []
+    for i, shape in enumerate(shapes):
+        x = torch.randn(shape) * (1 if offset else 1 + i) + (offset or 3 * i)
+        xs.append(
+            x.to(DEVICE, dtype)
+            .to(memory_format=torch.channels_last if last else torch.contiguous_format)
+            .requires_grad_()
+        )
+    return xs
+
+
+def close(what: str, got: Tensor | None, expected: Tensor, tolerance: float, scale=1.0) -> None:
+    """Compare with float64, relative to the largest value or to ``scale``."""
+    assert got is not None, what
+    assert got.shape == expected.shape, what
+    if expected.numel() == 0:
+        return
+    largest = max(expected.abs().max().item(), scale)
+    error = (got.detach().cpu().double() - expected.cpu()).abs().max().item() / largest
+    assert error <= tolerance, f"{what}: {error:.2e} of {largest:.2e}, allowed {tolerance:.1e}"
+    if got.dtype == torch.float32:
+        name = what.split(",")[0]
+        WORST[name] = max(WORST.get(name, 0.0), error)
+
+
+class Expected:
+    """A training step of a layer of ours, written out in float64."""
+
+    def __init__(self, xs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]):
+        self.xs = [x.detach().cpu().double().requires_grad_() for x in xs]
+        self.affine = [
+            [p.detach().cpu().double().requires_grad_() for p in ps] for ps in (weights, biases)
+        ]
+
+    def outputs(self, pooled: bool) -> list[Tensor]:
+        return [
+            reference.normalize(
+                [x],
+                self.xs if pooled else [x],
+                *(ps[i if len(ps) > 1 else 0] for ps in self.affine),
+            )[0]
+            if x.numel()
+            else x * self.affine[0][0].sum()
+            for i, x in enumerate(self.xs)
+        ]
+
+
+def averages(
+    parts: Sequence[Sequence[Tensor]], holders: int, momentum: float | None
+) -> list[tuple[Tensor, Tensor, int]]:
+    """Mean, variance and steps of ``holders`` moving averages that start at 0, 1 and 0."""
+    states = [(torch.zeros(C).double(), torch.ones(C).double(), 0) for _ in range(holders)]
+    for i, part in enumerate(parts):
+        at = i if holders > 1 else 0
+        mean, variance, steps = states[at]
+        steps += int(sum(x.numel() for x in part) > 0)
+        rate = 1 / max(steps, 1) if momentum is None else momentum
+        states[at] = (*reference.ema(mean, variance, part, rate), steps)
+    return states
+
+
+# A few units in the last place; of half types one rounding, which Triton's interpreter does towards
+# zero for bfloat16.
+_ROUNDING = 4e-3 if DEVICE.type == "cuda" else 8e-3
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: _ROUNDING, torch.float16: 5e-4}
+
+
+def check_row(
+    choices: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    last: bool,
+    offset: float,
+    momentum: float | None,
+) -> None:
+    """One training step of a MultiDomainBatchNorm2d beside the reference."""
+    CASES[0] += 1
+    train, population, affine = choices
+    layer = MultiDomainBatchNorm2d(
+        C,
+        len(shapes),
+        train_stats=train,
+        population_stats=population,
+        affine=affine,
+        momentum=momentum,
+        device=DEVICE,
+    )
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.uniform_(0.5, 1.5)
+    xs = features(shapes, dtype, last, offset)
+    dys = [torch.randn(x.shape).to(x) for x in xs]
+    weights, biases = layer._affine_rows()
+    expected = Expected(xs, weights, biases)
+    ys, zs = layer(xs), expected.outputs(train == "shared")
+    torch.autograd.backward(ys, dys)
+    torch.autograd.backward(zs, [dy.cpu().double() for dy in dys])
+    tolerance = TOLERANCE[dtype]
+    for x, y, z, e in zip(xs, ys, zs, expected.xs, strict=True):
+        assert y.dtype == x.dtype and x.grad is not None
+        assert y.stride() == x.stride() == x.grad.stride()
+        close("outputs", y, z, tolerance)
+        # where a level has one value, terms of 1 / sqrt(eps) cancel
+        scale = 300.0 if x.numel() == C and train != "shared" else 1.0
+        close("input gradients", x.grad, e.grad, tolerance, scale)
+    for got, want in zip((weights, biases), expected.affine, strict=True):
+        for p, e in zip(got, want, strict=True):
+            zero = torch.zeros_like(e)
+            close("affine gradients", p.grad, zero if e.grad is None else e.grad, 1e-6, 30.0)
+    one = train == population == "shared"
+    parts = [expected.xs] if one else [[x] for x in expected.xs]
+    holders = layer._statistics_holders()
+    states = averages(parts, len(holders), momentum)
+    for holder, (mean, variance, steps) in zip(holders, states, strict=True):
+        close("running means", holder.running_mean, mean.detach(), 1e-6)
+        close("running variances", holder.running_var, variance.detach(), 1e-6)
+        assert holder.num_batches_tracked == steps
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("choices", ROWS, ids="-".join)
+def test_every_row_and_layout(choices: tuple[str, ...], last: bool) -> None:
+    check_row(choices, SHAPES, torch.float32, last, 0.0, 0.1)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("choices", [ROWS[0], ROWS[2], ROWS[4], ROWS[7]], ids="-".join)
+def test_large_mean_in_many_blocks(choices: tuple[str, ...], last: bool, small_blocks) -> None:
+    """Data at 1000 ± 1 comes out as exactly as data around 0."""
+    shapes = [(2, C, 5, 4), (1, C, 3, 3)]
+    check_row(choices, shapes, torch.float32, last, 1000.0, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("choices", [ROWS[0], ROWS[5]], ids="-".join)
+def test_half_types(choices: tuple[str, ...], last: bool, dtype: torch.dtype) -> None:
+    check_row(choices, SHAPES[::2], dtype, last, 0.0, 0.1)
+
+
+@pytest.mark.parametrize("choices", ROWS, ids="-".join)
+def test_merged_apart(choices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many tiles for every program to merge them: a launch merges, and six are enough."""
+    monkeypatch.setattr(plan, "FOLD", 0)
+    with counted(monkeypatch) as launched:
+        check_row(choices, SHAPES[::2], torch.float32, False, 0.0, 0.1)
+    assert len(launched) == 6
+
+
+@pytest.mark.parametrize("choices", ROWS, ids="-".join)
+def test_four_launches(choices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted(monkeypatch) as launched:
+        check_row(choices, [(1, C, 3, 2)] * 2, torch.float32, True, 0.0, 0.1)
+    assert launched == ["moments", "normalize", "gradient_sums", "input_gradient"]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (3, 0, 1, 2)], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+def test_row_groups(sizes: tuple[int, ...], last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    CASES[0] += 1
+    layer = BatchNorm2d(C, device=DEVICE)
+    (x,) = features([(6, C, 3, 2)], torch.float32, last)
+    dy = torch.randn(x.shape).to(x)
+    groups = [g.detach().requires_grad_() for g in x.split(sizes)]
+    expected = Expected(groups, [layer.weight], [layer.bias])
+    with layer.row_groups(sizes), counted(monkeypatch) as launched:
+        y = layer(x)
+        y.backward(dy)
+    assert len(launched) == 4
+    z = expected.outputs(pooled=False)
+    torch.autograd.backward(z, list(dy.cpu().double().split(sizes)))
+    close("outputs", y, torch.cat(z), 1e-6)
+    close("input gradients", x.grad, torch.cat([e.grad for e in expected.xs]), 1e-6)
+    close("affine gradients", layer.weight.grad, expected.affine[0][0].grad, 1e-6, 10.0)
+    ((mean, variance, steps),) = averages([[e] for e in expected.xs], 1, 0.1)
+    close("running means", layer.running_mean, mean.detach(), 1e-6)
+    close("running variances", layer.running_var, variance.detach(), 1e-6)
+    assert layer.num_batches_tracked == steps
+
+
+def test_layers_for_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as the eager path: CycleBatchNorm2d, mini-batches at inference, no affine."""
+    CASES[0] += 1
+    xs = features([(2, C, 3, 2)] * 2, torch.float32, False)
+
+    def outcome() -> list[Tensor]:
+        cycle = CycleBatchNorm2d(C, 2, device=DEVICE)
+        with cycle.cycle():
+            results = [cycle(x) for x in xs]
+        stat = BatchStatNorm2d(C, device=DEVICE).eval()
+        plain = BatchNorm2d(C, affine=False, track_running_stats=False, device=DEVICE)
+        results += [stat(xs[0]), plain(xs[0])]
+        grads = torch.autograd.grad([y.square().sum() * 0.5 + y.sum() for y in results], xs)
+        buffers = [b for b in cycle.buffers() if b.is_floating_point()]
+        return [*results, *grads, *buffers, stat.running_mean]
+
+    got = outcome()
+    monkeypatch.setenv("RETHINKING_BN_KERNELS", "eager")
+    for a, b in zip(got, outcome(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_enters_no_average(value: float) -> None:
+    for population, steps in (("domain_specific", [0, 1]), ("shared", [1])):
+        layer = MultiDomainBatchNorm2d(
+            C, 2, train_stats="domain_specific", population_stats=population, device=DEVICE
+        )
+        xs = features([(2, C, 2, 2)] * 2, torch.float32, False)
+        with torch.no_grad():
+            xs[0][1, 0, 0, 0] = value  # one channel spoils the level
+        layer(xs)
+        holders = layer._statistics_holders()
+        states = averages([[xs[1].detach().cpu().double()]], 1, 0.1)
+        close("running means", holders[-1].running_mean, states[0][0], 1e-6)
+        close("running variances", holders[-1].running_var, states[0][1], 1e-6)
+        assert [int(h.num_batches_tracked) for h in holders] == steps
+    assert not holders[0].running_mean.isnan().any()
+
+
+def test_nothing_but_empty_levels() -> None:
+    layer = MultiDomainBatchNorm2d(C, 2, device=DEVICE)
+    xs = features([(0, C, 2, 2), (2, C, 0, 3)], torch.float32, False)
+    ys = layer(xs)
+    torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+    assert [y.shape for y in ys] == [x.shape for x in xs] == [x.grad.shape for x in xs]
+    assert not layer.weight.grad.any() and not layer.bias.grad.any()
+    assert layer.running_var.eq(1).all() and layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_only_what_is_wanted_is_computed(folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not folded:
+        monkeypatch.setattr(plan, "FOLD", 0)
+    layer = BatchNorm2d(C, device=DEVICE)
+    (x,) = features([(2, C, 3, 2)], torch.float32, False)
+    want, want_weight = torch.autograd.grad(layer(x).pow(3).sum(), [x, layer.weight])
+    layer.requires_grad_(False)  # frozen affine
+    (got,) = torch.autograd.grad(layer(x).pow(3).sum(), x)
+    assert torch.equal(got, want)
+    layer.requires_grad_(True)
+    with counted(monkeypatch) as launched:
+        layer(x.detach()).pow(3).sum().backward()  # the input needs no gradient
+    torch.testing.assert_close(layer.weight.grad, want_weight)
+    assert "input_gradient" not in launched
+
+
+def test_the_same_bits_every_time() -> None:
+    def step() -> list[Tensor]:
+        layer = MultiDomainBatchNorm2d(C, 3, population_stats="domain_specific", device=DEVICE)
+        ys = layer([x.detach().requires_grad_() for x in xs])
+        torch.autograd.backward([y.square() for y in ys], [torch.ones_like(y) for y in ys])
+        return [*ys, layer.weight.grad, *layer.buffers()]
+
+    xs = features(SHAPES, torch.float32, True)
+    for a, b in zip(step(), step(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_of_any_strides() -> None:
+    layer = BatchNorm2d(C, device=DEVICE)
+    (x,) = features([(2, C, 4, 4)], torch.float32, False)
+    dy = torch.randn(2, C, 4, 4).to(x)
+    (want,) = torch.autograd.grad(layer(x), x, dy)
+    (got,) = torch.autograd.grad(layer(x), x, dy.transpose(2, 3).contiguous().transpose(2, 3))
+    assert torch.equal(got, want)
+    layer(x).sum().backward()  # one element expanded to the whole shape
+    torch.testing.assert_close(layer.bias.grad, torch.full_like(layer.bias, 32.0))
+
+
+def test_population_training_observes_the_kernels() -> None:
+    layer = MultiDomainBatchNorm2d(C, 2, population_stats="domain_specific", device=DEVICE)
+    xs = features(SHAPES[::2], torch.float32, False)
+    seen = []
+    with layer.observing(seen.append):
+        layer(xs)
+    (rows,) = seen
+    for i, x in enumerate(xs):
+        values = reference.values_per_channel([x.detach().cpu().double()])
+        assert rows.count[i] == values.shape[1]
+        close("moments", rows.mean[i], values.mean(1), 1e-6)
+        spread = (values - values.mean(1, keepdim=True)).square().sum(1)
+        close("moments", rows.m2[i], spread, 1e-6)
+    assert not layer.get_buffer("0.running_mean").any()
+
+
+def test_autograd_sees_that_buffers_were_written() -> None:
+    layer = BatchNorm2d(C, device=DEVICE)
+    (x,) = features([(2, C, 2, 2)], torch.float32, False)
+    y = layer.eval()(x)
+    layer.train()(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = MultiDomainBatchNorm2d(C, 2, device=DEVICE)
+    xs = features([(2, C, 3, 2)] * 2, torch.float32, False)
+    mixed = [xs[0], xs[1].detach().to(memory_format=torch.channels_last)]
+    with pytest.raises(RuntimeError, match="no kernels for torch.float64"):
+        layer.double()([x.double() for x in xs])
+    layer.float()
+    with pytest.raises(RuntimeError, match="neither all contiguous nor all channels-last"):
+        layer(mixed)
+    monkeypatch.setenv("RETHINKING_BN_KERNELS", "auto")
+    layer(mixed)
+    layer.double()([x.double() for x in xs])
+
+
+def test_compiled_code_keeps_the_plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = BatchNorm2d(C, device=DEVICE)
+    (x,) = features([(2, C, 3, 2)], torch.float32, False)
+    want = layer(x)
+    with counted(monkeypatch) as launched:
+        got = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        torch.func.grad(lambda v: layer(v).square().sum())(x.detach())
+    assert not launched
+    torch.testing.assert_close(got, want)
+
+
+def test_in_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half inputs of a float32 layer, as autocast makes them; features come and go as they are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(C, C, 1), BatchNorm2d(C), nn.ReLU()).to(DEVICE)
+    (x,) = features([(2, C, 4, 4)], torch.float32, False)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        y = model(x)
+        monkeypatch.setenv("RETHINKING_BN_KERNELS", "eager")
+        z = model(x)
+    assert y.dtype == z.dtype == torch.bfloat16
+    torch.testing.assert_close(y, z, rtol=2e-2, atol=2e-2)
+
+
+def test_worst_errors() -> None:
+    """The last one: says what the others found."""
+    found = ", ".join(f"{name} {error:.1e}" for name, error in sorted(WORST.items()))
+    print(f"\n{CASES[0]} cases on {DEVICE.type}; worst float32 errors: {found}")
