@@ -6,7 +6,7 @@ import triton.language as tl
 from rethinking_bn.numerics.triton.rows import sum_rows
 from rethinking_bn.numerics.triton.tiles import block, pick, read_tile, total, wide, zeros_like
 
-_FREE = ["C", "R", "K", "tiles", "P"]
+_FREE = ["R", "K", "tiles", "P"]
 
 
 @triton.jit

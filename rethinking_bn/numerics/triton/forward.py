@@ -6,10 +6,10 @@ import triton.language as tl
 from rethinking_bn.numerics.triton.rows import merge_rows, row_span, split_mean, store_row
 from rethinking_bn.numerics.triton.tiles import block, pick, read_tile, total, wide, zeros_like
 
-_FREE = ["C", "R", "K", "tiles"]  # a kernel serves all of their values
+_FREE = ["R", "K", "tiles"]  # a kernel serves all of their values
 
 
-@triton.jit(do_not_specialize=_FREE)
+@triton.jit
 def moments(
     xs, table, rows, C,
     L: tl.constexpr, LAST: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,

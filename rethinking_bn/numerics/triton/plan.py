@@ -27,11 +27,11 @@ class Plan(NamedTuple):
         groups: K, tensors, or row groups of the only tensor.
         tiles: T, rows that the tiles write; 0 when every tensor is empty.
         table: int64 on the device, flat. For every tile group, whether it is the group's first,
-            planes, positions, offset of its first element, size of a plane (channels-last: 0);
-            then for every group its first tile and its number of tiles.
+            planes, positions, offset of its first element (channels-last: its first position), size
+            of a plane; then for every group its first tile and its number of tiles.
         listed: tiles in the table, one at least.
         last: whether tensors are channels-last.
-        align: a power of two that divides every offset a block can start at.
+        align: a power of two that divides every offset a contiguous block can start at.
         rows, columns: of a block: planes and positions, or in channels-last positions and channels.
         grid: programs of a launch that writes features.
         folded: whether consumers merge the tiles' rows themselves.
@@ -79,7 +79,7 @@ def make_plan(
         starts = [sum(images[:i]) for i in range(len(images))]
     if last:
         columns = min(CHANNELS_LAST_BYTES // itemsize, max(16, power_of_two(channels)))
-        align = gcd(channels, 16)
+        align = 1
     else:
         columns = min(BLOCK, power_of_two(max(sizes, default=1)))
         align = gcd(16, *sizes)
@@ -91,7 +91,7 @@ def make_plan(
         for tile in _tiles_of(n, size, channels, last, rows, columns):
             planes, positions, offset = tile
             head = (group, int(len(tiles) == first), planes, positions)
-            tiles.append((*head, offset + start * channels * size, 0 if last else size))
+            tiles.append((*head, offset + start * size * (1 if last else channels), size))
         spans.append((first, len(tiles) - first))
     number = len(tiles)
     if not tiles:
@@ -122,12 +122,12 @@ def _size(spatial: Sequence[int]) -> int:
 def _tiles_of(
     images: int, size: int, channels: int, last: bool, rows: int, columns: int
 ) -> list[tuple[int, int, int]]:
-    """Cut a group into tiles: (planes, positions, offset of the first element)."""
+    """Cut a group into tiles: (planes, positions, offset as in the table)."""
     if images * size == 0:
         return []
     if last:
         return [
-            (1, stop - start, start * channels)
+            (1, stop - start, start)
             for start, stop in _cut(images * size, BLOCKS * rows, 16)
         ]
     if size > columns:

@@ -26,19 +26,18 @@ def pick(values, index, LENGTH: tl.constexpr):
 @triton.jit
 def read_tile(table, C, LAST: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr):
     """Return this program's tile: group, whether it is the group's first, offset of its first
-    element, number of planes and positions, size of a plane, and channel(s)."""
+    element, number of planes and of positions, size of a plane, and channel(s)."""
     row = table + tl.program_id(0) * 6
     group, first = tl.load(row).to(tl.int32), tl.load(row + 1) > 0
     planes, positions = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
     base, size = tl.load(row + 4), tl.load(row + 5)
     if LAST:
         channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        base *= C
     else:
         channel = tl.program_id(1)
-        base += channel * size
-    # what the host knows of their divisors lets loads be wide
-    base, size = tl.multiple_of(base, ALIGN), tl.multiple_of(size, ALIGN)
-    if not LAST:
+        # Divisors let loads be wide. The compiler takes such hints of results of arithmetic alone.
+        base = tl.multiple_of(base + channel * size, ALIGN)
         positions = tl.multiple_of(positions, ALIGN)
     return group, first, base, planes, positions, size, channel
 
@@ -52,12 +51,12 @@ def block(
     if LAST:
         i = position + tl.arange(0, ROWS)
         mask = (i < positions)[:, None] & (channel < C)[None, :]
-        offset = i[:, None] * tl.multiple_of(C, ALIGN) + channel[None, :]
+        offset = i[:, None] * C + channel[None, :]
         number = tl.minimum(positions - position, ROWS)
     else:
         n, i = plane + tl.arange(0, ROWS), position + tl.arange(0, COLUMNS)
         mask = (n < planes)[:, None] & (i < positions)[None, :]
-        offset = n[:, None] * (C * size) + i[None, :]
+        offset = n[:, None] * tl.multiple_of(C * size, ALIGN) + i[None, :]
         number = tl.minimum(planes - plane, ROWS) * tl.minimum(positions - position, COLUMNS)
     return offset, mask, number
 

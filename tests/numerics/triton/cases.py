@@ -40,7 +40,7 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles for a tensor and blocks for a tile, at sizes that an interpreter can do."""
-    monkeypatch.setattr(plan, "BLOCK", 4 if DEVICE.type == "cpu" else 128)
+    monkeypatch.setattr(plan, "BLOCK", 8 if DEVICE.type == "cpu" else 128)
     monkeypatch.setattr(plan, "BLOCKS", 2)
     monkeypatch.setattr(plan, "CHANNELS_LAST_BYTES", 8 if DEVICE.type == "cpu" else 64)
 
@@ -199,10 +199,10 @@ def test_every_row_and_layout(choices: tuple[str, ...], last: bool) -> None:
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
-@pytest.mark.parametrize("choices", [ROWS[0], ROWS[2], ROWS[4], ROWS[7]], ids="-".join)
+@pytest.mark.parametrize("choices", [ROWS[2], ROWS[5]], ids="-".join)
 def test_large_mean_in_many_blocks(choices: tuple[str, ...], last: bool, small_blocks) -> None:
     """Data at 1000 ± 1 comes out as exactly as data around 0."""
-    shapes = [(2, C, 5, 4), (1, C, 3, 3)]
+    shapes = [(2, C, 5, 4), (1, C, 2, 3)]
     check_row(choices, shapes, torch.float32, last, 1000.0, None)
 
 
@@ -213,7 +213,7 @@ def test_half_types(choices: tuple[str, ...], last: bool, dtype: torch.dtype) ->
     check_row(choices, SHAPES[::2], dtype, last, 0.0, 0.1)
 
 
-@pytest.mark.parametrize("choices", ROWS, ids="-".join)
+@pytest.mark.parametrize("choices", ROWS[::2], ids="-".join)
 def test_merged_apart(choices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Too many tiles for every program to merge them: a launch merges, and six are enough."""
     monkeypatch.setattr(plan, "FOLD", 0)
