@@ -119,6 +119,11 @@ def _our_keys() -> CfgNode:
     # which nobody publishes in detectron2's format. Evaluation and --resume are not affected.
     c.MODEL.MABN.REQUIRE_WEIGHTS = False
 
+    # --- Inference -------------------------------------------------------------------- section 4
+    # What BN-like layers normalise by when a model is evaluated: "population" (their population
+    # statistics) or "batch" (the mini-batch of this rank; frozen layers keep theirs).
+    c.TEST.STATISTICS = "population"
+
     # --- Population training; ENABLED and NUM_ITER are detectron2's ----------------- section 3
     c.TEST.PRECISE_BN = CfgNode()
     # Names of registered data sets, labelled or not. Empty: DATASETS.TRAIN. Another domain's images

@@ -58,6 +58,7 @@ def test_keys_and_defaults() -> None:
         "MODEL.MABN.WARMUP_ITERS": 100,
         "MODEL.MABN.R_MAX": 5.0,
         "MODEL.MABN.REQUIRE_WEIGHTS": False,
+        "TEST.STATISTICS": "population",
         "TEST.PRECISE_BN.DATASETS": (),
         "TEST.PRECISE_BN.IMS_PER_BATCH": 0,
         "TEST.PRECISE_BN.NUM_WORKERS": 0,

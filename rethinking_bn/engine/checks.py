@@ -59,6 +59,7 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
         raise ValueError(
             f"TEST.PRECISE_BN.NUM_ITER must be at least 1, got {cfg.TEST.PRECISE_BN.NUM_ITER}"
         )
+    check_statistics(cfg)
     if training:
         check_freezing(cfg, ranks)
     check_batch_size(cfg, ranks, training=not args.eval_only)
@@ -103,6 +104,14 @@ def check_freezing(cfg: CfgNode, ranks: int) -> None:
             f"SOLVER.FREEZE_BN.START {start} is neither an iteration in [0, {solver.MAX_ITER}) "
             "(SOLVER.MAX_ITER) nor -1 (never)"
         )
+
+
+def check_statistics(cfg: CfgNode) -> str:
+    """Return TEST.STATISTICS; raise a ValueError if it is not one of its two values."""
+    chosen: str = cfg.TEST.get("STATISTICS", "population")
+    if chosen not in ("population", "batch"):
+        raise ValueError(f'TEST.STATISTICS must be "population" or "batch", got {chosen!r}')
+    return chosen
 
 
 def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:

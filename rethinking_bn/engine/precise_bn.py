@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,17 @@ from detectron2.engine import AMPTrainer, HookBase
 from torch import nn
 
 from rethinking_bn.engine.accumulation import CPUAutocastTrainer
+from rethinking_bn.engine.checks import check_statistics
 from rethinking_bn.engine.population_loader import build_population_loader, build_together
-from rethinking_bn.population import PopulationReport, estimate_population_statistics
+from rethinking_bn.population import (
+    PopulationReport,
+    batch_statistics,
+    estimate_population_statistics,
+)
 from rethinking_bn.population.observers import find_population_layers
 
 __all__ = [
+    "inference_statistics",
     "PreciseBN",
     "build_population_loader",
     "run_population_training",
@@ -136,6 +142,31 @@ def run_population_training(cfg: CfgNode, model: nn.Module) -> PopulationReport:
             module.training = mode
     logger.info("%s", report)
     return report
+
+
+@contextmanager
+def inference_statistics(cfg: CfgNode, model: nn.Module) -> Iterator[None]:
+    """Let inference with a model use the statistics that ``cfg.TEST.STATISTICS`` names.
+
+    For the evaluation of any detectron2 project. Modes of modules come back as they were.
+
+    Raises:
+        ValueError: for a value that is neither "population" nor "batch", or a layer that cannot
+            normalise by the mini-batch at inference.
+    """
+    if check_statistics(cfg) == "population":
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with batch_statistics(model.eval()) as frozen:
+            logger.info("Inference by mini-batch statistics of each rank (TEST.STATISTICS)")
+            if frozen:
+                logger.info("frozen, so by their own statistics: %s", ", ".join(frozen))
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _autocast(model: nn.Module, dtype: torch.dtype | None = None) -> Autocast:

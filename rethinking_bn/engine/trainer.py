@@ -31,6 +31,7 @@ from rethinking_bn.engine.data_parallel import wrap_data_parallel
 from rethinking_bn.engine.hooks import with_rethinking_bn
 from rethinking_bn.engine.merge_statistics import MergeStatistics
 from rethinking_bn.engine.optimizer import build_optimizer
+from rethinking_bn.engine.precise_bn import inference_statistics
 from rethinking_bn.engine.preemption import Preemption
 from rethinking_bn.engine.rank_state import RankState, gather_rank_state, load_rank_state
 from rethinking_bn.engine.train_loader import build_train_loader
@@ -228,6 +229,16 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
         self._built_hooks = len(self._hooks)
         self._hooks.extend(registered)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Evaluate a model by the statistics that ``cfg.TEST.STATISTICS`` names.
+
+        Raises:
+            ValueError: for another value of that key, or a layer that cannot do it.
+        """
+        with inference_statistics(cfg, model):
+            return super().test(cfg, model, evaluators)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

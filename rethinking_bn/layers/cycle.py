@@ -48,6 +48,8 @@ class CycleBatchNorm2d(DomainBatchNormBase):
         RuntimeError: for a pass with a wrong number of calls.
     """
 
+    batch_stats_at_inference = False
+
     def __init__(
         self,
         num_features: int,
@@ -105,8 +107,9 @@ class CycleBatchNorm2d(DomainBatchNormBase):
             raise RuntimeError(f"a cycle is {self.num_domains} calls, got one more")
         level = self._calls
         stats, affine = self._statistics_of(level), self._affine_of(level)
-        if self.training:
+        if self.training or self.batch_stats_at_inference:
             weight, bias = self._affine_rows()
+            moves = self.training and self._observer is None
             outputs, local = normalize(
                 [x],
                 weight,
@@ -114,13 +117,13 @@ class CycleBatchNorm2d(DomainBatchNormBase):
                 parts=[0],
                 pools=[0],
                 eps=self.eps,
-                sync=self.sync,
+                sync=self.sync and self.training,
                 group=self.process_group,
-                holders=[stats] if self._observer is None else (),
+                holders=[stats] if moves else (),
                 momentum=self.momentum,
             )
             y = outputs[0]
-            if self._observer is not None and local is not None:
+            if self.training and self._observer is not None and local is not None:
                 self._observer(self._at(level, local))
         else:
             y = affine_normalize(

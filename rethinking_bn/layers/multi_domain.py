@@ -65,6 +65,8 @@ class MultiDomainBatchNorm2d(DomainBatchNormBase):
         ValueError: for an unknown choice, or an input that is not L tensors (N, C, H, W).
     """
 
+    batch_stats_at_inference = False
+
     def __init__(
         self,
         num_features: int,
@@ -95,7 +97,11 @@ class MultiDomainBatchNorm2d(DomainBatchNormBase):
 
     def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
         self._check(xs)
-        return self._train(list(xs)) if self.training else self._infer(list(xs))
+        return self._run(list(xs))
+
+    def _run(self, xs: list[Tensor]) -> list[Tensor]:
+        by_batch = self.training or self.batch_stats_at_inference
+        return self._normalize_batch(xs) if by_batch else self._infer(xs)
 
     def _infer(self, xs: list[Tensor]) -> list[Tensor]:
         outputs = []
@@ -108,10 +114,11 @@ class MultiDomainBatchNorm2d(DomainBatchNormBase):
             )
         return outputs
 
-    def _train(self, xs: list[Tensor]) -> list[Tensor]:
+    def _normalize_batch(self, xs: list[Tensor]) -> list[Tensor]:
         one, each = [0] * len(xs), list(range(len(xs)))
         # Population training normalises by what inference will use.
-        observed = self._observer is not None
+        observed = self.training and self._observer is not None
+        moves = self.training and self._observer is None
         train_stats = self.population_stats if observed else self.train_stats
         all_shared = train_stats == self.population_stats == "shared"
         parts = one if all_shared else each
@@ -124,12 +131,12 @@ class MultiDomainBatchNorm2d(DomainBatchNormBase):
             parts=parts,
             pools=pools,
             eps=self.eps,
-            sync=self.sync,
+            sync=self.sync and self.training,
             group=self.process_group,
-            holders=() if observed else self._statistics_holders(),
+            holders=self._statistics_holders() if moves else (),
             momentum=self.momentum,
         )
-        if self._observer is not None and local is not None:
+        if self.training and self._observer is not None and local is not None:
             self._observer(local)
         return outputs
 

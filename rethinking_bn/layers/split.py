@@ -98,7 +98,7 @@ class SplitBatchNorm2d(MultiDomainBatchNorm2d):
         return outputs[0] if isinstance(x, Tensor) else outputs
 
     def _forward(self, levels: list[Tensor], rows: tuple[int, ...] | int) -> list[Tensor]:
-        run = self._train if self.training else self._infer
+        run = self._run
         if "domain_specific" not in (self.train_stats, self.population_stats, self.affine):
             return run(levels)  # no row differs from another
         whole = levels[0] if len(levels) == 1 else _side_by_side(levels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rethinking_bn.population.batch_statistics import batch_statistics
 from rethinking_bn.population.estimate import estimate_population_statistics
 from rethinking_bn.population.freezing import freeze_batch_norm, unfreeze_batch_norm
 from rethinking_bn.population.report import LayerReport, PopulationReport
@@ -10,6 +11,7 @@ from rethinking_bn.population.train_only import train_only
 __all__ = [
     "LayerReport",
     "PopulationReport",
+    "batch_statistics",
     "estimate_population_statistics",
     "freeze_batch_norm",
     "train_only",

@@ -261,3 +261,24 @@ def test_the_shapes_config_of_row_1_on_two_processes(tmp_path: Path) -> None:
     for name, value in first["statistics"].items():
         assert value.abs().sum() > 0
         assert torch.equal(value, second["statistics"][name]), name
+
+
+def test_statistics_of_the_mini_batch_at_inference(
+    cfg: CfgNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg.TEST.STATISTICS = "batch"
+    model = Trainer.build_model(cfg).train()
+    means = [b for n, b in model.named_buffers() if n.endswith("running_mean")]
+    norm = model.backbone.bottom_up.stem.conv1.norm
+    seen: list[torch.Tensor] = []
+    norm.register_forward_hook(lambda m, inputs, output: seen.append(output.detach().clone()))
+    with caplog.at_level("INFO", logger="rethinking_bn"):
+        results = Trainer.test(cfg, model)
+    assert "bbox" in results and "mini-batch statistics of each rank" in caplog.text
+    assert len(seen) == 10 and all(module.training for module in model.modules())
+    for output in seen:  # weight 1 and bias 0
+        assert output.mean((0, 2, 3)).abs().max() < 1e-5
+    assert all((mean == 0).all() for mean in means)
+    cfg.TEST.STATISTICS = "mini-batch"
+    with pytest.raises(ValueError, match='"population" or "batch", got \'mini-batch\''):
+        Trainer.test(cfg, model)

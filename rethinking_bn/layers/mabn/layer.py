@@ -91,6 +91,8 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
     weight: nn.Parameter  # None, as the bias, without affine
     bias: nn.Parameter
 
+    batch_stats_at_inference = False
+
     def __init__(
         self,
         num_features: int,
@@ -193,6 +195,8 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
                     f"MABN2d({self.num_features}) expects (N, {self.num_features}, H, W), "
                     f"got {tuple(x.shape)}"
                 )
+        if not self.training and self.batch_stats_at_inference:
+            return self._observed_forward(xs, [x for x in xs if x.numel() > 0])
         if not self.training:
             running = self.running_mean_square
             zero = torch.zeros_like(running)
@@ -224,11 +228,11 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
         return outputs
 
     def _observed_forward(self, xs: list[Tensor], present: list[Tensor]) -> list[Tensor]:
-        """Normalise by the input itself with r = 1, report it, and leave all state alone."""
+        """Normalise by the input itself with r = 1, report it to an observer, leave state alone."""
         with torch.no_grad():
             nothing = (0, torch.zeros_like(self.running_mean_square))
             n, own = mean_square(present) if present else nothing
-            if self._observer is not None and not is_recomputing():
+            if self.training and self._observer is not None and not is_recomputing():
                 mean = own[None]
                 count = mean.new_full((1,), float(n))
                 # A population of mean squares: its mean is what R estimates, without a spread.
