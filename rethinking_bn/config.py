@@ -190,3 +190,11 @@ def needs_population_loader(cfg: CfgNode, *, training: bool = True) -> bool:
     return cfg.TEST.PRECISE_BN.ENABLED or (
         training and (estimates or cfg.SOLVER.FREEZE_BN.START >= 0)
     )
+
+
+def check_statistics(cfg: CfgNode) -> str:
+    """Return TEST.STATISTICS; raise a ValueError if it is not one of its two values."""
+    chosen: str = cfg.TEST.get("STATISTICS", "population")
+    if chosen not in ("population", "batch"):
+        raise ValueError(f'TEST.STATISTICS must be "population" or "batch", got {chosen!r}')
+    return chosen

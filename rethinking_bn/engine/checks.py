@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from rethinking_bn.config import images_per_pass, needs_population_loader
+from rethinking_bn.config import check_statistics, images_per_pass, needs_population_loader
 from rethinking_bn.data.domains import domain_groups, domain_of
 from rethinking_bn.data.register import ShapesMetadata
 from rethinking_bn.distributed import raise_together
@@ -104,14 +104,6 @@ def check_freezing(cfg: CfgNode, ranks: int) -> None:
             f"SOLVER.FREEZE_BN.START {start} is neither an iteration in [0, {solver.MAX_ITER}) "
             "(SOLVER.MAX_ITER) nor -1 (never)"
         )
-
-
-def check_statistics(cfg: CfgNode) -> str:
-    """Return TEST.STATISTICS; raise a ValueError if it is not one of its two values."""
-    chosen: str = cfg.TEST.get("STATISTICS", "population")
-    if chosen not in ("population", "batch"):
-        raise ValueError(f'TEST.STATISTICS must be "population" or "batch", got {chosen!r}')
-    return chosen
 
 
 def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:

@@ -13,8 +13,8 @@ from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, HookBase
 from torch import nn
 
+from rethinking_bn.config import check_statistics
 from rethinking_bn.engine.accumulation import CPUAutocastTrainer
-from rethinking_bn.engine.checks import check_statistics
 from rethinking_bn.engine.population_loader import build_population_loader, build_together
 from rethinking_bn.population import (
     PopulationReport,
