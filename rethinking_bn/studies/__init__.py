@@ -14,6 +14,7 @@ from rethinking_bn.studies import (
     ema_momentum,
     leakage,
     population,
+    resolution,
     rows,
     small_batch,
     train_test,
@@ -31,6 +32,7 @@ _MODULES = (
     averaging,
     ema_momentum,
     distillation,
+    resolution,
 )
 STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in _MODULES}
 

@@ -1,0 +1,111 @@
+"""FixRes: a network used at another size of image than it was trained at.
+
+Touvron et al. (arXiv 1906.06423) fine-tune the classifier and the last norm layer at the test size,
+with the transforms of inference; everything else stays as it is. Beside that: population
+statistics alone estimated at the test size, which takes no training and no labels.
+
+The 8x8 scans are enlarged or reduced, so no size shows more than another: what is measured is what
+the size alone does to features and their statistics, not what higher resolution is worth.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from rethinking_bn.population import train_only
+from rethinking_bn.studies.data import Split, load_digits, shuffled_indices
+from rethinking_bn.studies.network import make_net
+from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, Study, Values
+from rethinking_bn.studies.training import constant_rate, error, precise, train_to_the_end
+
+_TRAINED_AT = 8
+_SIZES = (6, 8, 10, 12, 16)
+_ARMS = ("as trained", "statistics of the size", "FixRes")
+_TRAINED = ("8.branch.4", "11")  # the last block's last norm and the classifier of make_net
+
+
+def run(settings: Settings, seed: int, device: torch.device) -> Iterator[Values]:
+    """Yield once per size."""
+    digits = load_digits(device, seed, settings["conditions"])
+    torch.manual_seed(seed)
+    net = make_net().to(device)
+    number, size = len(digits.train.labels), settings["batch_size"]
+    train_to_the_end(
+        net, digits.train, shuffled_indices(number, size, seed),
+        steps=settings["steps"], lr=settings["lr"], label="training",
+    )  # fmt: skip
+    precise(net, digits.train.images, settings["population_batch"])
+    for pixels in _SIZES:
+        data, test = (_resized(split, pixels) for split in digits)
+        estimated, tuned = copy.deepcopy(net), copy.deepcopy(net)
+        precise(estimated, data.images, settings["population_batch"])
+        train_only(tuned, _TRAINED)
+        train_to_the_end(
+            tuned, data, shuffled_indices(number, size, seed),
+            steps=settings["tuning_steps"], lr=settings["tuning_lr"],
+            label=f"{pixels} pixels", schedule=constant_rate,
+        )  # fmt: skip
+        precise(tuned, data.images, settings["population_batch"])  # the trained norm's
+        nets = zip(_ARMS, (net, estimated, tuned), strict=True)
+        yield {f"{arm}, {pixels}": error(model, test) for arm, model in nets}
+
+
+def _resized(split: Split, pixels: int) -> Split:
+    if pixels == _TRAINED_AT:
+        return split
+    images = F.interpolate(split.images, (pixels, pixels), mode="bilinear", antialias=True)
+    return Split(images, split.labels)
+
+
+_SETTINGS = {
+    "steps": 300,
+    "batch_size": 32,
+    "lr": 0.05,
+    "tuning_steps": 60,
+    "tuning_lr": 0.01,
+    "population_batch": 100,
+    "conditions": {"copies": 2, "contrast": 0.1, "brightness": 2.0},
+}
+
+STUDY = Study(
+    name="resolution",
+    title="Trained at 8 pixels, used at another size",
+    source="FixRes (arXiv 1906.06423)",
+    panels=(
+        Panel(
+            "Digits enlarged or reduced",
+            "pixels",
+            "error (%)",
+            [Series(arm, [Point(f"{arm}, {n}", str(n)) for n in _SIZES]) for arm in _ARMS],
+        ),
+    ),
+    claims=(
+        Claim("another size costs", low="as trained, 8", high="as trained, 16"),
+        Claim("FixRes gets some of it back", low="FixRes, 16", high="as trained, 16"),
+        Claim(
+            "so do statistics of the size alone",
+            low="statistics of the size, 16",
+            high="as trained, 16",
+        ),
+        Claim("FixRes does more", low="FixRes, 16", high="statistics of the size, 16"),
+        Claim(
+            "at the training size nothing changes",
+            low="FixRes, 8",
+            high="as trained, 8",
+            similar=True,
+        ),
+    ),
+    settings=_SETTINGS,
+    quick={
+        **_SETTINGS,
+        "steps": 8,
+        "tuning_steps": 2,
+        "conditions": {"copies": 1, "contrast": 0.1, "brightness": 2.0},
+    },
+    parts=len(_SIZES),
+    run=run,
+)
