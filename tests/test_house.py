@@ -1,4 +1,4 @@
-"""Imports between the package's rooms point one way, and the torch-only rooms know no detectron2."""
+"""Imports between the rooms point one way, and the torch-only rooms know no detectron2."""
 
 from __future__ import annotations
 
