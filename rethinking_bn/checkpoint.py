@@ -6,8 +6,9 @@ Between shared and domain-specific statistics a layer converts by itself when it
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from rethinking_bn.layers import PopulationLayer
 from rethinking_bn.layers.domain_state import DomainBatchNormBase
 from rethinking_bn.layers.mabn.centring import mabn_without_statistics as mabn_without_statistics
 from rethinking_bn.layers.mabn.official import convert_official
+
+logger = logging.getLogger(__name__)
 
 # torchvision's names of a ResNet's parts, after what the MABN code puts before them
 _RESNET = re.compile(
@@ -107,23 +110,74 @@ def missing_statistics(
         one message per absent buffer, each beginning with the key; a layer that judges its own
         entries (the multi-domain ones do) appears only where it has none.
     """
+    return [
+        f"{key} is not in the checkpoint, which has other weights of this head: it was trained "
+        "with another norm layer, or without one"
+        for key, _ in _missing(module, state_dict, prefix)
+    ]
+
+
+def require_statistics(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    error_msgs: list[str],
+    *,
+    allow_missing: bool,
+) -> None:
+    """Let a module that loads weights refuse them if they lack its statistics, or start anew.
+
+    For ``_load_from_state_dict`` of a head.
+
+    Args:
+        module, state_dict, prefix: as for :func:`missing_statistics`.
+        error_msgs: gets its messages, and the config key that allows it.
+        allow_missing: instead, what is missing is taken from the module, in place in
+            ``state_dict``, and the log says so.
+    """
+    messages = missing_statistics(module, state_dict, prefix)
+    added: dict[str, Tensor] = {}
+    if any(key.startswith(prefix) for key in state_dict):
+        for name, layer in module.named_modules():
+            below = f"{prefix}{name}." if name else prefix
+            there = [key for key in state_dict if key.startswith(below)]
+            if isinstance(layer, DomainBatchNormBase) and not any(
+                key.endswith("running_mean") for key in there
+            ):  # it demands its other entries, too
+                added.update({below + key: value for key, value in layer.state_dict().items()})
+    if not allow_missing:
+        error_msgs.extend(messages)
+        if messages or added:
+            error_msgs.append("MODEL.ALLOW_MISSING_STATISTICS True starts from mean 0, variance 1")
+        return
+    added.update(_missing(module, state_dict, prefix))
+    added = {key: value for key, value in added.items() if key not in state_dict}
+    state_dict.update(added)
+    if added:
+        logger.warning(
+            "%d entries of norm layers are not in the checkpoint (%s, ...) and stay as they are "
+            "(MODEL.ALLOW_MISSING_STATISTICS)",
+            len(added),
+            next(iter(added)),
+        )
+
+
+def _missing(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield key and present value of every statistic that is missing."""
     keys = [key for key in state_dict if key.startswith(prefix)]
-    messages = []
-    for name, layer in module.named_modules():
+    for name, layer in module.named_modules() if keys else ():
         is_norm = isinstance(layer, (PopulationLayer, nn.modules.batchnorm._BatchNorm))
-        if not keys or not is_norm:
+        if not is_norm:
             continue
         below = f"{prefix}{name}." if name else prefix
         own = [key for key in keys if key.startswith(below)]
         if own and isinstance(layer, DomainBatchNormBase):
             continue
-        for buffer, _ in layer.named_buffers():
+        for buffer, value in layer.named_buffers():
             if buffer.rpartition(".")[2] in _STATISTICS and below + buffer not in own:
-                messages.append(
-                    f"{below}{buffer} is not in the checkpoint, which has other weights of this "
-                    "head: it was trained with another norm layer, or without one"
-                )
-    return messages
+                yield below + buffer, value
 
 
 def convert_mabn_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ MABN (arXiv 2001.06838).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rethinking_bn._detectron2 import require_detectron2
 
 require_detectron2("rethinking_bn.config")
@@ -61,6 +63,11 @@ def _our_keys() -> CfgNode:
     c.MODEL.DISTILL.TEMPERATURE = 5.0
     # Of the soft loss, a mean over all classes of the anchors that the focal loss counts.
     c.MODEL.DISTILL.WEIGHT = 1.0
+
+    # --- Loading weights ----------------------------------------------------------------
+    # Whether heads of ours take weights that lack the population statistics of their BN, because
+    # they were trained with another norm or none: those then start from mean 0 and variance 1.
+    c.MODEL.ALLOW_MISSING_STATISTICS = False
 
     # --- RetinaNet's head (META_ARCHITECTURE: ConfigurableHeadRetinaNet) ---------- section 5
     c.MODEL.RETINANET = CfgNode()
@@ -150,6 +157,24 @@ def add_rethinking_bn_config(cfg: CfgNode) -> None:
         AttributeError: when ``cfg`` is frozen and lacks a key.
     """
     _add_missing(_our_keys(), cfg)
+
+
+def check_has_keys(cfg: CfgNode) -> None:
+    """Raise a ValueError that says what to call, if a config lacks keys of this project."""
+    lacking = next(_lacking(_our_keys(), cfg), None)
+    if lacking is not None:
+        raise ValueError(
+            f"the config has no {lacking}: call rethinking_bn.add_rethinking_bn_config(cfg) right "
+            "after detectron2.config.get_cfg()"
+        )
+
+
+def _lacking(source: CfgNode, target: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in source.items():
+        if key not in target:
+            yield prefix + key
+        elif isinstance(value, CfgNode):
+            yield from _lacking(value, target[key], f"{prefix}{key}.")
 
 
 def _add_missing(source: CfgNode, target: CfgNode) -> None:

@@ -55,9 +55,10 @@ def _same_numbers_every_time() -> None:
 @pytest.fixture(autouse=True)
 def _loggers_as_they_were() -> Iterator[None]:
     """Undo what a test's command line set up: detectron2's loggers hide records from caplog."""
-    logger = logging.getLogger("rethinking_bn")
-    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    loggers = [logging.getLogger(name) for name in ("rethinking_bn", "detectron2", "fvcore")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     yield
-    logger.handlers[:] = handlers
-    logger.propagate = propagate
-    logger.setLevel(level)
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+        logger.propagate = propagate
+        logger.setLevel(level)

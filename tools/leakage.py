@@ -27,6 +27,11 @@ import warnings
 # detectron2 uses what recent versions of torch deprecate: nothing a user of this tool can change
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch|detectron2|fvcore")
 
+from rethinking_bn.command_line import require_detectron2  # noqa: E402
+
+if __name__ == "__main__":
+    require_detectron2(__doc__ or "")
+
 import rethinking_bn.engine  # noqa: E402, F401, isort: skip  # says so where detectron2 is missing
 from detectron2.config import CfgNode  # noqa: E402
 from detectron2.utils import comm  # noqa: E402

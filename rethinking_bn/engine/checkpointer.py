@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -18,8 +20,66 @@ class Checkpointer(DetectionCheckpointer):
     """detectron2's checkpointer, writing every file aside and renaming it.
 
     A run killed while it saves leaves the previous checkpoint and ``last_checkpoint`` as they
-    were. (fvcore's writes to the final path.)
+    were. (fvcore's writes to the final path.) A file that is read cannot execute code, be it
+    torch's format or a pickle, and one that cannot be read is a ValueError of one line. A
+    checkpoint of another architecture is warned of in one line.
+
+    Attributes:
+        misfit: what that line says of the weights loaded last; None for those that fit.
     """
+
+    misfit: str | None = None
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load as detectron2's does.
+
+        Raises:
+            ValueError: for a file that holds no checkpoint; where it is the last one, the message
+                names the newest one that can be read.
+        """
+        try:
+            return super().load(path, *args, **kwargs)
+        finally:
+            self._parsed_url_during_load = None  # which an exception leaves
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            if filename.endswith(".pkl"):
+                with self.path_manager.open(filename, "rb") as file:
+                    _PlainUnpickler(file, encoding="latin1").load()
+            loaded = super()._load_file(filename)
+            loaded["model"].keys()
+            return loaded
+        except MemoryError:
+            raise
+        except Exception as error:  # torch.load and pickle raise nearly anything
+            why = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+            raise ValueError(
+                f"{filename} cannot be read as a checkpoint ({why}); {self._remedy(filename)}"
+            ) from error
+
+    def _remedy(self, filename: str) -> str:
+        if self.save_dir and os.path.dirname(filename) == self.save_dir:
+            others = [os.path.join(self.save_dir, n) for n in later_checkpoints(self.save_dir, 0)]
+            for path in sorted(others, key=os.path.getmtime, reverse=True):
+                if path != filename and _can_be_read(path):
+                    name = os.path.basename(path)
+                    return f"the newest that can is {name}: write that name to last_checkpoint"
+        return "take another file"
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        return torch.load(f, map_location="cpu", weights_only=True)
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        given = [key.removeprefix("module.") for key in checkpoint["model"]]
+        incompatible = super()._load_model(checkpoint)
+        shapes = [key for key, *_ in incompatible.incorrect_shapes]
+        absent = {*incompatible.missing_keys, *shapes}
+        expected = [key for key, _ in self.model.named_parameters()]
+        self.misfit = _misfit(given, expected, [key for key in expected if key not in absent])
+        if self.misfit:
+            self.logger.warning("%s.", self.misfit)
+        return incompatible
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save the model, the checkpointables and ``kwargs``, and tag the file as the last one.
@@ -85,3 +145,59 @@ def later_checkpoints(folder: str, start: int) -> list[str]:
         for name, match in found.items()
         if match and (start == 0 if match[1] == "final" else int(match[1]) >= start)
     )
+
+
+def _misfit(given: list[str], expected: list[str], loaded: list[str]) -> str | None:
+    """Say in one line that weights are of another architecture, if they are.
+
+    Args:
+        given: keys of the checkpoint, as it has them.
+        expected: names of the model's parameters.
+        loaded: those of them that were in the checkpoint.
+    """
+    if not given or not expected:
+        return None
+    if not loaded:
+        return f"The checkpoint is of another model: none of its {len(given)} keys fits"
+    heads = {key.partition(".")[0] for key in expected} - {"backbone"}
+    theirs = {key.partition(".")[0] for key in given if "." in key} - {"backbone"}
+    whole_detector = any(key.startswith("backbone.") for key in given) and theirs
+    if not whole_detector or not heads or any(key.partition(".")[0] in heads for key in loaded):
+        return None
+    return (
+        f"The checkpoint is of another architecture: it has {', '.join(sorted(theirs))}, and no "
+        f"key fits {', '.join(sorted(heads))}, left untrained"
+    )
+
+
+def _can_be_read(path: str) -> bool:
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever it is
+        return False
+    return True
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numpy arrays, numbers, text and plain containers, and calls nothing else."""
+
+    _ALLOWED = {
+        ("_codecs", "encode"),
+        ("collections", "OrderedDict"),
+        *(
+            (f"numpy.{core}.multiarray", name)
+            for core in ("core", "_core")
+            for name in ("_reconstruct", "scalar")
+        ),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what a pickle names, if that is allowed."""
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}, and only arrays and plain containers are read, because "
+                "anything else can execute code"
+            )
+        return super().find_class(module, name)

@@ -8,24 +8,30 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from itertools import chain, product
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
-from detectron2.modeling import build_model
+from detectron2.modeling import build_backbone, build_model
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
+from torch import nn
 
 from rethinking_bn.config import check_statistics, images_per_pass, needs_population_loader
 from rethinking_bn.data.domains import domain_groups, domain_of
 from rethinking_bn.data.register import ShapesMetadata
 from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.load_config import load_config, use_available_device
+from rethinking_bn.engine.starting_weights import (
+    check_loading,
+    check_teacher,
+    check_weights,
+)
+from rethinking_bn.engine.unread_keys import check_keys_are_read
 from rethinking_bn.engine.weight_average import average_options
 from rethinking_bn.files import check_unlocked, locked_folder, probe_folder
 from rethinking_bn.layers import MABN2d
-from rethinking_bn.modeling.distilled import teacher_config
 from rethinking_bn.modeling.domains import check_architecture
 
 
@@ -60,17 +66,24 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
             f"TEST.PRECISE_BN.NUM_ITER must be at least 1, got {cfg.TEST.PRECISE_BN.NUM_ITER}"
         )
     check_statistics(cfg)
+    if cfg.SOLVER.MAX_ITER < 1 and training:
+        raise ValueError(
+            f"SOLVER.MAX_ITER must be at least 1, got {cfg.SOLVER.MAX_ITER}; --eval-only evaluates "
+            "without training"
+        )
     if training:
         check_freezing(cfg, ranks)
-    check_batch_size(cfg, ranks, training=not args.eval_only)
-    check_weights(cfg, resume=args.resume, training=not args.eval_only)
-    check_data_sets(cfg, training=not args.eval_only)
-    if not args.eval_only:
+    check_keys_are_read(cfg)
+    check_batch_size(cfg, ranks, training=training)
+    path = check_weights(cfg, resume=args.resume, training=training)
+    check_data_sets(cfg, training=training)
+    if training:
         check_teacher(cfg)
         average_options(cfg)
-    check_model(cfg, ranks, training=not args.eval_only)
+    model = check_model(cfg, ranks, training=training)
+    check_loading(cfg, model or nn.Module(), path, training=training)
     if "://" not in cfg.OUTPUT_DIR:
-        if not args.eval_only:
+        if training:
             check_unlocked(cfg.OUTPUT_DIR, "OUTPUT_DIR")
         probe_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")  # last: it makes the folder
     return cfg
@@ -136,60 +149,6 @@ def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None
             )
 
 
-def check_weights(cfg: CfgNode, *, resume: bool = False, training: bool = True) -> None:
-    """Check that what the run starts from is there.
-
-    Weights behind a URL or another scheme ("detectron2://") are not looked up.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: as :func:`check_required_weights`, if the run trains.
-    """
-    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if resume and PathManager.isfile(last):
-        with PathManager.open(last) as file:
-            path = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
-        if not PathManager.isfile(path):
-            raise FileNotFoundError(f"{last} names {path}, which does not exist")
-        return
-    if training:
-        check_required_weights(cfg)
-    path = cfg.MODEL.WEIGHTS.partition("?")[0]  # "?matching_heuristics=True" may follow
-    if path and "://" not in path and not os.path.isfile(path):
-        raise FileNotFoundError(f"MODEL.WEIGHTS {path!r} does not exist")
-
-
-def check_teacher(cfg: CfgNode) -> None:
-    """Check that a model to be distilled has a teacher.
-
-    Raises:
-        FileNotFoundError: if its weights, where they are a file, are missing.
-        ValueError: if its config is missing, or one of the two keys is empty.
-    """
-    if cfg.MODEL.META_ARCHITECTURE != "DistilledRetinaNet":
-        return
-    keys = cfg.MODEL.DISTILL
-    for name in ("TEACHER_CONFIG", "TEACHER_WEIGHTS"):
-        if not keys[name]:
-            raise ValueError(f"MODEL.DISTILL.{name} is empty, which training needs")
-    teacher_config(keys.TEACHER_CONFIG)
-    path = keys.TEACHER_WEIGHTS
-    if "://" not in path and not os.path.isfile(path):
-        raise FileNotFoundError(f"MODEL.DISTILL.TEACHER_WEIGHTS {path!r} does not exist")
-
-
-def check_required_weights(cfg: CfgNode) -> None:
-    """Raise a ValueError if a fine-tuning config of MABN has no weights to start from."""
-    if cfg.MODEL.MABN.REQUIRE_WEIGHTS and not cfg.MODEL.WEIGHTS:
-        raise ValueError(
-            "MODEL.WEIGHTS is empty, but this config fine-tunes: it needs an ImageNet model "
-            "trained with MABN and centred convolutions (one of the official MABN code loads after "
-            "rethinking_bn.checkpoint.convert_mabn_checkpoint; BN weights give AP far too low); to "
-            "train without weights, take a config from scratch or set "
-            "MODEL.MABN.REQUIRE_WEIGHTS False"
-        )
-
-
 def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
     """Check that the data sets of a run are registered, and on disk unless they are generated.
 
@@ -227,7 +186,7 @@ def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
                 )
 
 
-def check_model(cfg: CfgNode, ranks: int = 1, *, training: bool = True) -> None:
+def check_model(cfg: CfgNode, ranks: int = 1, *, training: bool = True) -> nn.Module | None:
     """Raise a ValueError if the model's keys contradict each other or name what is not there.
 
     The model is built for that, on torch's meta device: without memory or initialisation.
@@ -236,6 +195,9 @@ def check_model(cfg: CfgNode, ranks: int = 1, *, training: bool = True) -> None:
         cfg: not modified.
         ranks: processes of the run, for norm layers that must know the images of each.
         training: whether the run trains.
+
+    Returns:
+        that model; None for one that cannot be built there.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -245,12 +207,47 @@ def check_model(cfg: CfgNode, ranks: int = 1, *, training: bool = True) -> None:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = build_model(cfg)
     except (ValueError, KeyError) as error:
-        raise ValueError(" ".join(str(error.args[0] if error.args else error).split())) from error
+        said = " ".join(str(error.args[0] if error.args else error).split())
+        raise ValueError(_explained(cfg, said) if isinstance(error, KeyError) else said) from error
     except (NotImplementedError, RuntimeError):
         # a model that computes with values while it is built cannot be checked this way
-        return
+        return None
     if training and any(isinstance(module, MABN2d) for module in model.modules()):
         _check_mabn_batch(cfg, ranks)
+    return model
+
+
+def _explained(cfg: CfgNode, name: str) -> str:
+    """Say which keys hold a name that detectron2 has not found, and what there is."""
+    places = [
+        f"{key} {value!r}"
+        for key, value in _leaves(cfg.MODEL, "MODEL.")
+        if value == name or (isinstance(value, (list, tuple)) and name in value)
+    ]
+    if not places:
+        return name
+    if all(".NORM " in place for place in places):
+        there = (
+            "detectron2's parts know BN, SyncBN, FrozenBN, GN and LN; for another norm set "
+            "MODEL.RETINANET.HEAD_NAME, MODEL.ROI_BOX_HEAD.NAME, MODEL.ROI_MASK_HEAD.NAME or "
+            "MODEL.BACKBONE.NAME to a part of this package"
+        )
+    else:
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                features = ", ".join(build_backbone(cfg).output_shape())
+        except Exception:  # it is the backbone itself that does not find the name
+            features = "others"
+        there = f"{cfg.MODEL.BACKBONE.NAME} has {features}"
+    return f"there is no {name!r}, which {' and '.join(places)} ask for; {there}"
+
+
+def _leaves(cfg: CfgNode, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _check_mabn_batch(cfg: CfgNode, ranks: int) -> None:

@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.engine import hooks as detectron2_hooks
 from detectron2.utils import comm
 from torch import nn
 
+from rethinking_bn.config import check_has_keys
 from rethinking_bn.engine.freeze_bn import FreezeBN
 from rethinking_bn.engine.merge_statistics import MergeStatistics
 from rethinking_bn.engine.population_loader import build_together
 from rethinking_bn.engine.precise_bn import PreciseBN
+from rethinking_bn.engine.unread_keys import warn_of_unread_keys
 from rethinking_bn.engine.weight_average import WeightAverage, average_options
 from rethinking_bn.population.observers import find_population_layers
 
@@ -129,6 +132,9 @@ def _with(
     data_loader: Iterable[Any] | None,
 ) -> list[HookBase | None]:
     """Add those of our hooks that are of these kinds."""
+    warn_of_unread_keys(cfg)
+    if isinstance(cfg, CfgNode):
+        check_has_keys(cfg)
     result = list(hooks)
     stock = detectron2_hooks.PreciseBN
     ours = tuple(kind for kind, _ in _OURS)

@@ -10,6 +10,7 @@ from detectron2.layers import CycleBatchNormList
 from detectron2.solver import build_optimizer as detectron2_build_optimizer
 from torch import nn
 
+from rethinking_bn.engine.unread_keys import warn_of_unread_keys
 from rethinking_bn.layers import PopulationLayer
 
 # detectron2 recognises norm layers by a closed list of torch's classes. Its own CycleBatchNormList
@@ -24,6 +25,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     norm layers detectron2 knows gets exactly detectron2's parameter groups; any other model gets
     the groups detectron2 would have built had it known the layers.
 
+    Keys of ours in ``cfg`` that the model has not read are warned of.
+
     For a project with its own trainer::
 
         class MyTrainer(DefaultTrainer):
@@ -31,6 +34,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             def build_optimizer(cls, cfg, model):
                 return rethinking_bn.engine.build_optimizer(cfg, model)
     """
+    warn_of_unread_keys(cfg)
     optimizer = detectron2_build_optimizer(cfg, model)
     weight_decay = cfg.SOLVER.WEIGHT_DECAY_NORM
     if weight_decay is None:

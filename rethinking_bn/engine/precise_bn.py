@@ -16,6 +16,7 @@ from torch import nn
 from rethinking_bn.config import check_statistics
 from rethinking_bn.engine.accumulation import CPUAutocastTrainer
 from rethinking_bn.engine.population_loader import build_population_loader, build_together
+from rethinking_bn.engine.unread_keys import warn_of_unread_keys
 from rethinking_bn.population import (
     PopulationReport,
     batch_statistics,
@@ -72,6 +73,10 @@ class PreciseBN(HookBase):
         self.data_loader, self.num_iter = data_loader, num_iter
         self.last_report: PopulationReport | None = None
         self.has_layers(model)
+
+    def before_train(self) -> None:
+        """Warn of keys of ours that nothing has read, where the trainer has a config."""
+        warn_of_unread_keys(getattr(self.trainer, "cfg", None))
 
     def after_step(self) -> None:
         """Estimate if it is time to."""

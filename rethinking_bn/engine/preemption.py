@@ -52,6 +52,7 @@ class Preemption(HookBase):
         self._key = f"rethinking_bn/stop_at/{Preemption._trainings}"
         self._asked: float | None = None
         self._told = False
+        self._timer: threading.Timer | None = None
         # in the last iterations every rank is at most this far ahead of another: gradients are
         # summed in each, but on a GPU that is only queued
         self._lead = 0
@@ -64,6 +65,8 @@ class Preemption(HookBase):
 
     def after_train(self) -> None:
         """Give SIGTERM back."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._handles:
             signal.signal(signal.SIGTERM, self._handler or signal.SIG_DFL)
 
@@ -97,9 +100,9 @@ class Preemption(HookBase):
         now = time.monotonic()
         if self._asked is None:
             self._asked = now
-            timer = threading.Timer(GRACE, _end)
-            timer.daemon = True
-            timer.start()
+            self._timer = threading.Timer(GRACE, _end)
+            self._timer.daemon = True
+            self._timer.start()
         elif not _is_forwarded() or now - self._asked > _SAME_SIGNAL:
             _end()
 

@@ -15,7 +15,6 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTraine
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from rethinking_bn.config import images_per_pass
@@ -26,7 +25,7 @@ from rethinking_bn.engine.accumulation import (
     CPUAutocastTrainer,
 )
 from rethinking_bn.engine.checkpointer import Checkpointer, later_checkpoints
-from rethinking_bn.engine.checks import check_required_weights, hold_output_dir
+from rethinking_bn.engine.checks import hold_output_dir
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
 from rethinking_bn.engine.hooks import with_rethinking_bn
 from rethinking_bn.engine.merge_statistics import MergeStatistics
@@ -34,7 +33,9 @@ from rethinking_bn.engine.optimizer import build_optimizer
 from rethinking_bn.engine.precise_bn import inference_statistics
 from rethinking_bn.engine.preemption import Preemption
 from rethinking_bn.engine.rank_state import RankState, gather_rank_state, load_rank_state
+from rethinking_bn.engine.starting_weights import check_required_weights
 from rethinking_bn.engine.train_loader import build_train_loader
+from rethinking_bn.engine.unread_keys import check_keys_are_read
 from rethinking_bn.population import train_only
 from rethinking_bn.population.run import communicates
 from rethinking_bn.randomness import announce_iteration, derive_seed
@@ -65,6 +66,9 @@ class Trainer(DefaultTrainer):
     - before each step, modules with a method ``set_iteration`` are told the run seed and the
       iteration (see rethinking_bn.randomness).
 
+    Loggers are left as they are: :func:`rethinking_bn.engine.launch.setup`, detectron2's
+    ``default_setup`` or its ``setup_logger()`` make the log visible.
+
     Attributes:
         cfg: the config in use: scaled to the number of processes, and SEED is the run seed.
         run_seed: the seed everything random of this run derives from, equal on all ranks.
@@ -76,14 +80,14 @@ class Trainer(DefaultTrainer):
             cfg: as for DefaultTrainer, with this package's keys added.
 
         Raises:
-            ValueError: if ``SOLVER.IMS_PER_BATCH`` cannot be divided among the ranks, or a rank's
-                images among the passes of ``SOLVER.ACCUMULATION_STEPS``, or if a pattern of
-                ``SOLVER.TRAIN_ONLY`` names no module.
+            ValueError: if a key of ours is set that nothing reads, ``SOLVER.IMS_PER_BATCH`` cannot
+                be divided among the ranks, or a rank's images among the passes of
+                ``SOLVER.ACCUMULATION_STEPS``, or if a pattern of ``SOLVER.TRAIN_ONLY`` names no
+                module.
         """
         # DefaultTrainer's own wraps the model for GPUs and has no override for that: skipped
         super(DefaultTrainer, self).__init__()
-        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
-            setup_logger()
+        check_keys_are_read(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         images_per_pass(cfg, comm.get_world_size())  # raises before anything is built
         self._seed_is_given = cfg.SEED >= 0

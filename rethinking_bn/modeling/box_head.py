@@ -10,6 +10,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead
 from torch import Tensor
 
+from rethinking_bn.config import check_has_keys
 from rethinking_bn.modeling.norm_head import Norm, NormHead, norm_factory
 from rethinking_bn.modeling.norm_options import norm_options
 from rethinking_bn.modeling.roi_heads import check_image_rows_are_told
@@ -34,6 +35,7 @@ class NormBoxHead(NormHead, FastRCNNConvFCHead):
         conv_norm: Norm = "",
         norm_images: int = 0,
         norm_arguments: Mapping[str, Any] | None = None,
+        allow_missing_statistics: bool = False,
     ) -> None:
         """
         Args:
@@ -46,6 +48,8 @@ class NormBoxHead(NormHead, FastRCNNConvFCHead):
             norm_images: images whose RoIs are normalised together, see
                 :class:`~rethinking_bn.modeling.norm_head.NormHead`; 0: all.
             norm_arguments: further arguments of :func:`rethinking_bn.layers.get_norm`.
+            allow_missing_statistics: whether weights without the statistics of a norm layer load;
+                those then stay as they are.
 
         Raises:
             ValueError: for an unknown norm, or a positive ``norm_images`` with SyncBN or MABN.
@@ -55,11 +59,14 @@ class NormBoxHead(NormHead, FastRCNNConvFCHead):
             input_shape, conv_dims=list(conv_dims), fc_dims=list(fc_dims), conv_norm=norm
         )
         self.init_norms(norm_images)
+        self.allow_missing_statistics = allow_missing_statistics
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         """Read MODEL.ROI_BOX_HEAD, MODEL.ROI_HEADS.NORM_IMAGES and the norm's own keys."""
+        check_has_keys(cfg)
         arguments = super().from_config(cfg, input_shape)
+        arguments["allow_missing_statistics"] = cfg.MODEL.ALLOW_MISSING_STATISTICS
         arguments["norm_images"] = cfg.MODEL.ROI_HEADS.NORM_IMAGES
         arguments["norm_arguments"] = norm_options(cfg, cfg.MODEL.ROI_BOX_HEAD.NORM)
         check_image_rows_are_told(cfg)

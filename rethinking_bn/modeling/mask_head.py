@@ -11,6 +11,7 @@ from detectron2.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY, MaskRCNNConvUp
 from detectron2.structures import Instances
 from torch import Tensor
 
+from rethinking_bn.config import check_has_keys
 from rethinking_bn.modeling.norm_head import Norm, NormHead, norm_factory
 from rethinking_bn.modeling.norm_options import norm_options
 from rethinking_bn.modeling.shuffle_head import ShuffleHead
@@ -35,6 +36,7 @@ class NormMaskHead(NormHead, MaskRCNNConvUpsampleHead):
         conv_norm: Norm = "",
         norm_images: int = 0,
         norm_arguments: Mapping[str, Any] | None = None,
+        allow_missing_statistics: bool = False,
         **kwargs: Any,
     ) -> None:
         """
@@ -43,7 +45,7 @@ class NormMaskHead(NormHead, MaskRCNNConvUpsampleHead):
             num_classes: foreground classes K; 1 for class-agnostic masks.
             conv_dims: output channels of each 3x3 convolution, which norm and ReLU follow, and, as
                 the last one, of the deconvolution.
-            conv_norm, norm_images, norm_arguments: as for
+            conv_norm, norm_images, norm_arguments, allow_missing_statistics: as for
                 :class:`~rethinking_bn.modeling.box_head.NormBoxHead`.
             kwargs: loss_weight and vis_period of detectron2's BaseMaskRCNNHead.
 
@@ -59,11 +61,14 @@ class NormMaskHead(NormHead, MaskRCNNConvUpsampleHead):
             **kwargs,
         )
         self.init_norms(norm_images)
+        self.allow_missing_statistics = allow_missing_statistics
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         """Read MODEL.ROI_MASK_HEAD, MODEL.ROI_HEADS.NORM_IMAGES and the norm's own keys."""
+        check_has_keys(cfg)
         arguments = super().from_config(cfg, input_shape)
+        arguments["allow_missing_statistics"] = cfg.MODEL.ALLOW_MISSING_STATISTICS
         arguments["norm_images"] = cfg.MODEL.ROI_HEADS.NORM_IMAGES
         arguments["norm_arguments"] = norm_options(cfg, cfg.MODEL.ROI_MASK_HEAD.NORM)
         return arguments

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from rethinking_bn.checkpoint import require_statistics
 from rethinking_bn.layers import MABN2d, get_norm, norm_names
 from rethinking_bn.layers.convert import centre_convolutions
 from rethinking_bn.shuffle.layers import mixes_rows, pools_ranks
@@ -52,6 +53,7 @@ class NormHead:
 
     conv_norm_relus: list[nn.Module]
     norm_images: int
+    allow_missing_statistics: bool = False
     _image_rows: tuple[int, ...] | None = None
 
     def init_norms(self, norm_images: int) -> None:
@@ -82,6 +84,16 @@ class NormHead:
             " and ".join(sorted({type(norm).__name__ for norm in norms})) or "no norm",
             f"{norm_images} image(s) at a time" if norm_images else "all images together",
         )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load, unless the weights of this head lack the statistics of its norms."""
+        error_msgs = kwargs["error_msgs"] if "error_msgs" in kwargs else args[-1]
+        allowed = self.allow_missing_statistics
+        assert isinstance(self, nn.Module)  # for the type checker
+        require_statistics(self, state_dict, prefix, error_msgs, allow_missing=allowed)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
 
     def batch_norms(self) -> list[nn.Module]:
         """Return the norm layers whose result for a row depends on the other rows."""

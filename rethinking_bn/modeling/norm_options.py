@@ -7,7 +7,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from rethinking_bn.config import images_per_pass
+from rethinking_bn.config import check_has_keys, images_per_pass
 
 
 def norm_options(cfg: CfgNode, norm: str) -> dict[str, Any]:
@@ -27,8 +27,10 @@ def norm_options(cfg: CfgNode, norm: str) -> dict[str, Any]:
 
     Raises:
         ValueError: naming the keys, when MODEL.MABN.BATCH_SIZE does not divide
-            MODEL.MABN.SIMULATED_BATCH_SIZE.
+            MODEL.MABN.SIMULATED_BATCH_SIZE, or the config lacks this project's keys.
     """
+    if norm in ("GN", "MABN"):
+        check_has_keys(cfg)
     if norm == "GN":
         return {"num_groups": cfg.MODEL.GN.NUM_GROUPS}
     if norm != "MABN":

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import RetinaNet
 
+from rethinking_bn.config import check_has_keys
 from rethinking_bn.modeling.domains import check_norms, follow_domains
 from rethinking_bn.modeling.retinanet_head import build_retinanet_head
 
@@ -40,9 +41,10 @@ class ConfigurableHeadRetinaNet(RetinaNet):
         """Return RetinaNet's arguments.
 
         Raises:
-            ValueError: when no head of that name is registered, or the head refuses its keys; for
-                MODEL.DOMAIN_BN with norms that know no domains.
+            ValueError: when no head of that name is registered, the head refuses its keys, or
+                ``cfg`` lacks this project's; for MODEL.DOMAIN_BN with norms that know no domains.
         """
+        check_has_keys(cfg)
         if cfg.MODEL.RETINANET.HEAD_NAME == "RetinaNetHead":
             _refuse_choices(cfg)
             arguments = super().from_config(cfg)

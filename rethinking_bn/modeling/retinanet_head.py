@@ -12,7 +12,8 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from rethinking_bn.checkpoint import missing_statistics
+from rethinking_bn.checkpoint import require_statistics
+from rethinking_bn.config import check_has_keys
 from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, get_norm
 from rethinking_bn.layers.convert import centre_convolutions, replace_norms
 from rethinking_bn.layers.domain_state import CHOICES, Choice
@@ -64,6 +65,7 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
 
     Loading weights of this head without the statistics of one of its norm layers is an error: a
     head trained with another norm, or without, would otherwise start from mean 0 and variance 1.
+    ``MODEL.ALLOW_MISSING_STATISTICS True`` is for those who start training from there on purpose.
     """
 
     #: the choices when none is given
@@ -86,6 +88,7 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
         prior_prob: float = 0.01,
         norm_arguments: Mapping[str, Any] | None = None,
         domain_norm: NormFactory | None = None,
+        allow_missing_statistics: bool = False,
     ) -> None:
         """
         Args:
@@ -105,6 +108,8 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
             norm_arguments: keyword arguments of the layers of another norm than "BN" and "SyncBN".
             domain_norm: for data with domains, channels -> a SplitBatchNorm2d that stands for "BN"
                 and "SyncBN"; the three choices, which are about levels, must then all be "shared".
+            allow_missing_statistics: whether weights without the statistics of a norm layer load;
+                those then stay as they are.
 
         Raises:
             ValueError: for an unknown value, or one that contradicts the class or the norm.
@@ -126,6 +131,7 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
             norm=factory or "",
             prior_prob=prior_prob,
         )
+        self.allow_missing_statistics = allow_missing_statistics
         if norm == "MABN":
             replace_norms(self, norm, **options)
         else:
@@ -133,8 +139,14 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
-        """Read MODEL.RETINANET, with the three choices from its BN, MODEL.MABN and .DOMAIN_BN."""
+        """Read MODEL.RETINANET, with the three choices from its BN, MODEL.MABN and .DOMAIN_BN.
+
+        Raises:
+            ValueError: when ``cfg`` lacks this project's keys.
+        """
+        check_has_keys(cfg)
         arguments = super().from_config(cfg, input_shape)
+        arguments["allow_missing_statistics"] = cfg.MODEL.ALLOW_MISSING_STATISTICS
         choices = cfg.MODEL.RETINANET.BN
         arguments["train_stats"] = choices.TRAIN_STATS
         arguments["population_stats"] = choices.POPULATION_STATS
@@ -238,7 +250,7 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
 
     def _load_from_state_dict(
         self,
-        state_dict: Mapping[str, Any],
+        state_dict: dict[str, Any],
         prefix: str,
         local_metadata: Any,
         strict: bool,
@@ -246,10 +258,11 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        allowed = self.allow_missing_statistics
+        require_statistics(self, state_dict, prefix, error_msgs, allow_missing=allowed)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        error_msgs.extend(missing_statistics(self, state_dict, prefix))
 
 
 @RETINANET_HEAD.register()

@@ -10,6 +10,7 @@ from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, S
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from rethinking_bn.config import check_has_keys
 from rethinking_bn.modeling.norm_head import NormHead
 
 
@@ -23,8 +24,10 @@ class _TellsImageRows:
         """Read what detectron2's class reads, and MODEL.ROI_HEADS.NORM_IMAGES.
 
         Raises:
-            ValueError: if NORM_IMAGES is set for heads that know nothing of it.
+            ValueError: if NORM_IMAGES is set for heads that know nothing of it, or ``cfg`` lacks
+                this project's keys.
         """
+        check_has_keys(cfg)
         arguments = super().from_config(cfg, input_shape)  # type: ignore[misc]
         _check_heads(cfg, arguments)
         return arguments

@@ -143,7 +143,7 @@ def plot(path: Path, study: Study, report: dict[str, Any]) -> None:
             side = "center" if beside else ("left", "right")[panel % 2]
             handles, labels = axes.get_legend_handles_labels()
             title = None if beside else panels[panel].title
-            figure.legend(
+            figure.legend(  # type: ignore[call-overload]  # of some versions: lists every location
                 handles, labels, title=title, fontsize="small", loc=f"outside lower {side}"
             )
     figure.suptitle("\n".join(wrap(study.title, width=round(10 * size[0]))))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +101,59 @@ def test_the_autocast_trainer_refuses_a_model_in_eval_mode() -> None:
     model.eval()
     with pytest.raises(RuntimeError, match="eval mode"):
         trainer.run_step()
+
+
+def test_a_trainer_leaves_the_loggers_alone(cfg: CfgNode) -> None:
+    """Defect 32: it hid detectron2's records from whatever looked for them later."""
+    loggers = [logging.getLogger(name) for name in ("", "detectron2", "fvcore", "rethinking_bn")]
+    before = [(x.level, x.propagate, x.handlers[:], x.disabled) for x in loggers]
+    cfg.TEST.EVAL_PERIOD = 0
+    Trainer(cfg).train()
+    assert [(x.level, x.propagate, x.handlers[:], x.disabled) for x in loggers] == before
+
+
+def test_a_run_that_starts_anew_beside_later_checkpoints_says_so(
+    cfg: CfgNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Defect 29."""
+    cfg.TEST.EVAL_PERIOD = 0
+    Trainer(cfg).resume_or_load()
+    assert "earlier run" not in caplog.text
+    out = Path(cfg.OUTPUT_DIR)
+    out.mkdir(exist_ok=True)
+    model = {"model": Trainer.build_model(cfg).state_dict()}
+    for name in ("model_0000004.pth", "model_final.pth", "model_population.pth"):
+        torch.save(model, out / name)
+    Trainer(cfg).resume_or_load(resume=False)
+    assert "holds checkpoints of an earlier run (model_0000004.pth, model_final.pth)" in caplog.text
+    assert "--resume would go on" in caplog.text
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(cfg: CfgNode) -> None:
+    """Defect 28, in one process."""
+    cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER = 0, 100, 5
+    handler = signal.getsignal(signal.SIGTERM)
+    Trainer(cfg).train()
+    out = Path(cfg.OUTPUT_DIR)
+    whole = torch.load(out / "model_final.pth")["model"]
+    out.rename(out.parent / "whole")
+    trainer = Trainer(cfg)
+
+    def ask(trainer: Trainer) -> None:
+        if trainer.iter == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.register_hooks([hooks.CallbackHook(before_step=ask)])
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) is handler
+    assert (out / "last_checkpoint").read_text() == "model_0000002.pth"
+    trainer = Trainer(cfg)
+    trainer.resume_or_load()
+    trainer.train()
+    assert trainer.start_iter == 3
+    resumed = torch.load(out / "model_final.pth")["model"]
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:

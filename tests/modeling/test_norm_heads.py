@@ -49,6 +49,31 @@ def test_is_detectron2s_head_initialisation_included(kind: str, norm: str) -> No
         heads[1].eval()
 
 
+@pytest.mark.parametrize("norm", ["BN", "SyncBN"])
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_without_statistics_are_refused(
+    kind: str, shuffled: bool, norm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Defect 20: the head would start at mean 0, variance 1 under trained weights."""
+    without = make_head(kind, conv_norm="").state_dict()
+    head = make_head(kind, shuffled=shuffled, conv_norm=norm)
+    with pytest.raises(RuntimeError, match=r"(?s)running_mean is not in.*ALLOW_MISSING_STATISTICS"):
+        head.load_state_dict(without, strict=False)
+    allowed = make_head(kind, shuffled=shuffled, conv_norm=norm, allow_missing_statistics=True)
+    result = allowed.load_state_dict(without, strict=False)
+    assert not [key for key in result.missing_keys if "running" in key]
+    assert "stay as they are" in caplog.text
+    for name, buffer in allowed.named_buffers():
+        if "running" in name:
+            assert torch.equal(buffer, torch.full_like(buffer, float("var" in name)))
+    head.load_state_dict(allowed.state_dict())
+    head.load_state_dict({}, strict=False)  # an ImageNet backbone: the head starts anew
+    model = nn.Sequential(head)
+    with pytest.raises(RuntimeError, match="0.conv1.norm.running_mean|0.mask_fcn1.norm.running"):
+        model.load_state_dict({f"0.{key}": value for key, value in without.items()}, strict=False)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_norm_name_builds_its_layer(kind: str) -> None:
     expected = {

@@ -212,6 +212,24 @@ def test_mabn_pools_the_levels_of_a_pass_into_one_iteration(
     assert all(torch.isfinite(x).all() for x in eval_logits)
 
 
+@pytest.mark.parametrize("cls", HEADS)
+@pytest.mark.parametrize("trained_with", ["", "GN"])
+def test_weights_without_statistics_load_on_purpose_only(cls: type, trained_with: str) -> None:
+    """Defect 20, with the key that says so."""
+    weights = RetinaNetHead(**head_arguments(norm=trained_with)).state_dict()
+    with pytest.raises(RuntimeError, match="MODEL.ALLOW_MISSING_STATISTICS True"):
+        cls(**head_arguments(norm="BN")).load_state_dict(weights, strict=False)
+    head = cls(**head_arguments(norm="BN"), allow_missing_statistics=True)
+    fresh = {name: value.clone() for name, value in head.state_dict().items()}
+    head.load_state_dict(weights, strict=False)
+    own_affine = isinstance(head, DomainBNRetinaNetHead)
+    for name, value in head.state_dict().items():
+        if "running" in name:
+            assert torch.equal(value, fresh[name]), name
+        elif name in weights and not own_affine:
+            assert torch.equal(value, weights[name]), name
+
+
 def test_mabn_head_loads_weights_without_statistics_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

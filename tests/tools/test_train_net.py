@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from rethinking_bn import get_config_file
-from rethinking_bn.engine import launch
+from rethinking_bn.engine import Checkpointer, Trainer, launch, load_config
 from tests.engine.tiny import register_data, tiny_config, write_data
 from tests.tools.runs import TOOL, environment, write_run
 
 MABN = ["MODEL.BACKBONE.NAME", "build_mabn_retinanet_resnet_fpn_backbone"]
+
+
+RCNN = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]
+UNREAD = ["MODEL.META_ARCHITECTURE RetinaNet does not read it", "ConfigurableHeadRetinaNet"]
 
 
 class Started(Exception):
@@ -113,6 +119,25 @@ def test_good_input_starts(config_file: str) -> None:
             ["TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.DATASETS", "('nothing',)"],
             ["'nothing'"],
         ),
+        # defect 19
+        (["MODEL.RETINANET.HEAD_NAME", "SharedBNRetinaNetHead"], [*UNREAD, "'SharedBNRetina"]),
+        (["MODEL.RETINANET.BN.AFFINE", "shared"], [*UNREAD, "BN.AFFINE is 'shared'"]),
+        (["--eval-only", "MODEL.RETINANET.BN.AFFINE", "shared"], UNREAD),
+        (["MODEL.ROI_HEADS.NORM_IMAGES", "1"], ["NORM_IMAGES is 1", "no RoI heads"]),
+        (["MODEL.ROI_BOX_HEAD.NAME", "ShuffleBNBoxHead"], ["ShuffleBNBoxHead", "no RoI heads"]),
+        (
+            [*RCNN, "MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_HEADS.NORM_IMAGES", "1"],
+            ["NORM_IMAGES is 1", "NormImagesROIHeads"],
+        ),
+        ([*RCNN, "MODEL.ROI_BOX_HEAD.NAME", "NormBoxHead"], ["NormBoxHead", "Res5ROIHeads"]),
+        # defect 31
+        (["SOLVER.MAX_ITER", "-1"], ["SOLVER.MAX_ITER must be at least 1, got -1", "--eval-only"]),
+        (["OUTPUT_DIR", __file__], ["OUTPUT_DIR", "is a file", "name another folder"]),
+        (["MODEL.RETINANET.NORM", "MABN"], ["MODEL.RETINANET.NORM 'MABN'", "HEAD_NAME"]),
+        (
+            ["MODEL.RETINANET.IN_FEATURES", "['p3', 'p9']"],
+            ["no 'p9'", "MODEL.RETINANET.IN_FEATURES", "p3, p4, p5, p6, p7"],
+        ),
         (
             [
                 "--num-gpus",
@@ -195,13 +220,122 @@ def test_a_last_checkpoint_that_is_gone(
 def test_resuming_needs_no_initial_weights(tmp_path: Path, config_file: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "last_checkpoint").write_text("model_0000009.pth")
-    (tmp_path / "out" / "model_0000009.pth").touch()
+    torch.save({"model": {}}, tmp_path / "out" / "model_0000009.pth")
     with pytest.raises(Started):
         launch.run(
             start,
             "a test",
             ["--config-file", config_file, "--resume", "MODEL.WEIGHTS", "nowhere.pth"],
         )
+
+
+def test_a_checkpoint_that_cannot_be_read(
+    tmp_path: Path, config_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Defect 31: what was a traceback of every rank; nothing is written, the log is not begun."""
+    out, good = tmp_path / "out", {"model": {"backbone.x": torch.ones(100)}}
+    bad = tmp_path / "bad.pth"
+    bad.write_bytes(b"neither zip nor pickle")
+    argv = ["--config-file", config_file, "MODEL.WEIGHTS", str(bad)]
+    line = fails(capsys, *argv)
+    assert str(bad) in line and "cannot be read as a checkpoint" in line and not out.exists()
+    out.mkdir()
+    for name in ("model_0000004.pth", "model_0000009.pth", "model_0000014.pth"):
+        torch.save(good, out / name)
+        os.utime(out / name, (int(name[6:13]),) * 2)
+    whole = (out / "model_0000014.pth").read_bytes()
+    for cut in (0, len(whole) // 2, len(whole) - 1):
+        (out / "model_0000014.pth").write_bytes(whole[:cut])
+        (out / "last_checkpoint").write_text("model_0000014.pth")
+        line = fails(capsys, "--resume", *argv)
+        assert "model_0000014.pth cannot be read" in line
+        assert "the newest that can is model_0000009.pth" in line and "last_checkpoint" in line
+    assert "log.txt" not in os.listdir(out)
+
+
+def test_a_pickle_of_weights_cannot_execute_code(
+    tmp_path: Path, config_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Defect 31: and one of arrays, as Detectron's are, loads."""
+
+    class Code:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"model": {"a": Code()}, "__author__": "me"}))
+    argv = ["--config-file", config_file, "MODEL.WEIGHTS", str(path)]
+    line = fails(capsys, *argv)
+    assert str(path) in line and "posix.mkdir" in line and "execute code" in line
+    assert not (tmp_path / "ran").exists()
+    weights = {"conv1_w": np.ones((8, 3, 7, 7), np.float32), "conv1_b": np.ones(8, np.float16)}
+    for protocol in (2, 4):
+        path.write_bytes(pickle.dumps({"blobs": weights}, protocol=protocol))
+        with pytest.raises(Started):
+            launch.run(start, "a test", argv)
+
+
+def test_weights_of_another_architecture(
+    tmp_path: Path, config_file: str, capsys: pytest.CaptureFixture[str], caplog: Any
+) -> None:
+    """Defect 20."""
+    cfg = load_config(config_file)
+    detector = Trainer.build_model(cfg).state_dict()
+    other = {k.replace("head.", "roi_heads.box_head."): v for k, v in detector.items()}
+    torch.save({"model": other}, tmp_path / "other.pth")
+    argv = ["--config-file", config_file, "MODEL.WEIGHTS", str(tmp_path / "other.pth")]
+    line = fails(capsys, "--eval-only", *argv)
+    assert "another architecture" in line and "roi_heads" in line and "head, left untrained" in line
+    with pytest.raises(Started):  # training may start from a backbone
+        launch.run(start, "a test", argv)
+    Checkpointer(Trainer.build_model(cfg)).load(str(tmp_path / "other.pth"))
+    said = [r for r in caplog.records if "another architecture" in r.getMessage()]
+    assert len(said) == 1 and "\n" not in said[0].getMessage()
+    backbone = {k.removeprefix("backbone."): v for k, v in detector.items() if "backbone" in k}
+    backbone["stem.fc.weight"] = torch.ones(3)
+    torch.save(backbone, tmp_path / "imagenet.pth")
+    model = Trainer.build_model(cfg)
+    checkpointer = Checkpointer(model)
+    checkpointer.load(str(tmp_path / "imagenet.pth") + "?matching_heuristics=True")
+    assert checkpointer.misfit is None
+    torch.save({"something": torch.ones(1)}, tmp_path / "nothing.pth")
+    argv[-1] = str(tmp_path / "nothing.pth")
+    assert "none of its 1 keys fits" in fails(capsys, *argv)
+
+
+def test_weights_without_the_statistics_of_a_head(
+    tmp_path: Path, config_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Defect 20, before a process is started."""
+    head = [
+        "MODEL.META_ARCHITECTURE", "ConfigurableHeadRetinaNet",
+        "MODEL.RETINANET.HEAD_NAME", "SharedBNRetinaNetHead",
+    ]  # fmt: skip
+    without = load_config(config_file, [*head[:2], "MODEL.RETINANET.NORM", ""])
+    path = str(tmp_path / "without.pth")
+    torch.save({"model": Trainer.build_model(without).state_dict()}, path)
+    argv = ["--config-file", config_file, *head, "MODEL.WEIGHTS", path]
+    line = fails(capsys, *argv)
+    assert "head.cls_subnet.1.running_mean" in line
+    assert "MODEL.ALLOW_MISSING_STATISTICS True" in line
+    with pytest.raises(Started):
+        launch.run(start, "a test", [*argv, "MODEL.ALLOW_MISSING_STATISTICS", "True"])
+
+
+@pytest.mark.parametrize("tool", ["train_net.py", "leakage.py"])
+def test_help_works_without_detectron2(tmp_path: Path, tool: str) -> None:
+    """Defect 31."""
+    path = Path(TOOL).parent / tool
+    code = (
+        "import runpy, sys; sys.modules['detectron2'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = run_tool(tmp_path, sys.executable, "-c", code, str(path), "--help")
+    assert done.returncode == 0 and "--num-gpus" in done.stdout and done.stderr == ""
+    done = run_tool(tmp_path, sys.executable, "-c", code, str(path), "SEED", "1")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{tool}: error: needs detectron2")
 
 
 @pytest.mark.parametrize("weights", ["detectron2://a/b.pkl", "https://host/model.pth"])
