@@ -202,7 +202,12 @@ class AveragedWeights:
         source = self.module
         # by way of the state dict: layers that count beside their buffers load what they need
         model.load_state_dict(source.state_dict())
-        copy_buffers(dict(model.named_buffers()), dict(source.named_buffers()))
+        targets: dict[str, Tensor] = dict(model.named_buffers())
+        copy_buffers(targets, dict(source.named_buffers()))
+        targets.update(model.named_parameters())
+        for name, average in self._averages.items():
+            if average.dtype != self._held[name].dtype:
+                targets[name].copy_(average)  # the target may be wider than the first model
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed training needs, and what can be loaded by ``torch.load``."""

@@ -22,7 +22,7 @@ from rethinking_bn.studies.training import error, precise, train
 
 _MOMENTA = (0.01, 0.05, 0.1, 0.2, 0.5)
 _WATCHED = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the training
-_BATCHES = {"large": "Batches of 500", "small": "Batches of 16"}
+_BATCHES = {"large": "Batches of 500", "small": "Batches of 32"}
 _ARMS = (*(f"EMA {momentum}" for momentum in _MOMENTA), "exact")
 
 
@@ -76,9 +76,9 @@ def _key(arm: str, statistics: str, part: float) -> str:
 
 
 _SETTINGS = {
-    "epochs": 20,
+    "epochs": 10,
     "large_batch": 500,
-    "small_batch": 16,
+    "small_batch": 32,
     "lr_per_sample": 0.02 / 32,
     "population_batch": 500,
     "conditions": {"copies": 2, "contrast": 0.1, "brightness": 2.0},

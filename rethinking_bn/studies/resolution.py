@@ -23,7 +23,7 @@ from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, S
 from rethinking_bn.studies.training import constant_rate, error, precise, train_to_the_end
 
 _TRAINED_AT = 8
-_SIZES = (6, 8, 10, 12, 16)
+_SIZES = (6, 8, 12, 16)
 _ARMS = ("as trained", "statistics of the size", "FixRes")
 _TRAINED = ("8.branch.4", "11")  # the last block's last norm and the classifier of make_net
 
@@ -62,10 +62,10 @@ def _resized(split: Split, pixels: int) -> Split:
 
 
 _SETTINGS = {
-    "steps": 300,
+    "steps": 200,
     "batch_size": 32,
     "lr": 0.05,
-    "tuning_steps": 60,
+    "tuning_steps": 40,
     "tuning_lr": 0.01,
     "population_batch": 100,
     "conditions": {"copies": 2, "contrast": 0.1, "brightness": 2.0},

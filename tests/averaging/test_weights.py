@@ -201,6 +201,9 @@ def test_half_precision_models_are_averaged_in_float32(dtype: torch.dtype) -> No
         assert {value.dtype for value in found.values()} == {dtype}
         for name, value in found.items():
             torch.testing.assert_close(value, expected[name].to(dtype))
+    wide = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    averaged.copy_to(wide)
+    torch.testing.assert_close(wide[0].weight.double(), expected["0.weight"], rtol=1e-5, atol=1e-6)
     drift(model, 0)
     averaged.update(model)
     restored.update(model)
