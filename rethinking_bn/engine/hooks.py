@@ -187,6 +187,9 @@ def _evaluate_too(average: WeightAverage, hooks: list[HookBase | None], cfg: Any
     own.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "averaged")
 
     def evaluate() -> Any:
+        if not hasattr(average.trainer, "test"):
+            logger.info("This trainer has no test(), so the averaged weights are not evaluated.")
+            return None
         return average.evaluate(lambda model: average.trainer.test(own, model))
 
     hooks.insert(there[0] + 1, detectron2_hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate))

@@ -51,7 +51,7 @@ class WeightAverage(HookBase):
         decay: float = 0.999,
         start: int = 0,
         period: int = 1,
-        statistics: str = "estimate",
+        statistics: str = "copy",
         data_loader: Iterable[Any] | None = None,
         num_iter: int = 0,
         checkpoint_period: int = 0,
