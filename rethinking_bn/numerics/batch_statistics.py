@@ -25,17 +25,16 @@ class BatchStatistics(NamedTuple):
     values: Tensor
     is_unbiased: bool
 
+    def factors(self) -> list[float]:
+        """Return what makes each biased variance an unbiased one."""
+        return [n / max(n - 1, 1) for n in self.counts]
+
     def unbiased(self) -> BatchStatistics:
         """Return the same with unbiased variances."""
         if self.is_unbiased:
             return self
-        factors = [n / max(n - 1, 1) for n in self.counts]
-        if len(factors) == 1:
-            mean, variance = self.values.unbind()
-            values = torch.stack([mean, variance * factors[0]])
-        else:
-            rows = [[1.0] * len(factors), factors]
-            values = self.values * on_device(rows, self.values)[..., None]
+        rows = [[1.0] * len(self.counts), self.factors()]
+        values = self.values * on_device(rows, self.values)[..., None]
         return BatchStatistics(self.counts, values, True)
 
     def moments(self) -> Moments:
@@ -49,9 +48,11 @@ class BatchStatistics(NamedTuple):
 
 def on_device(values: Sequence[Sequence[float]], like: Tensor) -> Tensor:
     """Return numbers as a tensor of ``like``'s type and device, without waiting for the device."""
-    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+    rows = torch.tensor(values, dtype=like.dtype)
+    return rows if like.device.type == "cpu" else rows.to(like.device, non_blocking=True)
 
 
+@torch.no_grad()
 def batch_statistics(xs: Sequence[Tensor]) -> BatchStatistics:
     """Return the statistics of L tensors (N, C, *), each a part; the variances are biased.
 
@@ -61,7 +62,7 @@ def batch_statistics(xs: Sequence[Tensor]) -> BatchStatistics:
     pairs: list[tuple[Tensor, Tensor]] = []
     for x, n in zip(xs, counts, strict=True):
         if n:
-            pairs.append(mean_variance(x.detach()))
+            pairs.append(mean_variance(x))
         else:
             zero = x.new_zeros(x.shape[1], dtype=statistics_dtype(x.dtype))
             pairs.append((zero, zero))

@@ -19,6 +19,8 @@ from rethinking_bn.numerics.blocks import (
 )
 from rethinking_bn.numerics.moments import statistics_dtype
 
+_native_backward = torch.ops.aten.native_batch_norm_backward.default
+
 
 def broadcast(channels: Tensor, like: Tensor) -> Tensor:
     """View (C,) so that it broadcasts over the channels of (N, C, *)."""
@@ -81,6 +83,22 @@ def _combine_blocks(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> T
     return out
 
 
+def are_few(xs: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether calls cost more than memory: small tensors of this type on the CPU, not compiled."""
+    if torch.compiler.is_compiling() or xs[0].device.type != "cpu":
+        return False
+    return all([x.dtype == dtype and x.numel() < MANY for x in xs])
+
+
+def scale_and_shift(xs: Sequence[Tensor], scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+    """Return scale · x + shift of L tensors in one call.
+
+    Args:
+        scale, shift: (1, C) for all, or (L, C).
+    """
+    return torch._foreach_addcmul(_views(shift, xs), list(xs), _views(scale, xs))
+
+
 def combine_each(
     dys: Sequence[Tensor],
     xs: Sequence[Tensor],
@@ -94,10 +112,8 @@ def combine_each(
     Args:
         a, b, c: (1, C) for all, or (L, C).
     """
-    few = all(x.device.type == "cpu" and x.numel() < MANY and x.dtype == a.dtype for x in xs)
-    if few and all(needed) and not torch.compiler.is_compiling():
-        # two calls for all tensors
-        out = torch._foreach_addcmul(_views(c, xs), list(xs), _views(b, xs))
+    if all(needed) and are_few(xs, a.dtype):
+        out = scale_and_shift(xs, b, c)
         torch._foreach_addcmul_(out, list(dys), _views(a, xs))
         return tuple(out)
     rows = [r.unbind() if len(r) == len(xs) else [r[0]] * len(xs) for r in (a, b, c)]
@@ -162,7 +178,7 @@ def gradient_sums(
             x = x.contiguous()  # of other strides the kernel rounds sums to the half type
         dy = _match_memory_format(dy, x)
         # the mean in place of a weight tells it the type to return
-        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward.default(
+        _, grad_weight, grad_bias = _native_backward(
             dy, x, mean, mean, variance, None, None, False, eps, [False, True, True]
         )
         return grad_bias, grad_weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,34 @@ def suits_native(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
+def moves_natively(x: Tensor, holder: Any) -> bool:
+    """Whether :func:`normalize_and_move` can do all of a training step's forward."""
+    if x.numel() == 0 or not suits_native(x):
+        return False
+    mean, variance, dtype = holder.running_mean, holder.running_var, statistics_dtype(x.dtype)
+    return mean is not None and mean.dtype == dtype and variance.dtype == dtype
+
+
+def normalize_and_move(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, holder: Any, momentum: float, eps: float
+) -> Tensor:
+    """Normalise one tensor by its own statistics, and move running statistics towards them.
+
+    torch's operator moves copies, which become the buffers unless they are not finite.
+    """
+    mean, variance = holder.running_mean, holder.running_var
+    moved_mean, moved_variance = torch.stack([mean, variance]).unbind()
+    weight, bias = _typed(weight, mean.dtype), _typed(bias, mean.dtype)
+    y = torch.native_batch_norm(x, weight, bias, moved_mean, moved_variance, True, momentum, eps)[0]
+    # an input that is not finite leaves a variance that is not
+    finite = moved_variance.max() < math.inf
+    torch.where(finite, moved_mean, mean, out=mean)
+    torch.where(finite, moved_variance, variance, out=variance)
+    if holder.num_batches_tracked is not None:
+        holder.num_batches_tracked.add_(finite)
+    return y
+
+
 def normalize_each(
     xs: Sequence[Tensor], weights: Sequence[Any], biases: Sequence[Any], eps: float
 ) -> tuple[list[Tensor], BatchStatistics]:
@@ -56,9 +85,10 @@ def normalize_each(
         if counts[-1] == 0:
             outputs.append(affine_normalize(x, mean, variance, weight, bias, eps))
             continue
-        if weight is not None and weight.dtype != dtype:
-            weight = weight.to(dtype)
-        if bias is not None and bias.dtype != dtype:
-            bias = bias.to(dtype)
+        weight, bias = _typed(weight, dtype), _typed(bias, dtype)
         outputs.append(torch.native_batch_norm(x, weight, bias, mean, variance, True, 1.0, eps)[0])
     return outputs, BatchStatistics(tuple(counts), rows.view(2, len(xs), channels), True)
+
+
+def _typed(channels: Any, dtype: torch.dtype) -> Any:
+    return channels if channels is None or channels.dtype == dtype else channels.to(dtype)

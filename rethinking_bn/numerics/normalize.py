@@ -23,7 +23,12 @@ from rethinking_bn.numerics.batch_statistics import (
 )
 from rethinking_bn.numerics.channel_ops import broadcast
 from rethinking_bn.numerics.moments import Moments, merge_moments, stack_moments
-from rethinking_bn.numerics.native import normalize_each, suits_native
+from rethinking_bn.numerics.native import (
+    moves_natively,
+    normalize_and_move,
+    normalize_each,
+    suits_native,
+)
 from rethinking_bn.numerics.normalize_function import Normalize
 from rethinking_bn.numerics.running import update_running_statistics
 from rethinking_bn.numerics.tensor_moments import local_moments, plain_moments
@@ -79,8 +84,8 @@ def normalize(
     Raises:
         NotImplementedError: for more than one rank under a transform of torch.func.
     """
-    index, one_part, one_pool = _index(parts, pools)
     sync = sync and get_world_size(group) > 1
+    index, one_part, one_pool = _index(parts, pools)
     if takes_triton(xs, weight, bias, holders):
         from rethinking_bn.numerics.triton import batch_norm  # imports Triton
 
@@ -98,15 +103,22 @@ def normalize(
                 momentum=momentum,
             )
         )
-    call = _Call(xs, _as_list(weight), _as_list(bias), index, one_part, one_pool, eps)
+    weights, biases = _as_list(weight), _as_list(bias)
+    transformed = torch._C._are_functorch_transforms_active()
+    needs_device = sync or transformed or torch.compiler.is_compiling()
+    if len(xs) == len(holders) == 1 and not needs_device:
+        if momentum is not None and moves_natively(xs[0], holders[0]):
+            arguments = xs[0], weights[0], biases[0], holders[0], momentum, eps
+            return Normalized([normalize_and_move(*arguments)], None)
+    call = _Call(xs, weights, biases, index, one_part, one_pool, eps)
     local: BatchStatistics | Moments
     pooled: BatchStatistics | Moments
-    if torch._C._are_functorch_transforms_active():
+    if transformed:
         if sync:
             raise NotImplementedError("torch.func cannot transform statistics pooled over ranks")
         outputs, local = _in_plain_operators(call)
         pooled = local
-    elif sync or torch.compiler.is_compiling():
+    elif needs_device:
         outputs, local, pooled = _by_moments(call, sync, group)
     else:
         outputs, local = _on_this_rank(call)

@@ -13,9 +13,11 @@ from rethinking_bn.distributed import all_reduce_sum
 from rethinking_bn.numerics.batch_statistics import on_device
 from rethinking_bn.numerics.channel_ops import (
     affine_normalize,
+    are_few,
     combine_each,
     gradient_sums,
     input_gradient_on_cuda,
+    scale_and_shift,
 )
 
 
@@ -47,9 +49,15 @@ class Normalize(torch.autograd.Function):
             sync: the pools span the ranks of ``group``.
         """
         on_host = None if isinstance(count, Tensor) else count
-        ctx.save_for_backward(weight, mean, variance, None if on_host else count, *xs)
+        invstd = (variance + eps).rsqrt()
+        scale = invstd if weight is None else invstd * weight
+        tensors = (weight, mean, variance, invstd, scale, None if on_host else count)
+        ctx.save_for_backward(*tensors, *xs)
         ctx.count, ctx.index, ctx.eps, ctx.group, ctx.sync = on_host, index, eps, group, sync
         ctx.affine = [None if p is None else (p.dim() == 1, p.dtype) for p in (weight, bias)]
+        if are_few(xs, scale.dtype):
+            shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+            return scale_and_shift(xs, scale, shift)
         means, variances = mean.unbind(), variance.unbind()
         weights, biases = _per_tensor(weight, len(xs)), _per_tensor(bias, len(xs))
         return tuple(
@@ -61,10 +69,11 @@ class Normalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         """Return the gradients; synchronised, a collective that every rank must reach."""
-        weight, mean, variance, count, *xs = ctx.saved_tensors
+        weight, mean, variance, invstd, a, count, *xs = ctx.saved_tensors
         count = ctx.count if count is None else count
-        invstd = (variance + ctx.eps).rsqrt()
-        means, variances, invstds = mean.unbind(), variance.unbind(), invstd.unbind()
+        means, variances = mean.unbind(), variance.unbind()
+        # the CPU's operators take the variance
+        invstds = [None] * len(means) if mean.device.type == "cpu" else invstd.unbind()
         # per tensor: Σ dy and Σ dy·x̂, in one pass over dy and x
         pairs = [
             gradient_sums(dy, x, means[p], variances[p], ctx.eps, invstds[p])
@@ -95,25 +104,18 @@ class Normalize(torch.autograd.Function):
             )
         elif any(needed):
             # dx = a·dy + b·x + c with per-channel a, b, c: of all tensors, or a row each
-            a = invstd if weight is None else invstd * weight
             scale = (a if shares_weight else invstd) * _minus_reciprocal(count, mean)
             scaled = pooled * scale[:, None]
             b = scaled[:, 1] * invstd
             c = torch.addcmul(scaled[:, 0], b, mean, value=-1)
             grad_x = combine_each(dys, xs, a, b, c, needed)
+        own = sums.unbind(1)
+        over_all = total.view(2, -1).unbind() if shared and len(total) == 1 else own
         of_weight, of_bias = (
-            _affine_gradient(layout, sums, total, i) if layout and need else None
+            (over_all if layout[0] else own)[i].to(layout[1]) if layout and need else None
             for layout, i, need in zip(ctx.affine, (1, 0), ctx.needs_input_grad[:2], strict=True)
         )
         return of_weight, of_bias, None, None, None, None, None, None, None, *grad_x
-
-
-def _affine_gradient(
-    layout: tuple[bool, torch.dtype], sums: Tensor, total: Tensor, i: int
-) -> Tensor:
-    is_shared, dtype = layout
-    gradient = total[0, i] if is_shared else sums[:, i]
-    return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 def _per_tensor(rows: Tensor | None, tensors: int) -> Any:

@@ -35,10 +35,25 @@ def update_running_statistics(
         _update_on_device(holders, seen, momentum)
         return
     alike = all(h.running_mean.dtype == seen.values.dtype for h in holders)
-    if momentum is not None and alike and len(holders) == len(seen.counts):
+    if momentum is not None and alike and len(holders) == len(seen.counts) == 1:
+        _update_one(holders[0], seen, momentum)
+    elif momentum is not None and alike and len(holders) == len(seen.counts):
         _update_each(holders, seen.unbiased(), momentum)
     else:
         _update_on_device(holders, seen.moments(), momentum)
+
+
+def _update_one(holder: Any, seen: BatchStatistics, momentum: float) -> None:
+    """One row and its holder."""
+    mean, variance = seen.values.view(2, -1).unbind()
+    if not seen.is_unbiased:
+        variance = variance * seen.factors()[0]
+    finite = variance.max() < math.inf
+    for buffer, value, least in ((holder.running_mean, mean, 1), (holder.running_var, variance, 2)):
+        if seen.counts[0] >= least:
+            torch.where(finite, torch.lerp(buffer, value, momentum), buffer, out=buffer)
+    if seen.counts[0]:
+        holder.num_batches_tracked.add_(finite)
 
 
 def _update_each(holders: Sequence[Any], seen: BatchStatistics, momentum: float) -> None:

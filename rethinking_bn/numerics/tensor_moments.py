@@ -20,6 +20,7 @@ from rethinking_bn.numerics.moments import Moments, merge_moments, stack_moments
 ROWS = 4096
 
 
+@torch.no_grad()
 def local_moments(x: Tensor) -> Moments:
     """Return this process's moments of one tensor, without gradient.
 
@@ -35,12 +36,12 @@ def local_moments(x: Tensor) -> Moments:
     if size == 0:
         zeros = torch.zeros(channels, dtype=dtype, device=x.device)
         return Moments(count, zeros, zeros.clone())
-    mean, variance = mean_variance(x.detach())
+    mean, variance = mean_variance(x)
     return Moments(count, mean, variance * size)
 
 
 def mean_variance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance (C,) of a tensor that is not empty and needs no gradient.
+    """Return mean and biased variance (C,) of a tensor that is not empty, within no_grad.
 
     Args:
         x: (N, C, *); half types are accumulated in float32.

@@ -44,6 +44,12 @@ QUICK = Options(quick=True)
 
 # what each comparison must at least have measured: parts of "case | ours | other"
 EXPECTED = {
+    "dispatch": [
+        "five levels | row 1 | concatenate/split",
+        "five levels | row 4 | five nn.BatchNorm2d",
+        "one tensor | BatchNorm2d | nn.BatchNorm2d",
+        "one tensor | MABN2d | nn.BatchNorm2d",
+    ],
     "level-norm": [
         "float32 | shared BN | concatenate/split",
         "float32 | shared BN | five nn.BatchNorm2d",

@@ -24,6 +24,7 @@ COMPARISONS = {
     "precise-bn": "precise_bn",
     "mabn": "mabn",
     "averaging": "averaging",
+    "dispatch": "dispatch",
 }
 
 

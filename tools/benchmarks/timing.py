@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 Step = Callable[[], Any]
+Clock = Callable[[], float]
 Agree = Callable[[tuple[int, int]], tuple[int, int]]
 
 
@@ -69,6 +70,7 @@ def alternate(
     *,
     barrier: Step | None = None,
     agree: Agree | None = None,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time alternatives in turns: every round runs each of them once, each round from another on.
 
@@ -77,6 +79,7 @@ def alternate(
         barrier: called before every sample, where several processes take the samples together.
         agree: takes (steps per sample, rounds) as this process would choose them and returns what
             all processes use.
+        clock: tells seconds; ``time.process_time`` leaves out what other processes take.
 
     Returns:
         name -> seconds per step, one value a round.
@@ -85,7 +88,7 @@ def alternate(
         for _ in range(plan.warmup):
             step()
     names = list(sides)
-    once = {name: _sample(sides[name], 1, device, barrier) for name in names}
+    once = {name: _sample(sides[name], 1, device, barrier, clock) for name in names}
     calls = max(1, math.ceil(plan.min_sample / max(min(once.values()), 1e-6)))
     per_round = calls * sum(once.values())
     rounds = round(plan.seconds / max(per_round, 1e-6))
@@ -100,22 +103,24 @@ def alternate(
         for index in range(rounds):
             first = index % len(names)
             for name in names[first:] + names[:first]:
-                times[name].append(_sample(sides[name], calls, device, barrier))
+                times[name].append(_sample(sides[name], calls, device, barrier, clock))
     finally:
         if collecting:
             gc.enable()
     return times
 
 
-def _sample(step: Step, calls: int, device: torch.device, barrier: Step | None) -> float:
+def _sample(
+    step: Step, calls: int, device: torch.device, barrier: Step | None, clock: Clock
+) -> float:
     if barrier is not None:
         barrier()
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         step()
     synchronize(device)
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def kernel_time(step: Step) -> tuple[int, float]:
