@@ -141,10 +141,11 @@ def plot(path: Path, study: Study, report: dict[str, Any]) -> None:
         _draw(axes, panels[panel], report, found, ours=ours)
         if ours and len(panels[panel].series) > 1:
             side = "center" if beside else ("left", "right")[panel % 2]
+            place: Any = f"outside lower {side}"
             handles, labels = axes.get_legend_handles_labels()
             title = None if beside else panels[panel].title
             figure.legend(  # type: ignore[call-overload]  # of some versions: lists every location
-                handles, labels, title=title, fontsize="small", loc=f"outside lower {side}"
+                handles, labels, title=title, fontsize="small", loc=place
             )
     figure.suptitle("\n".join(wrap(study.title, width=round(10 * size[0]))))
     replace(path, lambda aside: figure.savefig(aside, dpi=110, format="png"))
