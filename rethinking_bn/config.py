@@ -139,6 +139,12 @@ def _our_keys() -> CfgNode:
     # Images per iteration on all ranks together. 0: those of one pass of training on all ranks,
     # SOLVER.IMS_PER_BATCH / SOLVER.ACCUMULATION_STEPS. Table 2.
     c.TEST.PRECISE_BN.IMS_PER_BATCH = 0
+    # How images are prepared: "train" (training's augmentation) or "test" (inference's, without
+    # labels, so the model runs as in inference; Table 4's last row).
+    c.TEST.PRECISE_BN.TRANSFORMS = "train"
+    # Whether FrozenBatchNorm2d gets new statistics, too: of a trained model (--eval-only), to adapt
+    # all of it to another domain (Table 4). Training refuses it.
+    c.TEST.PRECISE_BN.THAW = False
     # Worker processes of its loader, per rank.
     c.TEST.PRECISE_BN.NUM_WORKERS = 0
     return c
@@ -223,3 +229,20 @@ def check_statistics(cfg: CfgNode) -> str:
     if chosen not in ("population", "batch"):
         raise ValueError(f'TEST.STATISTICS must be "population" or "batch", got {chosen!r}')
     return chosen
+
+
+def check_transforms(cfg: CfgNode) -> str:
+    """Return TEST.PRECISE_BN.TRANSFORMS; raise a ValueError if it is not one of its two values."""
+    chosen: str = cfg.TEST.PRECISE_BN.get("TRANSFORMS", "train")
+    if chosen not in ("train", "test"):
+        raise ValueError(f'TEST.PRECISE_BN.TRANSFORMS must be "train" or "test", got {chosen!r}')
+    return chosen
+
+
+def check_thaw(cfg: CfgNode) -> None:
+    """Raise a ValueError if a training is to estimate FrozenBatchNorm2d."""
+    if cfg.TEST.PRECISE_BN.get("THAW", False):
+        raise ValueError(
+            "TEST.PRECISE_BN.THAW changes statistics that training takes as constant: use it with "
+            "--eval-only, on trained weights"
+        )

@@ -61,6 +61,8 @@ def test_keys_and_defaults() -> None:
         "TEST.STATISTICS": "population",
         "TEST.PRECISE_BN.DATASETS": (),
         "TEST.PRECISE_BN.IMS_PER_BATCH": 0,
+        "TEST.PRECISE_BN.TRANSFORMS": "train",
+        "TEST.PRECISE_BN.THAW": False,
         "TEST.PRECISE_BN.NUM_WORKERS": 0,
     }
 

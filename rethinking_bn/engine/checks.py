@@ -18,7 +18,13 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.utils import comm
 from torch import nn
 
-from rethinking_bn.config import check_statistics, images_per_pass, needs_population_loader
+from rethinking_bn.config import (
+    check_statistics,
+    check_thaw,
+    check_transforms,
+    images_per_pass,
+    needs_population_loader,
+)
 from rethinking_bn.data.domains import domain_groups, domain_of
 from rethinking_bn.data.register import ShapesMetadata
 from rethinking_bn.distributed import raise_together
@@ -71,7 +77,9 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
             f"SOLVER.MAX_ITER must be at least 1, got {cfg.SOLVER.MAX_ITER}; --eval-only evaluates "
             "without training"
         )
+    check_transforms(cfg)
     if training:
+        check_thaw(cfg)
         check_freezing(cfg, ranks)
     check_keys_are_read(cfg)
     check_batch_size(cfg, ranks, training=training)

@@ -14,7 +14,7 @@ from detectron2.engine import hooks as detectron2_hooks
 from detectron2.utils import comm
 from torch import nn
 
-from rethinking_bn.config import check_has_keys
+from rethinking_bn.config import check_has_keys, check_thaw
 from rethinking_bn.engine.freeze_bn import FreezeBN
 from rethinking_bn.engine.merge_statistics import MergeStatistics
 from rethinking_bn.engine.population_loader import build_together
@@ -37,7 +37,10 @@ _READERS = (
 
 
 def _precise_bn(cfg: Any, model: nn.Module, loader: PopulationLoader) -> HookBase | None:
-    if not cfg.TEST.PRECISE_BN.ENABLED or not PreciseBN.has_layers(model):
+    if not cfg.TEST.PRECISE_BN.ENABLED:
+        return None
+    check_thaw(cfg)
+    if not PreciseBN.has_layers(model):
         return None
     return PreciseBN(cfg.TEST.EVAL_PERIOD, model, loader(), cfg.TEST.PRECISE_BN.NUM_ITER)
 

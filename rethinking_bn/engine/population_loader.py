@@ -16,7 +16,7 @@ from detectron2.data.build import (
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
-from rethinking_bn.config import images_per_pass
+from rethinking_bn.config import check_transforms, images_per_pass
 from rethinking_bn.data.domains import mark
 from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.train_loader import Mapper, ResumableTrainLoader, Sample
@@ -36,21 +36,22 @@ def build_population_loader(
     augmentations: they follow from ``cfg.SEED`` (0 stands in for a negative one), whatever the
     number of workers, and neither read nor move the global random generators.
 
-    Images get the training transforms and are grouped by aspect ratio as in training. Data sets
+    Images get the training transforms, or those of inference if TEST.PRECISE_BN.TRANSFORMS is
+    "test", which leaves labels out, and are grouped by aspect ratio as in training. Data sets
     without annotations, or with nothing but empty ones, are unlabelled: the samples then have no
     "instances", and the model is to run in eval mode. One unlabelled data set among several makes
     all of them unlabelled.
 
     Args:
         cfg: read are TEST.PRECISE_BN.DATASETS (empty: DATASETS.TRAIN), IMS_PER_BATCH (on all ranks
-            together; 0: those of one pass of training), NUM_WORKERS (per rank), SEED, INPUT, and
-            the filter and grouping of DATALOADER.
-        mapper: from a dataset dict to the model's input; None: detectron2's DatasetMapper for
-            training.
+            together; 0: those of one pass of training), NUM_WORKERS (per rank), TRANSFORMS, SEED,
+            INPUT, and the filter and grouping of DATALOADER.
+        mapper: from a dataset dict to the model's input; None: detectron2's DatasetMapper, for
+            training or inference as TRANSFORMS says.
 
     Raises:
-        ValueError: for a data set that is not registered, or that cannot be indexed, and for a
-            batch that cannot be divided among the ranks.
+        ValueError: for a data set that is not registered, or that cannot be indexed, for a batch
+            that cannot be divided among the ranks, and for other TRANSFORMS.
     """
     names = _read(cfg, "DATASETS", ()) or cfg.DATASETS.TRAIN
     images, workers = _read(cfg, "IMS_PER_BATCH", 0), _read(cfg, "NUM_WORKERS", 0)
@@ -60,11 +61,12 @@ def build_population_loader(
         raise ValueError(
             f"TEST.PRECISE_BN.IMS_PER_BATCH {images} cannot be divided among {world} process(es)"
         )
-    samples = _load(cfg, names)
+    transforms = check_transforms(cfg)
+    samples = _load(cfg, names, labelled=transforms == "train")
     seed = max(cfg.SEED, 0)
     return ResumableTrainLoader(
         samples,
-        mapper or DatasetMapper(cfg, is_train=True),
+        mapper or DatasetMapper(cfg, is_train=transforms == "train"),
         TrainingSampler(len(samples), seed=seed),
         images // world,
         seed=seed,
@@ -91,8 +93,8 @@ def _read(cfg: CfgNode, key: str, default: Any) -> Any:
     return cfg.TEST.PRECISE_BN.get(key, default)
 
 
-def _load(cfg: CfgNode, names: Sequence[str]) -> list[Sample]:
-    """Return the dataset dicts, all with labels or all without."""
+def _load(cfg: CfgNode, names: Sequence[str], *, labelled: bool) -> list[Sample]:
+    """Return the dataset dicts, all with labels, if they are asked for, or all without."""
     if not names:
         raise ValueError("neither TEST.PRECISE_BN.DATASETS nor DATASETS.TRAIN names a data set")
     unknown = [name for name in names if name not in DatasetCatalog.list()]
@@ -112,9 +114,10 @@ def _load(cfg: CfgNode, names: Sequence[str]) -> list[Sample]:
             )
         sets[name] = mark(cfg, name, samples)
     unlabelled = [name for name, samples in sets.items() if not _has_labels(samples)]
-    if not unlabelled:
+    if labelled and not unlabelled:
         return _filtered(cfg, itertools.chain.from_iterable(sets.values()))
-    logger.info("population training without labels: %s has none", ", ".join(unlabelled))
+    if labelled:
+        logger.info("population training without labels: %s has none", ", ".join(unlabelled))
     return [
         {key: value for key, value in sample.items() if key not in _LABELS}
         for sample in itertools.chain.from_iterable(sets.values())

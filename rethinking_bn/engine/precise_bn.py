@@ -124,11 +124,12 @@ def run_population_training(cfg: CfgNode, model: nn.Module) -> PopulationReport:
     Args:
         cfg: see :func:`build_population_loader`; SOLVER.AMP.ENABLED stands for the autocast that
             training with it uses (float16 on CUDA, bfloat16 on the CPU).
-        model: estimated are the layers that are in training mode after ``model.train()``; its
-            modes are put back.
+        model: estimated are the layers that are in training mode after ``model.train()`` and,
+            with TEST.PRECISE_BN.THAW, every FrozenBatchNorm2d; its modes are put back.
 
     Raises:
-        ValueError: see :func:`build_population_loader`.
+        ValueError: see :func:`build_population_loader`, and for layers to thaw whose statistics
+            are folded into their weights.
     """
     loader = build_together(cfg)
     modes = [(module, module.training) for module in model.modules()]
@@ -141,6 +142,7 @@ def run_population_training(cfg: CfgNode, model: nn.Module) -> PopulationReport:
             autocast=_autocast(model) if cfg.SOLVER.AMP.ENABLED else None,
             seed=0,
             allow_empty=True,
+            thaw=cfg.TEST.PRECISE_BN.get("THAW", False),
         )
     finally:
         for module, mode in modes:

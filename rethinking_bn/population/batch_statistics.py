@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethinking_bn.layers.freezing import is_frozen
 from rethinking_bn.numerics.normalize import normalize
-from rethinking_bn.population.observers import named_population_layers
+from rethinking_bn.population.observers import named_frozen_layers, named_population_layers
 
 
 @contextmanager
@@ -63,19 +63,6 @@ def batch_statistics(model: nn.Module) -> Iterator[tuple[str, ...]]:
                 change = layer._buffers, {"running_mean": None, "running_var": None}
             stack.enter_context(_changed(*change))
         yield tuple(frozen)
-
-
-def named_frozen_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the layers that are a BN with constant statistics by their class, with their names.
-
-    detectron2's FrozenBatchNorm2d and torchvision's, found by their name and buffers.
-    """
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if any(kind.__name__ == "FrozenBatchNorm2d" for kind in type(module).__mro__)
-        and {"running_mean", "running_var"} <= module._buffers.keys()
-    ]
 
 
 @contextmanager

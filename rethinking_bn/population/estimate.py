@@ -25,7 +25,13 @@ from rethinking_bn.distributed import (
 )
 from rethinking_bn.numerics.moments import Moments, merge_moments
 from rethinking_bn.population.model_state import ModelState, unwrap
-from rethinking_bn.population.observers import ObservedLayer, find_population_layers, observe
+from rethinking_bn.population.observers import (
+    ObservedLayer,
+    ThawedLayer,
+    find_population_layers,
+    named_frozen_layers,
+    observe,
+)
 from rethinking_bn.population.report import LayerReport, PopulationReport, compare
 from rethinking_bn.population.run import Autocast, Forward, PopulationRun
 from rethinking_bn.randomness import isolated_random_state
@@ -47,6 +53,7 @@ def estimate_population_statistics(
     seed: int | None = None,
     progress: bool = True,
     allow_empty: bool = False,
+    thaw: bool = False,
 ) -> PopulationReport:
     """Replace the population statistics of every BN-like layer by those of ``batches``, in place.
 
@@ -68,7 +75,8 @@ def estimate_population_statistics(
 
     Estimated are the layers in training mode when this is called (the package's own,
     nn.BatchNorm1d/2d/3d, nn.SyncBatchNorm); those in eval mode are taken as frozen, left alone and
-    named in the report, as are statistics that no value reached.
+    named in the report, as are statistics that no value reached. So are FrozenBatchNorm2d
+    (detectron2's and torchvision's), unless ``thaw`` says otherwise.
 
     Nothing else changes: other buffers, modes, attributes of modules, momentum and the random
     generators (Python, numpy, torch) come back as they were. After any exception, KeyboardInterrupt
@@ -93,14 +101,17 @@ def estimate_population_statistics(
         progress: log a line with the expected time left every ten seconds on rank 0.
         allow_empty: return an empty report, with a log line and without consuming a batch, where
             otherwise a ValueError says that there is no layer to estimate.
+        thaw: estimate every FrozenBatchNorm2d, too; they stay of that class. With their weights
+            fixed, this adapts a whole detector to the domain of ``batches`` (Table 4).
 
     Returns:
         What was seen and how far the old statistics were off.
 
     Raises:
         ValueError: when ``num_batches`` is no positive integer, when no BN-like layer is in
-            training mode, when ranks disagree about one or the other, or when a loader ends early;
-            on all ranks, naming the rank (a short loader: RuntimeError on the other ranks).
+            training mode, when the statistics of a layer to thaw are folded into its weight, when
+            ranks disagree about one or the other, or when a loader ends early; on all ranks, naming
+            the rank (a short loader: RuntimeError on the other ranks).
         RuntimeError: when a loader raises (chained to what it raised), or another rank failed.
         FloatingPointError: when statistics are not finite, or overflow the type of their buffers;
             on all ranks, naming the layer.
@@ -109,7 +120,9 @@ def estimate_population_statistics(
             their wait.
     """
     model = unwrap(model)
-    num_batches, layers, frozen = _agree_on_plan(model, num_batches, autocast, labelled, group)
+    num_batches, layers, frozen = _agree_on_plan(
+        model, num_batches, autocast, labelled, group, thaw
+    )
     world = get_world_size(group)
     if not layers:
         why = _why_nothing(model, frozen)
@@ -177,6 +190,7 @@ def _agree_on_plan(
     autocast: Autocast | None,
     labelled: bool | None,
     group: ProcessGroup | None,
+    thaw: bool,
 ) -> tuple[int, list[ObservedLayer], list[str]]:
     """Check the arguments here and against the other ranks', in one exchange."""
     error: Exception | None = None
@@ -191,6 +205,11 @@ def _agree_on_plan(
             )
         found, frozen = find_population_layers(model)
         layers = observe(found)
+        constant = named_frozen_layers(model)
+        if thaw:
+            layers += [ThawedLayer(name, layer) for name, layer in constant]
+        else:
+            frozen += [name for name, _ in constant]
     except Exception as raised:
         error = raised
     message = None if error is None else f"{type(error).__name__}: {error}"

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.numerics.moments import Moments, merge_moments
+from rethinking_bn.numerics.normalize import normalize
 from rethinking_bn.numerics.tensor_moments import local_moments
 
 _BLOCK = 32  # forwards between two merges in float64
@@ -184,6 +185,59 @@ class _InputLayer(_TorchLayer):
         x = args[0] if args else kwargs["input"]
         if layer.training:
             self.moments.add(Moments(*(value[None] for value in local_moments(x))))
+
+
+class ThawedLayer(_TorchLayer):
+    """A FrozenBatchNorm2d, whose constant statistics are estimated all the same.
+
+    Meanwhile it normalises by its mini-batch, as the BN that it once was in training.
+
+    Raises:
+        ValueError: when its statistics are folded into weight and bias (mean 0, variance 1): any
+            estimate would be put on top of them.
+    """
+
+    def __init__(self, name: str, layer: Any) -> None:
+        mean, var = layer.running_mean, layer.running_var
+        if not mean.any() and ((var - 1).abs() <= 2 * layer.eps).all():
+            raise ValueError(
+                f"{name}: its mean is 0 and its variance 1, so the statistics of these weights are "
+                "folded into weight and bias and cannot be replaced by estimates"
+            )
+        super().__init__(name, layer)
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        attributes = vars(self.layer)
+        before = {"forward": attributes["forward"]} if "forward" in attributes else {}
+        attributes["forward"] = self._forward
+        try:
+            yield
+        finally:
+            del attributes["forward"]
+            attributes.update(before)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        outputs, local = normalize(
+            [x], [layer.weight], [layer.bias], parts=[0], pools=[0], eps=layer.eps
+        )
+        assert local is not None  # for the type checker: there are no holders
+        self.moments.add(local)
+        return outputs[0]
+
+
+def named_frozen_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the layers that are a BN with constant statistics by their class, with their names.
+
+    detectron2's FrozenBatchNorm2d and torchvision's, found by their name and buffers.
+    """
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(kind.__name__ == "FrozenBatchNorm2d" for kind in type(module).__mro__)
+        and {"running_mean", "running_var"} <= module._buffers.keys()
+    ]
 
 
 def _observed(name: str, layer: nn.Module) -> ObservedLayer:

@@ -44,7 +44,8 @@ class PopulationReport:
 
     Attributes:
         layers: one entry per layer and domain, in the model's order.
-        frozen: names of BN-like layers that were in eval mode, hence left alone.
+        frozen: names of BN-like layers that were in eval mode, or are a FrozenBatchNorm2d, hence
+            left alone.
         num_batches: forwards on each rank.
         world_size: ranks W.
         labelled: whether the model ran on labelled data, as in training.
@@ -105,7 +106,7 @@ class PopulationReport:
             cells = [number.rjust(w) for number, w in zip(numbers, widths[1:], strict=True)]
             lines.append("  ".join([name.ljust(widths[0]), *cells]))
         for title, names in (
-            ("frozen (eval mode), left alone", self.frozen),
+            ("frozen, left alone", self.frozen),
             ("no value seen, kept", self.unreached),
         ):
             if names:

@@ -168,3 +168,18 @@ def test_ranks_share_the_data(tmp_path: Path) -> None:
     assert sorted(ids) == sorted([*range(10)] * 2)
     ids = [i for mine, others in zip(first[:2], second[:2], strict=True) for i, _ in mine + others]
     assert len(set(ids)) == 8  # no image twice within one pass
+
+
+def test_the_preprocessing_of_inference(cfg: CfgNode) -> None:
+    """Table 4's last row: no augmentation, and no labels."""
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (48,), 64
+    cfg.TEST.PRECISE_BN.TRANSFORMS = "test"
+    batch = next(iter(build_population_loader(cfg)))
+    assert all("instances" not in sample for sample in batch)
+    assert all(min(sample["image"].shape[1:]) == 64 for sample in batch)
+    cfg.TEST.PRECISE_BN.TRANSFORMS = "train"
+    batch = next(iter(build_population_loader(cfg)))
+    assert all("instances" in sample for sample in batch)
+    cfg.TEST.PRECISE_BN.TRANSFORMS = "inference"
+    with pytest.raises(ValueError, match='"train" or "test", got \'inference\''):
+        build_population_loader(cfg)

@@ -126,10 +126,7 @@ def _tiles_of(
     if images * size == 0:
         return []
     if last:
-        return [
-            (1, stop - start, start)
-            for start, stop in _cut(images * size, BLOCKS * rows, 16)
-        ]
+        return [(1, stop - start, start) for start, stop in _cut(images * size, BLOCKS * rows, 16)]
     if size > columns:
         return [
             (1, stop - start, image * channels * size + start)

@@ -1,0 +1,100 @@
+"""Estimating the statistics of FrozenBatchNorm2d, to adapt a whole detector to another domain."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from detectron2.layers import FrozenBatchNorm2d
+from torch import Tensor, nn
+
+from rethinking_bn.population import estimate_population_statistics
+from tests.helpers import run_distributed
+from tests.population.cases import images, small_net
+
+
+def frozen_twin(net: nn.Module, kind: Any) -> nn.Module:
+    """The same model with constant statistics, as detection freezes its backbone."""
+    net = copy.deepcopy(net)
+    for name, module in list(net.named_children()):
+        if isinstance(module, nn.BatchNorm2d):
+            frozen = kind(module.num_features)
+            frozen.load_state_dict(module.state_dict(), strict=False)
+            setattr(net, name, frozen)
+    return net
+
+
+def trained_net() -> Any:
+    net = small_net().eval()
+    net[4] = nn.Identity()  # no dropout
+    for index in (0, 2, 6):
+        for tensor in (*net[index].parameters(), *net[index].buffers()):
+            if tensor.is_floating_point():
+                tensor.data.uniform_(0.5, 1.5)
+    return net
+
+
+@pytest.mark.parametrize("kind", [FrozenBatchNorm2d, torchvision.ops.FrozenBatchNorm2d])
+def test_estimates_are_those_of_batch_norm(kind: Any) -> None:
+    net, batches = trained_net(), images(2, 3)
+    frozen = frozen_twin(net, kind)
+    torch.testing.assert_close(frozen(batches[0]), net(batches[0]))
+    before = {name: value.clone() for name, value in frozen.state_dict().items()}
+    report = estimate_population_statistics(frozen, batches, 2, thaw=True)
+    estimate_population_statistics(net.train(), batches, 2)
+    assert [layer.name for layer in report.layers] == ["0", "2", "6"] and report.frozen == ()
+    assert all(type(frozen[i]) is kind and "forward" not in vars(frozen[i]) for i in (0, 2, 6))
+    for name, value in frozen.state_dict().items():
+        expected = net.state_dict()[name]
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5, msg=name)
+        assert torch.equal(value, before[name]) == ("running" not in name)
+
+
+def test_without_thaw_they_are_named_and_nothing_changes() -> None:
+    net = nn.Sequential(FrozenBatchNorm2d(3), nn.BatchNorm2d(3))
+    before = net[0].running_mean.clone()
+    report = estimate_population_statistics(net, images(2), 1)
+    assert report.frozen == ("0",) and torch.equal(net[0].running_mean, before)
+    assert "frozen, left alone: 0" in str(report)
+
+
+@pytest.mark.parametrize("kind", [FrozenBatchNorm2d, torchvision.ops.FrozenBatchNorm2d])
+def test_folded_statistics_are_refused_by_name(kind: Any) -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3), kind(3))
+    net[1].weight.uniform_(0.5, 2)
+    with pytest.raises(ValueError, match=r"^1: its mean is 0 and its variance 1.*folded"):
+        estimate_population_statistics(net, images(2), 1, thaw=True)
+    assert (net[0].running_mean == 0).all()
+
+
+def test_an_interrupted_run_leaves_the_layer_as_it_was() -> None:
+    net = frozen_twin(trained_net(), FrozenBatchNorm2d)
+    x = images(2)[0]
+    expected = net(x)
+
+    def forward(model: Any, batch: Tensor) -> None:
+        model(batch)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        estimate_population_statistics(net, [x], 1, thaw=True, forward=forward)
+    assert torch.equal(net(x), expected)
+
+
+def on_rank(rank: int) -> dict[str, Tensor]:
+    net = frozen_twin(trained_net(), FrozenBatchNorm2d)
+    estimate_population_statistics(net, images(2, 3)[rank : rank + 1], 1, thaw=True)
+    return net.state_dict()
+
+
+def test_two_ranks_are_one_with_their_batches_in_turn() -> None:
+    first, second = run_distributed(on_rank, 2)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    net = frozen_twin(trained_net(), FrozenBatchNorm2d)
+    estimate_population_statistics(net, images(2, 3), 2, thaw=True)
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6, msg=name)
