@@ -127,7 +127,11 @@ STUDY = Study(
         )
     ),
     settings=_SETTINGS,
-    quick={**_SETTINGS, "steps": 12},
+    quick={
+        **_SETTINGS,
+        "steps": 8,
+        "conditions": {"copies": 1, "contrast": 0.1, "brightness": 2.0},
+    },
     parts=len(_SCHEDULES),
     run=run,
 )

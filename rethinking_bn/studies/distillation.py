@@ -107,7 +107,12 @@ STUDY = Study(
         Claim("T 5 is better than T 1", low="T=5", high="T=1"),
     ),
     settings=_SETTINGS,
-    quick={**_SETTINGS, "steps": 8, "teacher_steps": 12},
+    quick={
+        **_SETTINGS,
+        "steps": 8,
+        "teacher_steps": 8,
+        "conditions": {"copies": 1, "contrast": 0.1, "brightness": 2.0},
+    },
     parts=2 + len(_TEMPERATURES),
     run=run,
 )

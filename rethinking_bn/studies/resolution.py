@@ -23,7 +23,7 @@ from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, S
 from rethinking_bn.studies.training import constant_rate, error, precise, train_to_the_end
 
 _TRAINED_AT = 8
-_SIZES = (6, 8, 12, 16)
+_SIZES = (6, 8, 10, 12)
 _ARMS = ("as trained", "statistics of the size", "FixRes")
 _TRAINED = ("8.branch.4", "11")  # the last block's last norm and the classifier of make_net
 
@@ -84,14 +84,14 @@ STUDY = Study(
         ),
     ),
     claims=(
-        Claim("another size costs", low="as trained, 8", high="as trained, 16"),
-        Claim("FixRes gets some of it back", low="FixRes, 16", high="as trained, 16"),
+        Claim("another size costs", low="as trained, 8", high="as trained, 12"),
+        Claim("FixRes gets some of it back", low="FixRes, 12", high="as trained, 12"),
         Claim(
             "so do statistics of the size alone",
-            low="statistics of the size, 16",
-            high="as trained, 16",
+            low="statistics of the size, 12",
+            high="as trained, 12",
         ),
-        Claim("FixRes does more", low="FixRes, 16", high="statistics of the size, 16"),
+        Claim("FixRes does more", low="FixRes, 12", high="statistics of the size, 12"),
         Claim(
             "at the training size nothing changes",
             low="FixRes, 8",
