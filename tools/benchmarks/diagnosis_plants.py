@@ -1,0 +1,195 @@
+"""Defects planted in healthy models, as weak or strong as one likes."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from benchmarks.diagnosis_cases import Case, Sample, others
+from torch import Tensor, nn
+
+BATCHES = 16
+
+# By strength in (0, 1]; the others are there or not, or follow a grid of their own.
+GRADED = (
+    "stale-statistics",
+    "repeated-use",
+    "mixed-modes",
+    "dead-channels",
+    "domain-shift",
+    "output-effect",
+)
+ONCE = ("identity-statistics", "non-finite", "impossible-variance")
+FRACTIONS = (0.25, 0.5, 1.0)  # of a batch that is of one kind: dependent-samples
+SIZES = (32, 8, 2)  # images in a batch: small-batch
+KINDS = (*GRADED, *ONCE, "dependent-samples", "small-batch")
+
+
+@dataclass
+class Planted:
+    """A model with a defect, the batches that show it, and where it is ("": anywhere)."""
+
+    model: nn.Module
+    batches: list[Any]
+    target: list[Any] | None
+    layer: str
+    seed: int
+
+
+class CalledTwice(nn.Module):
+    """A norm layer that also serves a second domain, whose features are ``scale`` · x + offset.
+
+    In training both are normalised alike and the result is the layer's; at inference they share
+    the statistics of both.
+    """
+
+    def __init__(self, norm: nn.Module, strength: float) -> None:
+        super().__init__()
+        self.norm, self.scale = norm, 1 + strength
+        offset = strength * (norm.running_var + norm.eps).sqrt() - strength * norm.running_mean
+        self.register_buffer("offset", offset[:, None, None])
+        other = norm.running_mean * self.scale + offset
+        mean = (norm.running_mean + other) / 2
+        spread = ((norm.running_mean - other) / 2).square()
+        norm.running_var.mul_((1 + self.scale**2) / 2).add_(spread)
+        norm.running_mean.copy_(mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.norm(x) + self.norm(x * self.scale + self.offset)) / 2
+
+
+def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    """Return the BN layers by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+
+
+@torch.no_grad()
+def plant(kind: str, case: Case, strength: float, seed: int) -> Planted:
+    """Plant one defect in a copy of a healthy model.
+
+    Args:
+        kind: one of ``KINDS``.
+        strength: for dependent-samples the fraction of a batch that is of one kind, for small-batch
+            the images in a batch; else how far off, in about standard deviations.
+        seed: chooses the layer and the batches.
+    """
+    model = copy.deepcopy(case.model)
+    g = torch.Generator().manual_seed(seed)
+    named = norms(model)
+    name = list(named)[int(torch.randint(len(named), (), generator=g))]
+    layer = named[name]
+    sign = torch.randint(0, 2, (layer.num_features,), generator=g) * 2.0 - 1
+    batches = target = None
+    if kind == "stale-statistics":
+        _shift(layer, strength, sign)
+    elif kind == "mixed-modes":
+        _shift(layer, strength, sign)
+        model.train()
+        layer.eval()
+    elif kind == "output-effect":
+        name = ""
+        for each in named.values():
+            random = torch.randint(0, 2, (each.num_features,), generator=g) * 2.0 - 1
+            _shift(each, strength, random)
+    elif kind == "repeated-use":
+        _replace(model, name, CalledTwice(layer, strength))
+        name += ".norm"
+    elif kind == "dead-channels":
+        count = max(1, round(strength * layer.num_features))
+        chosen = torch.randperm(layer.num_features, generator=g)[:count]
+        _conv_before(model, name).weight[chosen] = 0
+    elif kind == "identity-statistics":
+        layer.reset_running_stats()
+    elif kind == "non-finite":
+        layer.running_mean[0] = float("nan")
+    elif kind == "impossible-variance":
+        layer.running_var[0] = -0.1
+    elif kind == "domain-shift":
+        dark = [case.darken(sample, strength) for sample in case.target]
+        target = replace(case, samples=dark).batches(seed, BATCHES)
+        name = ""
+    elif kind == "small-batch":
+        batches = case.batches(seed, max(BATCHES, 64 // int(strength)), int(strength))
+        name = ""
+    elif kind == "dependent-samples":
+        batches = grouped(case, strength, seed)
+        name = ""
+    else:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    return Planted(model, batches or case.batches(seed, BATCHES), target, name, seed)
+
+
+def grouped(case: Case, fraction: float, seed: int) -> list[Any]:
+    """Return batches of which a fraction is alike: of one class, or of one brightness."""
+    g = torch.Generator().manual_seed(seed)
+
+    def key(sample: Sample) -> float:
+        label = None if isinstance(sample, dict) else sample[1]
+        return float(label) if isinstance(label, Tensor) else case.brightness(sample)
+
+    alike = sorted(case.samples, key=key)
+    own = round(fraction * case.size)
+    batches = []
+    for _ in range(BATCHES):
+        start = int(torch.randint(len(alike) - own + 1, (), generator=g))
+        rest = torch.randint(len(alike), (case.size - own,), generator=g).tolist()
+        batches.append(case.collate([*alike[start : start + own], *(alike[i] for i in rest)]))
+    return batches
+
+
+def _shift(layer: nn.BatchNorm2d, strength: float, sign: Tensor) -> None:
+    layer.running_mean += strength * sign * layer.running_var.sqrt()
+    layer.running_var *= torch.exp(strength * sign)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _conv_before(model: nn.Module, name: str) -> nn.Conv2d:
+    before: nn.Conv2d | None = None
+    for other, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            before = module
+        if other == name and before is not None:
+            return before
+    raise ValueError(f"no convolution before {name}")
+
+
+@torch.no_grad()
+def output_change(kind: str, case: Case, planted: Planted) -> float:
+    """Return how much a defect changes the output of a classifier, in its standard deviations.
+
+    For "domain-shift", between the same images of both domains; for what batches do, from
+    population to mini-batch statistics beyond what healthy batches do; else at inference.
+    """
+    inputs = case.batches(1, 4)
+    healthy, model = case.model, copy.deepcopy(planted.model).eval()
+    clean = torch.cat([healthy(x) for x, _ in inputs])
+    if kind in ("dependent-samples", "small-batch"):
+        batches = planted.batches[:16]
+        exact = torch.cat([healthy(x) for x, _ in batches])
+        other = torch.cat([copy.deepcopy(healthy).train()(x) for x, _ in batches])
+        return float((other - exact).square().mean().sqrt() / exact.std())
+    if kind == "domain-shift":
+        assert planted.target is not None
+        dark = torch.cat([model(x) for x, _ in planted.target[:4]])
+        clean = torch.cat([model(x) for x, _ in others(case).batches(planted.seed, 4)])
+        return float((dark - clean).square().mean().sqrt() / clean.std())
+    changed = torch.cat([model(x) for x, _ in inputs])
+    change = float((changed - clean).square().mean().sqrt() / clean.std())
+    return change if change == change else float("inf")
+
+
+def strength_for(kind: str, case: Case, change: float, seed: int) -> float:
+    """Return the strength at which the output changes that much, by bisection; 8 steps."""
+    low, high = 1e-4, 4.0 if kind not in ("dead-channels", "domain-shift") else 1.0
+    for _ in range(8):
+        middle = (low * high) ** 0.5
+        got = output_change(kind, case, plant(kind, case, middle, seed))
+        low, high = (middle, high) if got < change else (low, middle)
+    return high
+

@@ -1,0 +1,69 @@
+"""The table and the curve of tools/diagnosis_trial.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Trial = dict[str, Any]
+
+
+def write_table(trials: Sequence[Trial], path: Path) -> str:
+    """Write and return the Markdown table: what was found, how often, how strong it was."""
+    lines = ["| model | planted | strength | output changes by | found | of them severe |"]
+    lines.append("|---|---|---|---|---|---|")
+    keys = dict.fromkeys((t["model"], t["kind"], _level(t)) for t in trials)
+    for model, kind, level in keys:
+        group = [t for t in trials if (t["model"], t["kind"], _level(t)) == (model, kind, level)]
+        if kind == "healthy":
+            alarms = sum(bool(t["reported"]) for t in group)
+            lines.append(
+                f"| {model} | nothing | | | false alarms in {alarms} of {len(group)} | |"
+            )
+            continue
+        found = [t for t in group if t["found"] != "ok"]
+        severe = sum(t["found"] == "severe" for t in group)
+        change = median(t["change"] for t in group)
+        told = "" if change != change else f"{change:.2f}"
+        strength = f"{median(t['strength'] for t in group):.2g}"
+        lines.append(
+            f"| {model} | {kind} | {strength} | {told} | {len(found)} of {len(group)} | {severe} |"
+        )
+    text = "\n".join(lines) + "\n"
+    path.write_text(text, encoding="utf-8")
+    return text
+
+
+def _level(trial: Trial) -> float:
+    """What puts trials of different seeds into one row."""
+    return trial["strength"] if trial["at"] != trial["at"] else trial["at"]
+
+
+def write_curve(trials: Sequence[Trial], path: Path) -> None:
+    """Draw the share found, and that called severe, over the change of the classifier's output."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    chosen = [t for t in trials if t["model"] == "classifier" and t["at"] == t["at"]]
+    for ax, title, severities in (
+        (axes[0], "found", ("note", "warning", "severe")),
+        (axes[1], "called severe", ("severe",)),
+    ):
+        for kind in dict.fromkeys(t["kind"] for t in chosen):
+            points = []
+            for at in sorted({t["at"] for t in chosen}):
+                group = [t for t in chosen if t["kind"] == kind and t["at"] == at]
+                if group:
+                    share = sum(t["found"] in severities for t in group) / len(group)
+                    points.append((median(t["change"] for t in group), share))
+            ax.plot(*zip(*points, strict=True), "o-", label=kind)
+        ax.set(title=title, xlabel="change of the output, standard deviations", ylim=(-0.03, 1.03))
+        ax.set_xscale("log")
+    axes[0].set_ylabel("share of seeds")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
