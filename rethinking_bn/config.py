@@ -131,6 +131,12 @@ def _our_keys() -> CfgNode:
     # statistics) or "batch" (the mini-batch of this rank; frozen layers keep theirs).
     c.TEST.STATISTICS = "population"
 
+    # --- Diagnosis of a run's BatchNorm ---------------------------------------- sections 3 to 6
+    c.TEST.DIAGNOSE = CfgNode()
+    # Iterations between two diagnoses during training, on the images of TEST.PRECISE_BN (NUM_ITER
+    # batches, 32 at most); their numbers are scalars, diagnose/*. 0: never.
+    c.TEST.DIAGNOSE.PERIOD = 0
+
     # --- Population training; ENABLED and NUM_ITER are detectron2's ----------------- section 3
     c.TEST.PRECISE_BN = CfgNode()
     # Names of registered data sets, labelled or not. Empty: DATASETS.TRAIN. Another domain's images

@@ -5,9 +5,11 @@ Twenty seeds on a small residual classifier, every kind at several strengths; th
 the detectors:
 
     for seed in $(seq 0 19); do python tools/diagnosis_trial.py --seed $seed; done
-    for seed in 0 1 2; do python tools/diagnosis_trial.py --model torchvision_retinanet --seed $seed
+    for seed in 0 1 2; do
+        python tools/diagnosis_trial.py --model torchvision_retinanet --seed $seed
     done
-    python tools/diagnosis_trial.py --report docs/diagnosis_trial.md --curve docs/diagnosis_trial.png
+    python tools/diagnosis_trial.py --report docs/diagnosis_trial.md \\
+        --curve docs/diagnosis_trial.png
 
 A run appends its trials to a JSON-lines file; ``--report`` reads all of them. A trial is found when
 the planted kind is reported (note or worse) at the planted layer; a false alarm is any report in a
@@ -25,7 +27,7 @@ from typing import Any
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 from benchmarks import diagnosis_cases, diagnosis_plants  # noqa: E402
-from benchmarks.diagnosis_plants import FRACTIONS, GRADED, ONCE, SIZES  # noqa: E402
+from benchmarks.diagnosis_plants import FRACTIONS, GRADED, SIZES  # noqa: E402
 from benchmarks.diagnosis_report import write_curve, write_table  # noqa: E402
 
 from rethinking_bn.diagnosis import Diagnosis, diagnose  # noqa: E402
@@ -95,7 +97,9 @@ def _severity(diagnosis: Diagnosis, kind: str, layer: str) -> str:
     of = diagnosis.of(kind) if not layer else diagnosis.of(kind, layer)
     if kind == "output-effect":
         of = (*of, *diagnosis.of("stale-statistics"))
-    return max((f.severity for f in of), key=("ok", "note", "warning", "severe").index, default="ok")
+    return max(
+        (f.severity for f in of), key=("ok", "note", "warning", "severe").index, default="ok"
+    )
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rethinking_bn.diagnosis.findings import SEVERITIES, Finding
+from rethinking_bn.files import replace
 
 _WIDTH = 100
 
@@ -105,10 +106,7 @@ class Diagnosis:
         """Return the diagnosis as JSON text; with a path, write it there too."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         if path is not None:
-            target = Path(path)
-            aside = target.with_name(f".{target.name}.part")
-            aside.write_text(text + "\n", encoding="utf-8")
-            aside.replace(target)
+            replace(path, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
         return text
 
     def plot(self, path: str | Path) -> None:

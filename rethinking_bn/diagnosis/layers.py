@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from rethinking_bn.distributed import get_world_size
-from rethinking_bn.layers import BatchStatNorm2d, CycleBatchNorm2d, MultiDomainBatchNorm2d
+from rethinking_bn.layers import BatchStatNorm2d, MultiDomainBatchNorm2d, SplitBatchNorm2d
 from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.numerics.moments import Moments
 
@@ -54,7 +54,7 @@ class DiagnosedLayer:
     def _read(self) -> Statistics | None:
         layer = self.layer
         if self.mean_square:
-            square = layer.read_population()[0].detach().cpu().double().clone()
+            square = _copy(layer.read_population()[0])
             return torch.zeros_like(square), square
         if layer.__dict__.get("_buffers", {}).get("running_mean", 0) is None:
             return None
@@ -62,7 +62,7 @@ class DiagnosedLayer:
             mean, var = layer.read_population()
         else:
             mean, var = layer.running_mean[None], layer.running_var[None]
-        return mean.detach().cpu().double().clone(), var.detach().cpu().double().clone()
+        return _copy(mean), _copy(var)
 
     @torch.no_grad()
     def write(self, statistics: Statistics) -> None:
@@ -154,13 +154,19 @@ class DiagnosedLayer:
             handle.remove()
 
     def _tensors(self, x: Any) -> list[Tensor]:
-        if not isinstance(x, Tensor):
-            return list(x)
-        domains = getattr(self.layer, "row_domains_of_call", None)
-        if domains is None or isinstance(self.layer, CycleBatchNorm2d):
-            return [x]
-        each = torch.as_tensor(domains(x) if callable(domains) else domains, device=x.device)
-        return [x[each == domain] for domain in range(self.rows)]
+        tensors = [x] if isinstance(x, Tensor) else list(x)
+        rows = getattr(self.layer, "_rows", None)
+        if not isinstance(self.layer, SplitBatchNorm2d) or rows is None:
+            return tensors
+        domains = range(self.layer.num_domains)
+        each = torch.as_tensor([rows] * len(tensors[0]) if isinstance(rows, int) else rows)
+        return [t[(each == d).to(t.device)] for t in tensors for d in domains]
+
+
+def _copy(x: Tensor) -> Tensor:
+    """Return a float64 copy on the CPU; zeros for torch's meta device, which has no numbers."""
+    x = x.detach()
+    return torch.zeros(x.shape, dtype=torch.float64) if x.is_meta else x.cpu().double().clone()
 
 
 def _ignore(moments: Moments) -> None:

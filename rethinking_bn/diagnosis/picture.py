@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rethinking_bn.files import replace
+
 if TYPE_CHECKING:
     from rethinking_bn.diagnosis.diagnosis import Diagnosis
 
@@ -73,6 +75,5 @@ def draw(diagnosis: Diagnosis, path: Path) -> None:
         if finding.kind in ("non-finite", "impossible-variance") and finding.severity == "severe":
             axes[0].axvline(depth[finding.layer], color="crimson", linewidth=0.8)
     figure.suptitle(str(diagnosis).splitlines()[0], fontsize=10)
-    aside = path.with_name(f".part.{path.name}")
-    figure.savefig(aside, dpi=110)
-    aside.replace(path)
+    kind = path.suffix.lstrip(".") or "png"
+    replace(path, lambda aside: figure.savefig(aside, dpi=110, format=kind))

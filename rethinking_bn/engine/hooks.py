@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from rethinking_bn.config import check_has_keys, check_thaw
+from rethinking_bn.engine.diagnose import DiagnoseBN
 from rethinking_bn.engine.freeze_bn import FreezeBN
 from rethinking_bn.engine.merge_statistics import MergeStatistics
 from rethinking_bn.engine.population_loader import build_together
@@ -71,6 +72,13 @@ def _freeze_bn(cfg: Any, model: nn.Module, loader: PopulationLoader) -> HookBase
     return FreezeBN(keys.START, model, loader(), cfg.TEST.PRECISE_BN.NUM_ITER, affine=keys.AFFINE)
 
 
+def _diagnose(cfg: Any, model: nn.Module, loader: PopulationLoader) -> HookBase | None:
+    period = cfg.TEST.get("DIAGNOSE", {}).get("PERIOD", 0)
+    if period == 0:
+        return None
+    return DiagnoseBN(period, model, loader(), cfg.TEST.PRECISE_BN.NUM_ITER)
+
+
 def _merge(cfg: Any, model: nn.Module, loader: PopulationLoader) -> HookBase | None:
     if comm.get_world_size() == 1:
         return None
@@ -85,6 +93,7 @@ _OURS: tuple[
     (PreciseBN, _precise_bn),
     (FreezeBN, _freeze_bn),
     (WeightAverage, _weight_average),
+    (DiagnoseBN, _diagnose),
     (MergeStatistics, _merge),
 )
 

@@ -9,16 +9,17 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork
+
 from rethinking_bn.data import CLASSES, ShapesDataset
 from rethinking_bn.population import estimate_population_statistics
 from rethinking_bn.studies.data import load_digits, shuffled_indices
 from rethinking_bn.studies.network import make_net
 from rethinking_bn.studies.training import train_to_the_end
 from rethinking_bn.torchvision import run_detector
-from torch import Tensor, nn
-from torchvision.models.detection import MaskRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import FeaturePyramidNetwork
 
 Sample = Any  # (image, label), (image, target) or detectron2's dict
 
@@ -112,7 +113,7 @@ class _Backbone(nn.Module):
 @cache
 def _shapes(name: str, images: int) -> list[Sample]:
     first = ShapesDataset(name, num_images=images, masks=True, first_label=1)
-    return [(image / 255, target) for image, target in first]
+    return [(image / 255, target) for image, target in (first[i] for i in range(len(first)))]
 
 
 def _detector(seed: int, build: Callable[..., nn.Module], **options: Any) -> Case:
@@ -159,6 +160,7 @@ def _detectron2(seed: int, config: str, *opts: Any) -> Case:
     from detectron2.config import get_cfg
     from detectron2.data import DatasetCatalog, DatasetMapper
     from detectron2.modeling import build_model
+
     from rethinking_bn import add_rethinking_bn_config, get_config_file
     from rethinking_bn.data import register  # noqa: F401  # makes the data sets known
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from benchmarks.diagnosis_cases import Case, Sample, others
 from torch import Tensor, nn
+
+from benchmarks.diagnosis_cases import Case, Sample, others
 
 BATCHES = 16
 
@@ -45,9 +46,10 @@ class CalledTwice(nn.Module):
     the statistics of both.
     """
 
-    def __init__(self, norm: nn.Module, strength: float) -> None:
+    def __init__(self, norm: Any, strength: float) -> None:
         super().__init__()
         self.norm, self.scale = norm, 1 + strength
+        self.offset: Tensor
         offset = strength * (norm.running_var + norm.eps).sqrt() - strength * norm.running_mean
         self.register_buffer("offset", offset[:, None, None])
         other = norm.running_mean * self.scale + offset
@@ -60,7 +62,7 @@ class CalledTwice(nn.Module):
         return (self.norm(x) + self.norm(x * self.scale + self.offset)) / 2
 
 
-def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+def norms(model: nn.Module) -> dict[str, Any]:
     """Return the BN layers by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
 
@@ -139,7 +141,7 @@ def grouped(case: Case, fraction: float, seed: int) -> list[Any]:
     return batches
 
 
-def _shift(layer: nn.BatchNorm2d, strength: float, sign: Tensor) -> None:
+def _shift(layer: Any, strength: float, sign: Tensor) -> None:
     layer.running_mean += strength * sign * layer.running_var.sqrt()
     layer.running_var *= torch.exp(strength * sign)
 
@@ -192,4 +194,3 @@ def strength_for(kind: str, case: Case, change: float, seed: int) -> float:
         got = output_change(kind, case, plant(kind, case, middle, seed))
         low, high = (middle, high) if got < change else (low, middle)
     return high
-

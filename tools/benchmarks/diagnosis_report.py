@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rethinking_bn.files import replace
+
 Trial = dict[str, Any]
 
 
@@ -19,9 +21,7 @@ def write_table(trials: Sequence[Trial], path: Path) -> str:
         group = [t for t in trials if (t["model"], t["kind"], _level(t)) == (model, kind, level)]
         if kind == "healthy":
             alarms = sum(bool(t["reported"]) for t in group)
-            lines.append(
-                f"| {model} | nothing | | | false alarms in {alarms} of {len(group)} | |"
-            )
+            lines.append(f"| {model} | nothing | | | false alarms in {alarms} of {len(group)} | |")
             continue
         found = [t for t in group if t["found"] != "ok"]
         severe = sum(t["found"] == "severe" for t in group)
@@ -32,7 +32,7 @@ def write_table(trials: Sequence[Trial], path: Path) -> str:
             f"| {model} | {kind} | {strength} | {told} | {len(found)} of {len(group)} | {severe} |"
         )
     text = "\n".join(lines) + "\n"
-    path.write_text(text, encoding="utf-8")
+    replace(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     return text
 
 
@@ -66,4 +66,4 @@ def write_curve(trials: Sequence[Trial], path: Path) -> None:
         ax.set_xscale("log")
     axes[0].set_ylabel("share of seeds")
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    replace(path, lambda aside: figure.savefig(aside, dpi=110, format="png"))

@@ -1,0 +1,119 @@
+"""The diagnosis of a detectron2 run: the hook's scalars, config keys in remedies, the tool."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+
+from rethinking_bn.diagnosis import diagnose
+from rethinking_bn.engine import DiagnoseBN, Trainer, run_diagnosis, with_rethinking_bn
+from rethinking_bn.engine.diagnose import CONFIG_KEYS
+from rethinking_bn.engine.precise_bn import PreciseBN
+from tests.engine.tiny import register_data, tiny_config, write_data
+
+TOOL = Path(__file__).parents[2] / "tools" / "diagnose.py"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return register_data(folder)
+
+
+def test_a_run_records_its_diagnosis(data: str, tmp_path: Path) -> None:
+    cfg = tiny_config(
+        data, tmp_path, TEST__DIAGNOSE__PERIOD=2, SOLVER__MAX_ITER=2, TEST__EVAL_PERIOD=0
+    )
+    trainer = Trainer(cfg)
+    (hook,) = (h for h in trainer._hooks if isinstance(h, DiagnoseBN))
+    trainer.train()
+    assert hook.last is not None and hook.last.batches == 2
+    lines = [json.loads(x) for x in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert lines[-1]["diagnose/severe"] == len(hook.last.severe)
+    assert lines[-1]["diagnose/small_batch"] > 0 and lines[-1]["diagnose/stale_statistics"] >= 0
+    assert trainer.model.training
+
+
+def test_it_comes_after_what_changes_statistics_and_only_if_asked(data: str, tmp_path: Path):
+    cfg = tiny_config(data, tmp_path, TEST__PRECISE_BN__ENABLED=True)
+    model = Trainer.build_model(cfg)
+    assert not any(isinstance(h, DiagnoseBN) for h in with_rethinking_bn([], cfg, model))
+    cfg.TEST.DIAGNOSE.PERIOD = 5
+    kinds = [type(h) for h in with_rethinking_bn([], cfg, model)]
+    assert kinds == [PreciseBN, DiagnoseBN]
+    cfg.TEST.DIAGNOSE.PERIOD = -5
+    with pytest.raises(ValueError, match="TEST.DIAGNOSE.PERIOD must be at least 1, got -5"):
+        with_rethinking_bn([], cfg, model)
+
+
+def test_remedies_name_config_keys_that_exist(data: str, tmp_path: Path) -> None:
+    cfg = tiny_config(data, tmp_path)
+    model = Trainer.build_model(cfg).eval()
+    diagnosis = run_diagnosis(cfg, model, 3)
+    assert not any(module.training for module in model.modules())
+    identity = [f for f in diagnosis.severe if f.kind == "identity-statistics"]
+    assert identity and "TEST.PRECISE_BN.ENABLED True" in str(identity[0])
+    words = " ".join(CONFIG_KEYS.values()).replace(",", " ").replace("(", " ").split()
+    for key in (w for w in words if w.split(".")[0] in ("MODEL", "SOLVER", "TEST") and "." in w):
+        node = cfg
+        for part in key.strip(").").split("."):
+            assert part in node, key
+            node = node[part]
+
+
+def test_a_detectors_output_is_that_of_its_heads(data: str, tmp_path: Path) -> None:
+    cfg = tiny_config(data, tmp_path)
+    model = Trainer.build_model(cfg).train()
+    with EventStorage():
+        whole = run_diagnosis(cfg, model, 2).of("output-effect", "")
+    assert whole and 0 < whole[0].evidence["stored_to_exact"] < float("inf")
+
+
+def call_tool(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["diagnose.py", *argv])
+    try:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_the_tool_prints_and_writes(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = tiny_config(data, tmp_path / "out")
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+    config = ("--config-file", str(tmp_path / "run.yaml"))
+    torch.save({"model": Trainer.build_model(cfg).state_dict()}, tmp_path / "w.pth")
+    weights = ("MODEL.WEIGHTS", str(tmp_path / "w.pth"))
+    assert call_tool(monkeypatch, *config, "--batches", "2", *weights) == 0
+    out = capsys.readouterr().out
+    assert out.index("severe") < out.index("identity-statistics") and "do: load the" in out
+    written = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    assert written["findings"][0]["severity"] == "severe" and written["batches"] == 2
+    assert call_tool(monkeypatch, *config, "--batches", "2", "--strict", *weights) == 1
+    assert call_tool(monkeypatch, *config, "--plan") == 0
+    assert "pooled over" in capsys.readouterr().out
+    assert call_tool(monkeypatch, *config, "--plan", "--strict", *weights) == 1
+    assert call_tool(monkeypatch, *config, "--batches", "1") == 1
+    assert "--batches must be at least 2, got 1" in capsys.readouterr().err
+
+
+def test_detectron2s_frozen_layers_are_seen() -> None:
+    from detectron2.layers import FrozenBatchNorm2d
+
+    layer = FrozenBatchNorm2d(3)
+    g = torch.Generator().manual_seed(0)
+    batches = [torch.randn(8, 3, 6, 6, generator=g) * 3 + 5 for _ in range(6)]
+    (finding,) = diagnose(layer, batches).of("identity-statistics")
+    assert finding.severity == "severe"
+    layer.running_mean.fill_(5.0)
+    layer.running_var.fill_(9.0)
+    assert not diagnose(layer, batches).severe

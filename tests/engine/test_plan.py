@@ -1,0 +1,83 @@
+"""The plan of every config: what its norm layers will do, and the mistakes it would make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rethinking_bn import get_config_file
+from rethinking_bn.config_files import list_config_files
+from rethinking_bn.engine import load_config
+from rethinking_bn.engine.plan import Plan, make_plan
+from rethinking_bn.layers import BatchNorm2d
+
+FILES = [name for name in list_config_files() if not Path(name).name.startswith("Base-")]
+AT_ODDS = ("row2", "row3", "row5")
+
+
+def plan(name: str, ranks: int = 8, *opts: str) -> Plan:
+    return make_plan(load_config(get_config_file(name), opts), ranks)
+
+
+def warned(made: Plan, text: str) -> bool:
+    return any(text in warning for warning in made.warnings)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_plan_of_every_config(name: str) -> None:
+    shapes = name.startswith("shapes/")
+    ranks = 1 if shapes else 8
+    made = plan(name, ranks)
+    lines = str(made).splitlines()
+    assert len(lines) == 1 + max(1, len(made.layers)) + len(made.warnings)
+    assert all(layer.calls for layer in made.layers), "every layer's calls are known"
+    assert warned(made, "row 3's mistake") == any(row in name for row in AT_ODDS)
+    head = [x for x in made.layers if x.name.startswith(("head.", "roi_heads.")) and x.nbs]
+    if "retinanet_bn_row" in name:
+        assert {layer.calls for layer in head} == {5} and len(head) == 8
+        assert {layer.nbs for layer in head} == {8 if shapes else 16}
+        assert all("ranks" in layer.pools for layer in head)
+        shared = "row1" in name or "row2" in name
+        assert all(("levels" in layer.pools) == shared for layer in head)
+        separate = any(row in name for row in ("row2", "row4", "row6"))
+        assert all(("each of 5" in layer.inference) == separate for layer in head)
+        assert warned(made, "one process") == shapes
+    if "mask_rcnn_bn_head_1im" in name:
+        assert {layer.nbs for layer in head} == {1} and warned(made, "below 8")
+    if "shuffle" in name:
+        assert {layer.pools for layer in head} == {"shuffled rows"}
+    if "batch_stats" in name:
+        assert {layer.inference for layer in head} == {"mini-batch statistics"}
+    if not shapes and "gn" not in name and "mabn" not in name:
+        backbone = [layer for layer in made.layers if "bottom_up" in layer.name]
+        assert len(backbone) == 53 and all(layer.frozen for layer in backbone)
+    assert not warned(made, "decay") and not warned(made, "mean 0, variance 1")
+
+
+def test_mistakes_are_warned_of() -> None:
+    row1 = "retinanet_bn_row1.yaml"
+    assert warned(plan(row1, 8, "SOLVER.WEIGHT_DECAY_NORM", "0.0001"), "decay by 0.0001")
+    assert warned(plan(row1, 8, "MODEL.WEIGHTS", ""), "frozen and MODEL.WEIGHTS is empty")
+    assert warned(plan(row1, 4, "SOLVER.IMS_PER_BATCH", "4"), "batch of 4 image(s), below 8")
+    with pytest.raises(ValueError, match="IMS_PER_BATCH 16 cannot be divided among 3"):
+        plan(row1, 3)
+
+
+def test_weights_without_statistics_are_warned_of(tmp_path: Path) -> None:
+    weights = tmp_path / "w.pth"
+    name = "shapes/mask_rcnn_bn_head.yaml"
+    layer = BatchNorm2d(64)
+    layer.running_mean.fill_(1.0)
+    state = {
+        f"roi_heads.{head}.norm.{key}": value
+        for head in ("box_head.conv1", "box_head.conv2")
+        for key, value in layer.state_dict().items()
+    }
+    state["roi_heads.box_head.conv2.norm.running_mean"] = torch.zeros(64)
+    torch.save({"model": state}, weights)
+    (warning,) = (
+        w for w in plan(name, 1, "MODEL.WEIGHTS", str(weights)).warnings if "no statistics" in w
+    )
+    assert "box_head.conv2.norm and 6 more layers" in warning
