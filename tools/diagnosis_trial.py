@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ STRONG = 1.5  # in detectors
 STRONG_OF = {"dead-channels": 0.5, "domain-shift": 1.0, "small-batch": 2, "dependent-samples": 1.0}
 
 
-def run(model: str, seed: int) -> list[dict[str, Any]]:
-    """Return the trials of one healthy model."""
+def run(model: str, seed: int, kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the trials of one healthy model, and of it with defects of some kinds."""
     case = getattr(diagnosis_cases, model)(seed)
     healthy = diagnosis_plants.Planted(
         case.model, case.batches(seed, diagnosis_plants.BATCHES),
@@ -53,7 +54,7 @@ def run(model: str, seed: int) -> list[dict[str, Any]]:
     )  # fmt: skip
     trials = [_trial(model, "healthy", case, healthy, 0.0, 0.0)]
     graded = model == "classifier"
-    for kind in diagnosis_plants.KINDS:
+    for kind in kinds:
         if not graded:
             wanted = [(STRONG_OF.get(kind, STRONG), float("nan"))]
         elif kind in GRADED:
@@ -109,6 +110,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=MODELS, default="classifier")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--trials", type=Path, default=Path("output/diagnosis_trial.jsonl"))
     parser.add_argument("--report", type=Path, help="write the table of all trials, run none")
     parser.add_argument("--curve", type=Path, help="write the curve of all trials, run none")
@@ -120,7 +122,7 @@ def main() -> None:
         if args.curve:
             write_curve(trials, args.curve)
         return
-    trials = run(args.model, args.seed)
+    trials = run(args.model, args.seed, args.kinds)
     args.trials.parent.mkdir(parents=True, exist_ok=True)
     with args.trials.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(trial) + "\n" for trial in trials)

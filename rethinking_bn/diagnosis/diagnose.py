@@ -51,8 +51,8 @@ def diagnose(
     **A finding needs both significance and effect.** Standard errors come from the scatter of
     whole batches, never from counts of pixels. A channel counts when it is more than 5 standard
     errors off (Student's t over batches, turned into a z), or all channels together when the root
-    mean square of their z is more than 4. Among the channels that count, the root mean square
-    of the effect gives the severity:
+    mean square of their z is more than 4 (3 for dependent-samples). Among the channels that count,
+    the root mean square of the effect gives the severity:
 
     ====================  ==============================================  =====  =======  ======
     kind                  effect                                           note  warning  severe

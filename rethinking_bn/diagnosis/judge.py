@@ -17,7 +17,14 @@ from rethinking_bn.diagnosis.distance import (
 from rethinking_bn.diagnosis.findings import Finding, make, severity_of
 from rethinking_bn.diagnosis.layers import DiagnosedLayer
 from rethinking_bn.diagnosis.record import Record
-from rethinking_bn.diagnosis.statistics import Verdict, f_to_z, judge, ratio, to_z
+from rethinking_bn.diagnosis.statistics import (
+    SCATTER_LIMIT,
+    Verdict,
+    f_to_z,
+    judge,
+    ratio,
+    to_z,
+)
 from rethinking_bn.numerics.moments import merge_moments
 
 # note, warning, severe; what they count is said in diagnose's docstring
@@ -161,9 +168,10 @@ def _dependent_samples(layer: DiagnosedLayer, record: Record) -> Finding:
         between = record.scatter("mean")[use]
         f = torch.where(within > 0, images * between / within.clamp(min=1e-30), 1.0)
         z = torch.where(f > 2, f_to_z(f, batches - 1, df2), 0.0)
-        var = record.exact().variance()[use]
-        excess = (between - within / images).clamp(min=0) / (var + layer.eps)
-        verdict = judge(excess.sqrt(), z)
+        var = record.exact().variance()[use] + layer.eps
+        excess = (between - within / images).clamp(min=0) / var
+        chance = within / images / var * (2 / (batches - 1)) ** 0.5
+        verdict = judge(excess.sqrt(), z, chance.sqrt(), SCATTER_LIMIT)
         if verdict.effect > worst.effect or verdict.z > worst.z and worst.effect == 0:
             worst, most, least_f = verdict, float(use), float(f.max())
     severity = severity_of(worst.effect, DEPENDENCE)

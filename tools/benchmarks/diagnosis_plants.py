@@ -134,7 +134,7 @@ def grouped(case: Case, fraction: float, seed: int) -> list[Any]:
     alike = sorted(case.samples, key=key)
     own = round(fraction * case.size)
     batches = []
-    for _ in range(BATCHES):
+    for _ in range(2 * BATCHES):  # the scatter of few batches says little
         start = int(torch.randint(len(alike) - own + 1, (), generator=g))
         rest = torch.randint(len(alike), (case.size - own,), generator=g).tolist()
         batches.append(case.collate([*alike[start : start + own], *(alike[i] for i in rest)]))
