@@ -28,7 +28,7 @@ from typing import Any
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 from benchmarks import diagnosis_cases, diagnosis_plants  # noqa: E402
-from benchmarks.diagnosis_plants import FRACTIONS, GRADED, SIZES  # noqa: E402
+from benchmarks.diagnosis_plants import FRACTIONS, GRADED, KINDS, SIZES  # noqa: E402
 from benchmarks.diagnosis_report import write_curve, write_table  # noqa: E402
 
 from rethinking_bn.diagnosis import Diagnosis, diagnose  # noqa: E402
