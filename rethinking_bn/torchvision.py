@@ -41,7 +41,7 @@ from torchvision.models.detection.retinanet import (
 from torchvision.ops.misc import Conv2dNormActivation
 
 from rethinking_bn.layers import MABN2d, MultiDomainBatchNorm2d, get_norm
-from rethinking_bn.layers.levels import run_layer_by_layer
+from rethinking_bn.layers.levels import layer_by_layer
 from rethinking_bn.shuffle.layers import ShuffledLayers, mixes_rows_of_a_rank
 
 __all__ = [
@@ -122,9 +122,13 @@ class MultiDomainBNClassificationHead(RetinaNetClassificationHead):
     all levels, see :func:`level_norm`.
     """
 
-    def forward(self, x: Sequence[Tensor]) -> Tensor:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conv: Any = layer_by_layer(self.conv)
+
+    def forward(self, x: list[Tensor]) -> Tensor:
         """Return logits (N, sum of H_l * W_l * A, K) for L feature maps (N, C, H_l, W_l)."""
-        return _flatten(run_layer_by_layer([self.conv, self.cls_logits], x), self.num_classes)
+        return _flatten([self.cls_logits(y) for y in self.conv(x)], self.num_classes)
 
 
 class MultiDomainBNRegressionHead(RetinaNetRegressionHead):
@@ -134,12 +138,16 @@ class MultiDomainBNRegressionHead(RetinaNetRegressionHead):
     all levels, see :func:`level_norm`.
     """
 
-    def forward(self, x: Sequence[Tensor]) -> Tensor:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conv: Any = layer_by_layer(self.conv)
+
+    def forward(self, x: list[Tensor]) -> Tensor:
         """Return deltas (N, sum of H_l * W_l * A, 4) for L feature maps (N, C, H_l, W_l)."""
-        return _flatten(run_layer_by_layer([self.conv, self.bbox_reg], x), 4)
+        return _flatten([self.bbox_reg(y) for y in self.conv(x)], 4)
 
 
-def _flatten(maps: Sequence[Tensor], width: int) -> Tensor:
+def _flatten(maps: list[Tensor], width: int) -> Tensor:
     """Turn predictions (N, A * width, H_l, W_l) into (N, sum of H_l * W_l * A, width)."""
     each = [x.permute(0, 2, 3, 1).unflatten(3, (-1, width)).flatten(1, 3) for x in maps]
     return torch.cat(each, dim=1)
@@ -258,7 +266,10 @@ class ShuffleBNBoxHead(_ShuffledBlocks, FastRCNNConvFCHead):
         A collective in training, which every rank must call. Without fully connected layers the
         result is (R, conv_layers[-1] * H * W).
         """
-        return self.forward_shuffled(x) if self.communicates else super().forward(x)
+        if torch.jit.is_scripting():
+            return self.forward_unshuffled(x)
+        else:  # not compiled by TorchScript
+            return self.forward_shuffled(x) if self.communicates else super().forward(x)
 
 
 class ShuffleBNMaskHead(_ShuffledBlocks, MaskRCNNHeads):
@@ -294,7 +305,10 @@ class ShuffleBNMaskHead(_ShuffledBlocks, MaskRCNNHeads):
 
         A collective in training, which every rank must call.
         """
-        return self.forward_shuffled(x) if self.communicates else super().forward(x)
+        if torch.jit.is_scripting():
+            return self.forward_unshuffled(x)
+        else:  # not compiled by TorchScript
+            return self.forward_shuffled(x) if self.communicates else super().forward(x)
 
 
 def run_detector(model: nn.Module, batch: Any) -> Any:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.fx import Proxy
 
 from rethinking_bn.distributed import get_world_size
 from rethinking_bn.layers.population_layer import PopulationLayer
-from rethinking_bn.numerics.channel_ops import affine_normalize
+from rethinking_bn.layers.symbolic import as_leaf
+from rethinking_bn.numerics.channel_ops import affine_normalize, exported_normalize
 from rethinking_bn.numerics.moments import Moments, merge_moments
 from rethinking_bn.numerics.normalize import normalize
 from rethinking_bn.numerics.row_groups import normalize_row_groups
@@ -40,13 +43,24 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
         ValueError: for an input of another shape.
     """
 
+    __constants__ = [
+        *nn.BatchNorm2d.__constants__,
+        "batch_stats_at_inference",
+        "rows_at_a_time",
+    ]
+    __jit_unused_properties__ = ["population_domains"]
+
     sync = False
+    _scripts_batch_statistics = True
     batch_stats_at_inference = False
-    process_group: ProcessGroup | None = None
     #: k > 0: normalise k consecutive rows at a time in training (each row by itself where
     #: inference takes mini-batch statistics), unless ``row_groups`` says otherwise; 0: all rows
     rows_at_a_time = 0
-    _groups: tuple[int, ...] | None = None
+    if TYPE_CHECKING:  # TorchScript would read annotations of attributes
+        process_group: ProcessGroup | None
+        _groups: tuple[int, ...] | None
+    process_group = None
+    _groups = None
 
     @contextmanager
     def row_groups(self, sizes: Sequence[int] | None) -> Iterator[None]:
@@ -66,16 +80,41 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
             self._groups = before
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() != 4 or input.shape[1] != self.num_features:
-            raise ValueError(f"expected (N, {self.num_features}, H, W), got {tuple(input.shape)}")
+        if torch.jit.is_scripting():
+            return self._infer_exported(input)
+        else:  # not compiled by TorchScript
+            if isinstance(input, Proxy):
+                return as_leaf(self, input)
+            if input.dim() != 4 or input.shape[1] != self.num_features:
+                raise ValueError(
+                    f"expected (N, {self.num_features}, H, W), got {tuple(input.shape)}"
+                )
+            mean, var = self.running_mean, self.running_var
+            population = mean is not None and not self.batch_stats_at_inference
+            if self.training or not population:
+                return self._normalize_batch(input)
+            assert mean is not None and var is not None  # by `population`, for the type checker
+            return affine_normalize(input, mean, var, self.weight, self.bias, self.eps)
+
+    def _infer_exported(self, input: Tensor) -> Tensor:
+        """Inference whose graph holds for every input size; read by TorchScript, too."""
+        if self.training:
+            raise RuntimeError("a scripted BatchNorm2d is for inference only")
         mean, var = self.running_mean, self.running_var
-        population = mean is not None and not self.batch_stats_at_inference
-        if self.training or not population:
-            return self._normalize_batch(input)
-        assert mean is not None and var is not None  # by `population`, for the type checker
-        return affine_normalize(input, mean, var, self.weight, self.bias, self.eps)
+        if self.batch_stats_at_inference:
+            mean, var = None, None
+        if mean is None and self.rows_at_a_time > 0:  # each row by itself
+            return torch.instance_norm(
+                input, self.weight, self.bias, None, None, True, 0.0, self.eps, True
+            )
+        return exported_normalize(input, mean, var, self.weight, self.bias, self.eps)
 
     def _normalize_batch(self, x: Tensor) -> Tensor:
+        if not self.training and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+            # what follows makes constants of the input's size
+            if not self._groups or len(self._groups) == 1:
+                return self._infer_exported(x)
+            return torch.cat([self._infer_exported(part) for part in x.split(self._groups)])
         moves = self.training and self.track_running_stats and self._observer is None
         holders = [self] if moves else []
         groups = self._groups_of(x)

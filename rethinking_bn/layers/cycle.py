@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.fx import Proxy
 
 from rethinking_bn.layers.domain_state import DomainBatchNormBase
+from rethinking_bn.layers.symbolic import as_leaf
 from rethinking_bn.numerics.channel_ops import affine_normalize
 from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.numerics.normalize import normalize
@@ -101,6 +103,14 @@ class CycleBatchNorm2d(DomainBatchNormBase):
         self._calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            level = self._calls
+            self._calls = (level + 1) % self.num_domains
+            return self.infer_levels([x] * self.num_domains)[level]
+        else:  # not compiled by TorchScript
+            return as_leaf(self, x) if isinstance(x, Proxy) else self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.num_features:
             raise ValueError(f"expected (N, {self.num_features}, H, W), got {tuple(x.shape)}")
         if self._calls == self.num_domains:

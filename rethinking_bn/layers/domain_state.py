@@ -8,12 +8,13 @@ checkpoint of one loads into the other by conversion, under any checkpointer.
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rethinking_bn.layers.population_layer import PopulationLayer
+from rethinking_bn.numerics.channel_ops import exported_normalize
 from rethinking_bn.numerics.moments import Moments, mix_statistics
 from rethinking_bn.numerics.running import write_statistics
 
@@ -32,11 +33,12 @@ def check_choice(name: str, value: str) -> None:
 class DomainState(nn.Module):
     """Holder of one domain's tensors; the multi-domain layer computes with them."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
+    if TYPE_CHECKING:  # TorchScript would read annotations of attributes
+        weight: nn.Parameter
+        bias: nn.Parameter
+        running_mean: Tensor
+        running_var: Tensor
+        num_batches_tracked: Tensor
 
 
 def add_affine(module: nn.Module, num_features: int, **factory: Any) -> None:
@@ -65,6 +67,8 @@ class DomainBatchNormBase(PopulationLayer, nn.Module):
     Raises:
         ValueError: for other choices, or fewer than one feature or domain.
     """
+
+    __jit_unused_properties__ = ["population_domains"]
 
     def __init__(
         self,
@@ -117,6 +121,42 @@ class DomainBatchNormBase(PopulationLayer, nn.Module):
 
     def _affine_of(self, level: int) -> Any:
         return self if self.affine == "shared" else self._modules[str(level)]
+
+    def infer_levels(self, xs: list[Tensor]) -> list[Tensor]:
+        """Normalise L feature maps by the population statistics, as TorchScript can read it.
+
+        Raises:
+            RuntimeError: in training mode.
+        """
+        if self.training:
+            raise RuntimeError("a scripted multi-domain BatchNorm is for inference only")
+        means: list[Tensor] = []
+        variances: list[Tensor] = []
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        # the loops are unrolled, and what hasattr denies is not compiled
+        if hasattr(self, "running_mean"):
+            for _ in range(self.num_domains):
+                means.append(self.running_mean)  # type: ignore[arg-type]
+                variances.append(self.running_var)  # type: ignore[arg-type]
+        else:
+            for domain in self.children():
+                means.append(domain.running_mean)  # type: ignore[arg-type]
+                variances.append(domain.running_var)  # type: ignore[arg-type]
+        if hasattr(self, "weight"):
+            for _ in range(self.num_domains):
+                weights.append(self.weight)  # type: ignore[arg-type]
+                biases.append(self.bias)  # type: ignore[arg-type]
+        else:
+            for domain in self.children():
+                weights.append(domain.weight)  # type: ignore[arg-type]
+                biases.append(domain.bias)  # type: ignore[arg-type]
+        outputs: list[Tensor] = []
+        for i, x in enumerate(xs):
+            outputs.append(
+                exported_normalize(x, means[i], variances[i], weights[i], biases[i], self.eps)
+            )
+        return outputs
 
     @property
     def population_domains(self) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ class FrozenStatistics:
     """What the class of a frozen layer has before the one it had."""
 
     training = _EvalMode(_never)
+    frozen = True
     _class: Any  # the one it had
     _asked_training: bool
     _affine_required_grad: dict[str, bool] | None

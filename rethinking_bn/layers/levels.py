@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from rethinking_bn.layers.cycle import CycleBatchNorm2d
@@ -35,3 +36,32 @@ def run_layer_by_layer(layers: Iterable[nn.Module], features: Sequence[Tensor]) 
             with layer.cycle() if isinstance(layer, CycleBatchNorm2d) else nullcontext():
                 outputs = [layer(x) for x in outputs]
     return outputs
+
+
+class LayerByLayer(nn.Sequential):
+    """A subnet of nn.Sequential's layers and keys, run on all levels by :func:`run_layer_by_layer`.
+
+    L tensors (N, C, H_l, W_l) -> L tensors.
+    """
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        if torch.jit.is_scripting():
+            return self.infer_levels(features)
+        else:  # not compiled by TorchScript
+            return run_layer_by_layer(self, features)
+
+    def infer_levels(self, features: list[Tensor]) -> list[Tensor]:
+        """Run at inference, as TorchScript can read it."""
+        outputs = features
+        for layer in self:
+            if hasattr(layer, "infer_levels"):
+                outputs = layer.infer_levels(outputs)  # type: ignore[operator]
+            else:
+                outputs = [layer(x) for x in outputs]
+        return outputs
+
+
+def layer_by_layer(subnet: nn.Sequential) -> LayerByLayer:
+    """Return the subnet as a :class:`LayerByLayer` of the same modules, blocks within it, too."""
+    layers = (layer_by_layer(m) if isinstance(m, nn.Sequential) else m for m in subnet)
+    return LayerByLayer(*layers)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.fx import Proxy
 
 from rethinking_bn.layers.domain_state import Choice, DomainBatchNormBase, check_choice
+from rethinking_bn.layers.symbolic import as_leaf
 from rethinking_bn.numerics.channel_ops import affine_normalize
 from rethinking_bn.numerics.normalize import normalize
 
@@ -95,9 +97,14 @@ class MultiDomainBatchNorm2d(DomainBatchNormBase):
         )
         self.train_stats, self.sync, self.process_group = train_stats, sync, process_group
 
-    def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
-        self._check(xs)
-        return self._run(list(xs))
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        if torch.jit.is_scripting():
+            return self.infer_levels(xs)
+        else:  # not compiled by TorchScript
+            if any(isinstance(x, Proxy) for x in xs):
+                return as_leaf(self, xs)
+            self._check(xs)
+            return self._run(list(xs))
 
     def _run(self, xs: list[Tensor]) -> list[Tensor]:
         by_batch = self.training or self.batch_stats_at_inference

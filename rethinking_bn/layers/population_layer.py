@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from rethinking_bn.layers.freezing import freeze_layer, thaw_layer
 from rethinking_bn.numerics.moments import Moments
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Observer = Callable[[Moments], None]
 
@@ -20,7 +24,10 @@ class PopulationLayer:
     no second pass over the activations.
     """
 
-    _observer: Observer | None = None
+    if TYPE_CHECKING:  # TorchScript would read annotations of attributes
+        _observer: Observer | None
+    _observer = None
+    _scripts_batch_statistics = False  # whether TorchScript gets those at inference, too
 
     @property
     def population_domains(self) -> tuple[str, ...]:
@@ -50,6 +57,40 @@ class PopulationLayer:
     def __getstate__(self) -> dict[str, Any]:
         # nobody observes a copy
         return {key: value for key, value in vars(self).items() if key != "_observer"}
+
+    def __prepare_scriptable__(self) -> Any:
+        # called by torch.jit.script for every module of a model
+        if getattr(self, "training", False):
+            raise ValueError(
+                f"{type(self).__name__} can be scripted for inference only: call eval() on the "
+                "model before torch.jit.script"
+            )
+        if getattr(self, "batch_stats_at_inference", False) and not self._scripts_batch_statistics:
+            raise ValueError(
+                f"{type(self).__name__} cannot be scripted while batch_statistics(model) makes it "
+                "normalise by the mini-batch"
+            )
+        return self
+
+    def freeze(self, *, affine: bool = False) -> Self:
+        """Normalise by the population statistics from now on, and leave them as they are.
+
+        Whatever ``train()`` says, in copies and pickles as well, but not in the state dict. To
+        freeze all layers of a model, torch's included: ``population.freeze_batch_norm``.
+
+        Args:
+            affine: freeze weight and bias, too (``requires_grad`` False).
+        """
+        assert isinstance(self, nn.Module)  # for the type checker
+        self.check_can_change_mode("freeze()")
+        freeze_layer(self, affine=affine)
+        return self
+
+    def unfreeze(self) -> Self:
+        """Undo :meth:`freeze`: the mode is the one last asked for, the affine as it was."""
+        assert isinstance(self, nn.Module)  # for the type checker
+        thaw_layer(self)
+        return self
 
     def check_can_change_mode(self, where: str) -> None:
         """Raise a RuntimeError, naming ``where``, when another mode would mix up statistics."""

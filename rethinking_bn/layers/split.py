@@ -83,6 +83,12 @@ class SplitBatchNorm2d(MultiDomainBatchNorm2d):
             dtype=dtype,
         )
 
+    def __prepare_scriptable__(self) -> Any:
+        raise ValueError(
+            "SplitBatchNorm2d is told the domains of its rows in Python, which TorchScript cannot "
+            "express: trace or export the model within row_domains(model, domain)"
+        )
+
     @overload  # type: ignore[override]
     def forward(self, x: Tensor) -> Tensor: ...
     @overload

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead
@@ -83,8 +84,11 @@ class NormBoxHead(NormHead, FastRCNNConvFCHead):
         Raises:
             ValueError: with ``norm_images``, outside of ``image_rows(...)``.
         """
-        with self.normalizing_images(len(x)):
-            return super().forward(x)
+        if torch.jit.is_scripting():
+            return self.forward_unshuffled(x)
+        else:  # not compiled by TorchScript
+            with self.normalizing_images(len(x)):
+                return super().forward(x)
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
@@ -102,4 +106,7 @@ class ShuffleBNBoxHead(ShuffleHead, NormBoxHead):
 
     def forward(self, x: Tensor) -> Tensor:
         """As :meth:`NormBoxHead.forward`; a collective in training, which every rank must call."""
-        return self.forward_shuffled(x) if self.communicates else super().forward(x)
+        if torch.jit.is_scripting():
+            return self.forward_unshuffled(x)
+        else:  # not compiled by TorchScript
+            return self.forward_shuffled(x) if self.communicates else super().forward(x)

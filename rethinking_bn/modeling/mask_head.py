@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_MASK_HEAD_REGISTRY, MaskRCNNConvUpsampleHead
+from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference
 from detectron2.structures import Instances
 from torch import Tensor
 
 from rethinking_bn.config import check_has_keys
-from rethinking_bn.modeling.norm_head import Norm, NormHead, norm_factory
+from rethinking_bn.modeling.norm_head import Norm, NormHead, norm_factory, rows_of_images
 from rethinking_bn.modeling.norm_options import norm_options
 from rethinking_bn.modeling.shuffle_head import ShuffleHead
 
@@ -73,7 +75,7 @@ class NormMaskHead(NormHead, MaskRCNNConvUpsampleHead):
         arguments["norm_arguments"] = norm_options(cfg, cfg.MODEL.ROI_MASK_HEAD.NORM)
         return arguments
 
-    def forward(self, x: Tensor, instances: list[Instances]) -> Any:
+    def forward(self, x: Tensor, instances: list[Instances]):  # type: ignore[no-untyped-def]
         """
         Args:
             x: (R, C, H, W), one row per RoI; R may be 0.
@@ -82,13 +84,20 @@ class NormMaskHead(NormHead, MaskRCNNConvUpsampleHead):
         Returns:
             the losses in training, otherwise the instances with their masks.
         """
-        with self.image_rows([len(of_image) for of_image in instances]):
-            return super().forward(x, instances)
+        if torch.jit.is_scripting():
+            mask_rcnn_inference(self.forward_unshuffled(x), instances)
+            return instances
+        else:  # not compiled by TorchScript
+            with self.image_rows(rows_of_images(instances)):
+                return super().forward(x, instances)
 
     def layers(self, x: Tensor) -> Tensor:
         """Return logits (R, K, 2H, 2W) for (R, C, H, W)."""
-        with self.normalizing_images(len(x)):
-            return super().layers(x)
+        if torch.jit.is_scripting():
+            return self.forward_unshuffled(x)
+        else:  # not compiled by TorchScript
+            with self.normalizing_images(len(x)):
+                return super().layers(x)
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -106,4 +115,7 @@ class ShuffleBNMaskHead(ShuffleHead, NormMaskHead):
 
     def layers(self, x: Tensor) -> Tensor:
         """As :meth:`NormMaskHead.layers`; a collective in training, which every rank must call."""
-        return self.forward_shuffled(x) if self.communicates else super().layers(x)
+        if torch.jit.is_scripting():
+            return self.forward_unshuffled(x)
+        else:  # not compiled by TorchScript
+            return self.forward_shuffled(x) if self.communicates else super().layers(x)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from detectron2.structures import Instances
+from torch import Tensor, nn
 
 from rethinking_bn.checkpoint import require_statistics
 from rethinking_bn.layers import MABN2d, get_norm, norm_names
@@ -51,10 +52,12 @@ class NormHead:
     :meth:`image_rows`, and forgotten when that ends (activation checkpointing must repeat it).
     """
 
-    conv_norm_relus: list[nn.Module]
-    norm_images: int
-    allow_missing_statistics: bool = False
-    _image_rows: tuple[int, ...] | None = None
+    allow_missing_statistics = False
+    if TYPE_CHECKING:  # TorchScript would read annotations of attributes
+        conv_norm_relus: list[nn.Module]
+        norm_images: int
+        _image_rows: tuple[int, ...] | None
+    _image_rows = None
 
     def init_norms(self, norm_images: int) -> None:
         """Finish the construction of a head: centre MABN's convolutions, take ``norm_images``.
@@ -95,10 +98,28 @@ class NormHead:
         require_statistics(self, state_dict, prefix, error_msgs, allow_missing=allowed)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
 
+    def __prepare_scriptable__(self) -> Any:
+        # called by torch.jit.script
+        if self.norm_images and any(
+            getattr(norm, "batch_stats_at_inference", False) for norm in self.batch_norms()
+        ):
+            raise ValueError(
+                f"{type(self).__name__} normalises each image by itself at inference (MODEL."
+                "ROI_HEADS.NORM_IMAGES with BatchStatBN), which TorchScript cannot express: trace "
+                "the model"
+            )
+        return self
+
     def batch_norms(self) -> list[nn.Module]:
         """Return the norm layers whose result for a row depends on the other rows."""
         norms = map(_norm_of, self.conv_norm_relus)
         return [norm for norm in norms if norm is not None and mixes_rows(norm)]
+
+    def forward_unshuffled(self, x: Tensor) -> Tensor:
+        """Run all layers one after the other, on all rows together; read by TorchScript."""
+        for layer in self:  # type: ignore[attr-defined]
+            x = layer(x)
+        return x
 
     @contextmanager
     def image_rows(self, rows: Sequence[int]) -> Iterator[None]:
@@ -156,6 +177,12 @@ class NormHead:
         groups = len(rows) // k
         ends = [group * num_rows // groups for group in range(groups + 1)]
         return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def rows_of_images(instances: Sequence[Instances]) -> list[int]:
+    """Return how many instances each image has."""
+    # not len(), which would make constants of what torch.jit.trace follows
+    return [of_image.__len__() for of_image in instances]
 
 
 def _norm_of(layer: nn.Module) -> nn.Module | None:

@@ -17,7 +17,7 @@ from rethinking_bn.config import check_has_keys
 from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, get_norm
 from rethinking_bn.layers.convert import centre_convolutions, replace_norms
 from rethinking_bn.layers.domain_state import CHOICES, Choice
-from rethinking_bn.layers.levels import run_layer_by_layer
+from rethinking_bn.layers.levels import layer_by_layer
 from rethinking_bn.layers.multi_domain import TABLE_5
 from rethinking_bn.modeling.domains import domain_norm
 from rethinking_bn.modeling.norm_options import norm_options
@@ -136,6 +136,8 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
             replace_norms(self, norm, **options)
         else:
             centre_convolutions(self)  # for a callable that makes MABN2d
+        self.cls_subnet: Any = layer_by_layer(self.cls_subnet)
+        self.bbox_subnet: Any = layer_by_layer(self.bbox_subnet)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
@@ -244,8 +246,8 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
             raise ValueError(
                 f"the head was built for {self._num_features} feature levels, got {len(features)}"
             )
-        logits = run_layer_by_layer([*self.cls_subnet, self.cls_score], features)
-        deltas = run_layer_by_layer([*self.bbox_subnet, self.bbox_pred], features)
+        logits = [self.cls_score(x) for x in self.cls_subnet(features)]
+        deltas = [self.bbox_pred(x) for x in self.bbox_subnet(features)]
         return logits, deltas
 
     def _load_from_state_dict(

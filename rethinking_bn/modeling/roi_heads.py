@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from rethinking_bn.config import check_has_keys
-from rethinking_bn.modeling.norm_head import NormHead
+from rethinking_bn.modeling.norm_head import NormHead, rows_of_images
 
 
 class _TellsImageRows:
@@ -41,9 +43,24 @@ class NormImagesROIHeads(_TellsImageRows, StandardROIHeads):
     package's box head, nothing differs.
     """
 
-    def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]) -> Any:
-        with _image_rows(self.box_head, proposals):
-            return super()._forward_box(features, proposals)
+    # as detectron2.export annotates its own class: TorchScript leaves out what is not on
+    __annotations__ = {"mask_on": torch.jit.Final[bool], "keypoint_on": torch.jit.Final[bool]}
+
+    # TorchScript knows no super(), and a method by its function's name
+    _forward_all_boxes = FunctionType(
+        StandardROIHeads._forward_box.__code__,
+        StandardROIHeads._forward_box.__globals__,
+        "_forward_all_boxes",
+    )
+
+    def _forward_box(  # type: ignore[no-untyped-def]
+        self, features: dict[str, Tensor], proposals: list[Instances]
+    ):
+        if torch.jit.is_scripting():
+            return self._forward_all_boxes(features, proposals)
+        else:  # not compiled by TorchScript
+            with _image_rows(self.box_head, proposals):
+                return super()._forward_box(features, proposals)
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -86,4 +103,4 @@ def _check_heads(cfg: CfgNode, arguments: dict[str, Any]) -> None:
 def _image_rows(head: nn.Module, proposals: list[Instances]) -> AbstractContextManager[None]:
     if not isinstance(head, NormHead):
         return nullcontext()
-    return head.image_rows([len(of_image) for of_image in proposals])
+    return head.image_rows(rows_of_images(proposals))

@@ -41,18 +41,27 @@ def affine_normalize(
         x: (N, C, *), may be empty.
         mean, variance, weight, bias: (C,).
     """
-    if x.numel() == 0:
-        # batch_norm refuses some empty inputs; this keeps the graph and gives zero gradients
-        out = x * 1.0
-        for parameter in (weight, bias):
-            if parameter is not None:
-                out = out + broadcast(parameter, x).to(x.dtype) * 0.0
-        return out
     dtype = statistics_dtype(x.dtype)
     mean, variance = _typed(mean, dtype), _typed(variance, dtype)
     weight, bias = _typed(weight, dtype), _typed(bias, dtype)
     # F.batch_norm's checks are of the training mode
     return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)
+
+
+def exported_normalize(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """As :func:`affine_normalize`, in the one operator that every exporter and counter knows.
+
+    Args:
+        mean, variance: (C,), or None for those of x itself; x may be empty all the same.
+    """
+    return torch.batch_norm(x, weight, bias, mean, variance, mean is None, 0.0, eps, True)
 
 
 def _typed(channels: Tensor | None, dtype: torch.dtype) -> Any:

@@ -8,6 +8,7 @@ each into its own, and SyncBN pools every part over the ranks as well.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -167,6 +168,13 @@ def _on_this_rank(call: _Call) -> tuple[list[Tensor], BatchStatistics]:
     each = len(xs) == 1 or not one_pool
     if each and all(x.numel() == 0 or suits_native(x) for x in xs):
         return normalize_each(xs, weights, biases, eps)
+    if torch.jit.is_tracing():
+        warnings.warn(
+            "mini-batch statistics of several tensors, or in training mode, are traced for inputs "
+            "of this size only",
+            torch.jit.TracerWarning,
+            stacklevel=2,
+        )
     with torch.no_grad():
         statistics = batch_statistics(xs)
         pool = pool_parts(statistics) if one_pool else statistics

@@ -54,6 +54,8 @@ class ShuffledLayers:
         """Return the norm layers whose result depends on which rows are on this rank."""
         raise NotImplementedError
 
+    __jit_unused_properties__ = ["communicates"]
+
     @property
     def communicates(self) -> bool:
         """Whether a forward shuffles now, and so waits for the other ranks."""
@@ -82,6 +84,12 @@ class ShuffledLayers:
         rows, state = shuffle_rows(x, generator_seed=self._seed(x))
         x = unshuffle_rows(self.run_on_shuffled(layers[:end], rows), state)
         for layer in layers[end:]:
+            x = layer(x)
+        return x
+
+    def forward_unshuffled(self, x: Tensor) -> Tensor:
+        """Run all layers one after the other; read by TorchScript."""
+        for layer in self:  # type: ignore[attr-defined]
             x = layer(x)
         return x
 

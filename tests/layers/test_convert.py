@@ -158,6 +158,7 @@ def test_frozen_bn_freezes_every_layer_of_ours() -> None:
     convert_norms(model, "FrozenBN").train()
     assert type(model.plain) is FrozenBatchNorm2d
     assert all(is_frozen(layer) for layer in (model.levels, model.average))
+    assert not any(p.requires_grad for p in [*model.levels.parameters(), model.average.weight])
     assert type(model.groups) is nn.GroupNorm
     before = {key: value.clone() for key, value in model.named_buffers()}
     model(torch.randn(2, 4, 5, 5))

@@ -171,6 +171,16 @@ def test_affine(kind: str) -> None:
     assert not first.requires_grad and all(p.requires_grad for p in others)
 
 
+def test_a_layer_of_ours_freezes_itself() -> None:
+    layer = BatchNorm2d(C).eval()
+    assert layer.freeze(affine=True) is layer and layer.freeze() is layer
+    assert not layer.weight.requires_grad
+    layer.train()
+    assert not layer.training
+    assert layer.unfreeze() is layer and layer.training and layer.weight.requires_grad
+    assert "running_mean" in repr(layer.freeze().state_dict()) and "BatchNorm2d" in repr(layer)
+
+
 def test_population_training_leaves_frozen_layers_alone_and_names_them() -> None:
     model = nn.Sequential(nn.BatchNorm2d(C), nn.Sequential(BatchNorm2d(C)), nn.BatchNorm2d(C))
     freeze_batch_norm(model[:2])
@@ -221,7 +231,7 @@ def test_detectron2_s_layers() -> None:
     assert isinstance(model[0], NaiveSyncBatchNorm)
 
 
-@pytest.mark.parametrize("kind", [k for k in LAYERS if k != "MABN"])
+@pytest.mark.parametrize("kind", LAYERS)
 def test_reset_parameters(kind: str) -> None:
     layer = LAYERS[kind]()
     new = _state(layer)

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from rethinking_bn.layers.mabn.functional import Statistics, mabn_normalize, mean_square
 from rethinking_bn.layers.mabn.official import convert_official
 from rethinking_bn.layers.mabn.replay import ForwardRecords
 from rethinking_bn.layers.mabn.ring import FullPrecisionBuffers, ValueRing
 from rethinking_bn.layers.population_layer import PopulationLayer
-from rethinking_bn.numerics.channel_ops import affine_normalize
+from rethinking_bn.layers.symbolic import as_leaf
+from rethinking_bn.numerics.channel_ops import affine_normalize, exported_normalize
 from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.recomputation import is_recomputing
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class MABN2d(PopulationLayer, FullPrecisionBuffers):
@@ -61,7 +60,7 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
     backward passes after the scale changed their average is a little off.
 
     **Freezing.** ``eval()`` stops every update until the next ``train()``; :meth:`freeze` stops
-    them for good.
+    them until :meth:`unfreeze`.
 
     Checkpoints load whatever m was: the averages keep their newest values. Without the values (an
     inference-only checkpoint) t starts at 0 again with the R of the checkpoint. What the official
@@ -87,9 +86,11 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
     ``mean_square_ring.{count, last_<m>}``, ``gradient_ring.{count, last_<m>}``.
     """
 
-    running_mean_square: Tensor
-    weight: nn.Parameter  # None, as the bias, without affine
-    bias: nn.Parameter
+    if TYPE_CHECKING:  # TorchScript would read annotations of attributes
+        running_mean_square: Tensor
+        weight: nn.Parameter  # None, as the bias, without affine
+        bias: nn.Parameter
+    __jit_unused_properties__ = ["population_domains", "iterations"]
 
     batch_stats_at_inference = False
 
@@ -126,7 +127,6 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
         self.eps, self.momentum, self.r_max = eps, momentum, r_max
         self.warmup_iters, self.correction_start = warmup_iters, correction_start
         self.affine = affine
-        self.frozen = False
         if affine:
             self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
             self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
@@ -159,22 +159,18 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
         self.mean_square_ring.clear()
         self.gradient_ring.clear()
 
-    def freeze(self) -> Self:
-        """Stay in evaluation mode from now on, whatever ``train()`` says, without gradients."""
-        self.frozen = True
-        self.requires_grad_(False)
-        return self.train(False)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; a frozen layer stays in evaluation mode."""
-        super().train(mode and not self.frozen)
-        return self
+    def reset_parameters(self) -> None:
+        """Set the layer to what it was when built, but for a batch size read off an input."""
+        self.reset_running_stats()
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
 
     @overload
     def forward(self, x: Tensor) -> Tensor: ...
     @overload
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]: ...
-    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+    def forward(self, x):  # type: ignore[no-untyped-def]
         """Normalise one tensor (N, C, H, W), or several that share their statistics.
 
         Returns:
@@ -184,9 +180,21 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             ValueError: when an input is not (N, C, H, W), or ``batch_size`` was to be read off
                 an input and does not divide the simulated one.
         """
-        if isinstance(x, Tensor):
-            return self._forward([x])[0]
-        return self._forward(list(x))
+        if torch.jit.is_scripting():  # where x is one tensor
+            return self._infer_exported(x)
+        else:  # not compiled by TorchScript
+            if isinstance(x, Tensor):
+                return self._forward([x])[0]
+            if isinstance(x, Proxy) or any(isinstance(level, Proxy) for level in x):
+                return as_leaf(self, x)
+            return self._forward(list(x))
+
+    def _infer_exported(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError("a scripted MABN2d is for inference only")
+        running = self.running_mean_square
+        zero = torch.zeros_like(running)
+        return exported_normalize(x, zero, running, self.weight, self.bias, self.eps)
 
     def _forward(self, xs: list[Tensor]) -> list[Tensor]:
         for x in xs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,9 @@ class ValueRing(FullPrecisionBuffers):
         length: m, or None when :meth:`set_length` will be called later.
     """
 
-    count: Tensor
+    if TYPE_CHECKING:  # TorchScript would read annotations of attributes
+        count: Tensor
+    __jit_unused_properties__ = ["values", "pushed"]
 
     def __init__(
         self, num_features: int, length: int | None, device: Any = None, dtype: Any = None

@@ -181,7 +181,7 @@ def test_eval_and_freeze_stop_every_update():
     train(model, 5)
     frozen = model[0]
     assert isinstance(frozen, MABN2d)
-    assert frozen.freeze() is frozen
+    assert frozen.freeze(affine=True) is frozen
     before = copy.deepcopy(frozen.state_dict())
     model.eval()
     model.train()
