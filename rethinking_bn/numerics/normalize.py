@@ -104,6 +104,13 @@ def normalize(
                 momentum=momentum,
             )
         )
+    if torch.jit.is_tracing():
+        warnings.warn(
+            "mini-batch statistics of several tensors, or in training mode, are traced for inputs "
+            "of this size only",
+            torch.jit.TracerWarning,
+            stacklevel=2,
+        )
     weights, biases = _as_list(weight), _as_list(bias)
     transformed = torch._C._are_functorch_transforms_active()
     needs_device = sync or transformed or torch.compiler.is_compiling()
@@ -168,13 +175,6 @@ def _on_this_rank(call: _Call) -> tuple[list[Tensor], BatchStatistics]:
     each = len(xs) == 1 or not one_pool
     if each and all(x.numel() == 0 or suits_native(x) for x in xs):
         return normalize_each(xs, weights, biases, eps)
-    if torch.jit.is_tracing():
-        warnings.warn(
-            "mini-batch statistics of several tensors, or in training mode, are traced for inputs "
-            "of this size only",
-            torch.jit.TracerWarning,
-            stacklevel=2,
-        )
     with torch.no_grad():
         statistics = batch_statistics(xs)
         pool = pool_parts(statistics) if one_pool else statistics
