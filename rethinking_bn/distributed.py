@@ -6,13 +6,15 @@ same order with tensors of the same shape and dtype, whatever data they hold.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def is_initialized() -> bool:
@@ -170,3 +172,25 @@ def all_to_all_rows(
         group=group,
         async_op=True,
     )
+
+
+def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """Wrap a model for data-parallel training; its buffers stay each rank's own, always.
+
+    Layers of ours agree on statistics by themselves, and those of unsynced BN differ by rank.
+    What torch's ``broadcast_buffers=False`` meant: neither at the start nor in a forward are
+    buffers overwritten by rank 0's. Torch 2.13 deprecates it for ``forward_sync_buffers``, which
+    is about the forward only; the start is then undone here.
+
+    Args:
+        model: on its device, in a process group.
+        options: further arguments of DistributedDataParallel.
+    """
+    if "forward_sync_buffers" not in inspect.signature(DistributedDataParallel).parameters:
+        return DistributedDataParallel(model, broadcast_buffers=False, **options)
+    own = [buffer.detach().clone() for buffer in model.buffers()]
+    wrapped = DistributedDataParallel(model, forward_sync_buffers=False, **options)
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), own, strict=True):
+            buffer.copy_(value)
+    return wrapped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,7 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rethinking_bn.distributed import all_gather, gather_numbers, host_group, raise_together
+from rethinking_bn.distributed import (
+    all_gather,
+    data_parallel,
+    gather_numbers,
+    host_group,
+    raise_together,
+)
 from rethinking_bn.engine import merge_statistics
 from rethinking_bn.layers import MultiDomainBatchNorm2d, SyncBatchNorm2d
 from rethinking_bn.population import estimate_population_statistics
@@ -119,3 +126,24 @@ def test_what_the_host_must_know_travels_beside_a_group_of_devices() -> None:
     low = -(2**62)
     told = ([[0, low], [1, low + 1]], [1, 2])
     assert run_distributed(_over_the_host, 3) == [told, told, None]
+
+
+def _wrap(rank: int) -> tuple[Tensor, Tensor, float]:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(1 + rank)
+    model[1].running_mean.fill_(rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped = data_parallel(model)
+    at_first = model[1].running_mean.clone()
+    wrapped(torch.randn(3, 2)).sum().backward()
+    return at_first, model[1].running_mean, float(model[0].weight.detach().mean())
+
+
+def test_data_parallel_leaves_buffers_to_the_ranks_without_a_warning() -> None:
+    """Neither at the start nor in a forward; parameters are rank 0's."""
+    for rank, (at_first, later, weight) in enumerate(run_distributed(_wrap, 2)):
+        expected = torch.full((2,), float(rank))
+        assert torch.equal(at_first, expected) and torch.equal(later, expected)
+        assert weight == 1

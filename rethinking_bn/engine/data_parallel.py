@@ -6,19 +6,17 @@
 from typing import Any
 
 import torch
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.distributed import GradBucket
 
-from rethinking_bn.distributed import all_gather
+from rethinking_bn.distributed import all_gather, data_parallel
 
 
 def wrap_data_parallel(model: nn.Module, on_gpu: bool) -> nn.Module:
     """Wrap a model for data-parallel training, if there are several processes.
 
-    Buffers are not broadcast: layers of ours agree on them by themselves, and statistics of
-    unsynced BN are each rank's own.
+    Buffers stay each rank's own, see :func:`rethinking_bn.distributed.data_parallel`.
 
     On the CPU the gradients of three or more ranks are added up in the order of the ranks. gloo's
     order depends on the place in a bucket, and torch lays buckets out anew after the first step of
@@ -28,11 +26,9 @@ def wrap_data_parallel(model: nn.Module, on_gpu: bool) -> nn.Module:
         model: on its device.
         on_gpu: whether that is this process's GPU.
     """
-    wrapped = create_ddp_model(
-        model,
-        broadcast_buffers=False,
-        device_ids=[comm.get_local_rank()] if on_gpu else None,
-    )
+    if comm.get_world_size() == 1:
+        return model
+    wrapped = data_parallel(model, device_ids=[comm.get_local_rank()] if on_gpu else None)
     if not on_gpu and comm.get_world_size() > 2:  # a sum of two has no order
         wrapped.register_comm_hook(None, _mean_in_rank_order)
     return wrapped

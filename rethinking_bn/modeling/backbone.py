@@ -16,6 +16,7 @@ from detectron2.modeling.backbone.fpn import (
 )
 from torch import nn
 
+from rethinking_bn.config import check_has_keys
 from rethinking_bn.layers import (
     BatchNorm2d,
     MABN2d,
@@ -118,6 +119,7 @@ def build_with_norms(
             that know no groups of images; for MODEL.DOMAIN_BN with norms or a META_ARCHITECTURE
             that know no domains.
     """
+    check_has_keys(cfg)
     check_architecture(cfg)
     norms = {key: preset or cfg.MODEL[key].NORM for key in ("RESNETS", "FPN")}
     for key, norm in norms.items():

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from rethinking_bn.distributed import get_rank
+from rethinking_bn.distributed import data_parallel, get_rank
 from rethinking_bn.layers import BatchNorm2d, SyncBatchNorm2d, shuffle_rows, unshuffle_rows
 from rethinking_bn.population import estimate_population_statistics
 from rethinking_bn.randomness import derive_seed
@@ -44,7 +43,7 @@ def train_on_processes(device: torch.device, settings: Settings, seed: int, arm:
     net: nn.Module = make_net(SyncBatchNorm2d if arm == "SyncBN" else BatchNorm2d)
     net = ShuffledNet(net, seed) if arm == "BN + shuffle" else net
     batches = patterned_indices(digits.train.labels, 1, 1, ROWS, derive_seed(seed, get_rank()))
-    parallel = DistributedDataParallel(net, broadcast_buffers=False)
+    parallel = data_parallel(net)
     label = f"{WORLD} processes, {arm}" if get_rank() == 0 else None
     steps, lr, count = settings["process_steps"], settings["lr"], settings["population_batches"]
     train_to_the_end(parallel, digits.train, batches, steps=steps, lr=lr, label=label)

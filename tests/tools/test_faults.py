@@ -56,12 +56,13 @@ def test_no_process_outlives_its_run(tmp_path: Path, fault: Callable[..., None],
     write_run(tmp_path, **ENDLESS)
     out = random.Random(seed)
     with started(tmp_path, "--num-gpus", "2", preexec_fn=as_a_background_shell_does) as run:
-        if fault is killed and seed % 2:  # anywhere on the way
-            time.sleep(out.uniform(0, 12))
+        if fault is killed and seed % 2:  # while ranks are being started
+            while not run.ranks():
+                time.sleep(0.05)
         else:
             run.wait_for("Starting training")
-            time.sleep(out.uniform(0, 3))
-        assert run.processes()
+        time.sleep(out.uniform(0, 3))
+        assert run.ranks()
         fault(run)
         assert run.wait_until_gone(LONG) == {}
         assert run.launcher.wait() == {interrupted: 130, killed: -9, rank_killed: 1}[fault]
