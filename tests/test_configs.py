@@ -28,6 +28,7 @@ SHAPES_ONLY = [
     for norm in ("bn", "gn", "mabn")
     for step in ("", "_of_16")
 ]
+SHAPES_ONLY.append("shapes/retinanet_bn_2im_freeze.yaml")
 # what is added to a trained detector, or to its training
 SHAPES_ONLY += [
     f"shapes/retinanet_{name}.yaml"

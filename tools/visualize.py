@@ -60,9 +60,7 @@ def draw(sample: dict[str, Any], found: Instances, metadata: Any) -> Picture:
 
 def contact_sheet(pictures: Sequence[Picture]) -> Picture:
     """Return all pictures, equally high, in as many columns as rows."""
-    resized = [
-        cv2.resize(p, (round(p.shape[1] * _HEIGHT / p.shape[0]), _HEIGHT)) for p in pictures
-    ]
+    resized = [cv2.resize(p, (round(p.shape[1] * _HEIGHT / p.shape[0]), _HEIGHT)) for p in pictures]
     columns = max(1, round(math.sqrt(len(resized))))
     width = max(p.shape[1] for p in resized) + 8
     cells = [
