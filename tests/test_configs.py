@@ -32,7 +32,14 @@ SHAPES_ONLY.append("shapes/retinanet_bn_2im_freeze.yaml")
 # what is added to a trained detector, or to its training
 SHAPES_ONLY += [
     f"shapes/retinanet_{name}.yaml"
-    for name in ("bn_row1_ema", "bn_row1_swa", "bn_row1_fixres", "narrow", "narrow_distilled")
+    for name in (
+        "bn_domains",
+        "bn_row1_ema",
+        "bn_row1_swa",
+        "bn_row1_fixres",
+        "narrow",
+        "narrow_distilled",
+    )
 ]
 SHARED, SEPARATE = "shared", "domain_specific"
 
