@@ -83,8 +83,9 @@ def test_one_training_step_and_one_inference_step(name: str, tmp_path: Path) -> 
     cfg.merge_from_list(["MODEL.RPN.POST_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TEST", 10])
     cfg.merge_from_list(["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8])
     model = build_model(cfg)
+    domains = {"domain": 0} if cfg.MODEL.DOMAIN_BN.DATASETS else {}
     with EventStorage():
-        losses = model.train()(batch(cfg.MODEL.MASK_ON))
+        losses = model.train()([{**item, **domains} for item in batch(cfg.MODEL.MASK_ON)])
         sum(losses.values()).backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -92,7 +93,7 @@ def test_one_training_step_and_one_inference_step(name: str, tmp_path: Path) -> 
     torch.optim.SGD(trained, lr=1e-4).step()
     model.eval()
     with torch.no_grad():
-        outputs = model([{"image": item["image"]} for item in batch(False)])
+        outputs = model([{"image": item["image"], **domains} for item in batch(False)])
     assert [output["instances"].image_size for output in outputs] == [(64, 64), (32, 64)]
 
 

@@ -118,7 +118,7 @@ def _tell(model: nn.Module, args: tuple[Any, ...]) -> None:
     unmarked = [str(image.get("file_name", "")) for image in args[0] if DOMAIN not in image]
     if unmarked:
         raise ValueError(
-            f"an input image {unmarked[0]} has no {DOMAIN!r}: take the loaders of "
+            f"an image of the input {unmarked[0]!r} has no {DOMAIN!r}: take the loaders of "
             "rethinking_bn.engine.Trainer, or run the model within `with row_domains(model, d):`"
         )
     context = row_domains(model, [image[DOMAIN] for image in args[0]])
