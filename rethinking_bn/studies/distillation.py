@@ -24,14 +24,14 @@ _TEMPERATURES = (1, 5, 10)
 def run(settings: Settings, seed: int, device: torch.device) -> Iterator[Values]:
     """Yield for the teacher, for a student of labels alone, and once per temperature."""
     digits = load_digits(device, seed, settings["conditions"])
-    teacher = _train(settings, digits, seed, settings["teacher_widths"], "teacher_steps", None)
+    teacher = _train(settings, digits, seed, settings["teacher_widths"], "teacher_", None)
     yield {"teacher": error(teacher, digits.test)}
     teacher.eval()
     for temperature in (None, *_TEMPERATURES):
         soft = None
         if temperature is not None:
             soft = partial(_soft_loss, teacher, temperature, settings["weight"])
-        student = _train(settings, digits, seed, settings["student_widths"], "steps", soft)
+        student = _train(settings, digits, seed, settings["student_widths"], "", soft)
         name = "labels alone" if temperature is None else f"T={temperature}"
         yield {name: error(student, digits.test)}
 
@@ -41,7 +41,7 @@ def _train(
     digits: Digits,
     seed: int,
     widths: Sequence[int],
-    steps: str,
+    who: str,
     soft_loss: SoftLoss | None,
 ) -> nn.Module:
     torch.manual_seed(seed)
@@ -50,9 +50,9 @@ def _train(
         net,
         digits.train,
         shuffled_indices(len(digits.train.labels), settings["batch_size"], seed),
-        steps=settings[steps],
-        lr=settings["lr"],
-        label="student" if steps == "steps" else "teacher",
+        steps=settings[f"{who}steps"],
+        lr=settings[f"{who}lr"],
+        label="teacher" if who else "student",
         soft_loss=soft_loss,
     )
     precise(net, digits.train.images, settings["population_batch"])
@@ -71,7 +71,8 @@ _SETTINGS = {
     "steps": 200,
     "teacher_steps": 400,
     "batch_size": 32,
-    "lr": 0.05,
+    "teacher_lr": 0.05,
+    "lr": 0.02,  # narrow networks do not train at the teacher's
     "teacher_widths": [16, 32, 64],
     "student_widths": [4, 8, 16],
     "weight": 1.0,
