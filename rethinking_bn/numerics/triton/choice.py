@@ -13,6 +13,8 @@ from torch import Tensor, nn
 VARIABLE = "RETHINKING_BN_KERNELS"
 CHOICES = ("auto", "eager", "triton")
 
+Rows = Tensor | Sequence[Tensor] | None
+
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: groups of rows whose steps of one moving average are told apart by bits
 _MOST_GROUPS = 63
@@ -20,8 +22,8 @@ _MOST_GROUPS = 63
 
 def takes_triton(
     xs: Sequence[Tensor],
-    weights: Tensor | Sequence[Tensor] | None,
-    biases: Tensor | Sequence[Tensor] | None,
+    weights: Rows,
+    biases: Rows,
     holders: Sequence[Any] = (),
     row_groups: Sequence[int] | None = None,
 ) -> bool:
@@ -45,27 +47,25 @@ def takes_triton(
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in CHOICES:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, got {choice!r}")
-    if choice == "eager" or (choice == "auto" and xs[0].device.type != "cuda"):
+    if choice == "eager" or (choice == "auto" and not xs[0].is_cuda):
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if any(type(x) is not Tensor and type(x) is not nn.Parameter for x in xs):
-        return False  # a fake tensor or a proxy: somebody traces
     if torch._C._are_functorch_transforms_active():
         return False
-    reason = _obstacle(xs, [*_listed(weights), *_listed(biases)], holders, row_groups)
+    for x in xs:
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
+            return False  # a fake tensor or a proxy: somebody traces
+    reason = _obstacle(xs, weights, biases, holders, row_groups)
     if reason is not None and choice == "triton":
         raise RuntimeError(f"{VARIABLE}=triton, but {reason}")
     return reason is None
 
 
-def _listed(rows: Tensor | Sequence[Tensor] | None) -> Sequence[Tensor]:
-    return () if rows is None else tuple(rows)
-
-
 def _obstacle(
     xs: Sequence[Tensor],
-    used: Sequence[Tensor],
+    weights: Rows,
+    biases: Rows,
     holders: Sequence[Any],
     row_groups: Sequence[int] | None,
 ) -> str | None:
@@ -78,33 +78,38 @@ def _obstacle(
         return f"the tensors are on {device} and TRITON_INTERPRET=1 was not set before the import"
     if dtype not in _TYPES:
         return f"there are no kernels for {dtype}"
-    if any(x.dtype != dtype or x.device != device for x in xs):
-        return "the tensors differ in type or device"
+    for x in xs:
+        if x.dtype != dtype or x.device != device:
+            return "the tensors differ in type or device"
     if layout(xs) is None:
         return "the tensors are neither all contiguous nor all channels-last"
     if row_groups is not None and len(row_groups) > _MOST_GROUPS:
         return f"there are {len(row_groups)} row groups, more than {_MOST_GROUPS}"
-    buffers: list[Tensor | None] = []
     for holder in holders:
-        buffers += (holder.running_mean, holder.running_var, holder.num_batches_tracked)
-    for t in (*used, *buffers):
-        if t is None:
-            return "a running statistic is None"
-        if t.device != device:
-            return f"the tensors are on {device}, a parameter or buffer on {t.device}"
-        if t.dtype not in _TYPES and t.dtype != torch.int64:
-            return f"a parameter or buffer is {t.dtype}"
+        if holder.num_batches_tracked is None:
+            return "num_batches_tracked is None"
+    # what does not move with the module or keeps another type is the user's own doing
+    used = [rows[0] for rows in (weights, biases) if rows is not None]
+    used += [holder.running_mean for holder in holders[:1]]
+    for t in used:
+        if t is None or t.device != device or t.dtype not in _TYPES:
+            found = "None" if t is None else f"{t.dtype} on {t.device}"
+            return f"a parameter or buffer is {found}, beside {dtype} on {device}"
     return None
 
 
 def layout(xs: Sequence[Tensor]) -> torch.memory_format | None:
     """Return the memory format that all tensors are in, contiguous first, or None."""
-    if all([x.is_contiguous() for x in xs]):
+    for x in xs:
+        if not x.is_contiguous():
+            break
+    else:
         return torch.contiguous_format
     last = torch.channels_last
-    if all([x.dim() == 4 and x.is_contiguous(memory_format=last) for x in xs]):
-        return last
-    return None
+    for x in xs:
+        if x.dim() != 4 or not x.is_contiguous(memory_format=last):
+            return None
+    return last
 
 
 @lru_cache(maxsize=1)
