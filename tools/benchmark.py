@@ -9,9 +9,13 @@ One comparison, on the GPU:
 
     python tools/benchmark.py level-norm --device cuda
 
+All that only a GPU can show of the kernels, in under eight minutes:
+
+    python tools/benchmark.py gpu
+
 Each comparison first checks that both sides compute the same outputs, gradients and running
 statistics, and stops if not. Then it times them in turns and prints medians with quartiles, and
-ratios. The same goes to OUTPUT/benchmark_<comparison>_<device>.json, with versions and
+ratios. The same goes to OUTPUT/benchmark_<comparison>_<device>.md and .json, with versions and
 hardware, and curves of how the costs grow to a PNG beside it. ``--quick`` uses toy sizes to see
 that everything works: its times mean nothing.
 """
@@ -31,11 +35,13 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 warnings.filterwarnings("ignore", message="torch.meshgrid")
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # for the processes started here
 
-from benchmarks import COMPARISONS, Options, ResultsDiffer, compare  # noqa: E402
+from benchmarks import COMPARISONS, ON_A_GPU, Options, ResultsDiffer, compare  # noqa: E402
 from benchmarks.report import as_markdown, write_report  # noqa: E402
 
 from rethinking_bn.files import probe_folder  # noqa: E402
 from rethinking_bn.studies.environment import describe_environment  # noqa: E402
+
+_CHOICES = [*COMPARISONS, *ON_A_GPU, "all"]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,11 +50,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("comparison", nargs="?", default="all", choices=[*COMPARISONS, "all"])
+    parser.add_argument("comparison", nargs="?", default="all", choices=_CHOICES)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", type=Path, default=Path("output/benchmark"), metavar="DIR")
     parser.add_argument("--quick", action="store_true", help="toy sizes")
     args = parser.parse_args(arguments)
+    if args.comparison in ON_A_GPU:
+        if not torch.cuda.is_available():
+            sys.exit(f"{args.comparison}: torch finds no usable GPU here")
+        args.device = "cuda"
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no usable GPU here")
     try:

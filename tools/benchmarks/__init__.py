@@ -13,7 +13,16 @@ from benchmarks.equality import ResultsDiffer
 from benchmarks.options import Options
 from benchmarks.result import Measurement, Result, Table
 
-__all__ = ["COMPARISONS", "Measurement", "Options", "Result", "ResultsDiffer", "Table", "compare"]
+__all__ = [
+    "COMPARISONS",
+    "ON_A_GPU",
+    "Measurement",
+    "Options",
+    "Result",
+    "ResultsDiffer",
+    "Table",
+    "compare",
+]
 
 #: name of each comparison -> its module
 COMPARISONS = {
@@ -27,20 +36,24 @@ COMPARISONS = {
     "dispatch": "dispatch",
 }
 
+#: likewise what needs a GPU, and no comparison on the CPU
+ON_A_GPU = {"gpu": "gpu"}
+
 
 def compare(name: str, options: Options) -> Result:
     """Run one comparison.
 
     Args:
-        name: a key of COMPARISONS.
+        name: a key of COMPARISONS or ON_A_GPU.
 
     Raises:
         ValueError: for an unknown name.
         ResultsDiffer: when the sides do not compute the same.
     """
-    if name not in COMPARISONS:
-        raise ValueError(f"unknown comparison {name!r}; there are {', '.join(COMPARISONS)}")
+    modules = COMPARISONS | ON_A_GPU
+    if name not in modules:
+        raise ValueError(f"unknown comparison {name!r}; there are {', '.join(modules)}")
     start = time.perf_counter()
-    result: Result = import_module(f".{COMPARISONS[name]}", __name__).run(options)
+    result: Result = import_module(f".{modules[name]}", __name__).run(options)
     result.seconds = time.perf_counter() - start
     return result

@@ -57,7 +57,7 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> s
 
 
 def write_report(folder: Path, name: str, report: dict[str, Any], results: list[Result]) -> Path:
-    """Write ``<name>.json`` and a picture of the curves of every table made to be plotted.
+    """Write ``<name>.json`` and ``.md``, and a picture of the tables that are made to be plotted.
 
     Returns:
         The path of the JSON.
@@ -65,6 +65,8 @@ def write_report(folder: Path, name: str, report: dict[str, Any], results: list[
     report = {**report, "comparisons": [result.to_json() for result in results]}
     path = folder / f"{name}.json"
     write_json(path, report)
+    markdown = "\n".join(as_markdown(result) for result in results)
+    replace(folder / f"{name}.md", lambda aside: aside.write_text(markdown, encoding="utf-8"))
     tables = [table for result in results for table in result.tables if table.plot]
     if tables:
         replace(folder / f"{name}.png", lambda aside: _plot(aside, tables))

@@ -15,7 +15,7 @@ from rethinking_bn.distributed import all_gather, all_reduce_sum
 from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.numerics.triton import backward, forward
 from rethinking_bn.numerics.triton.choice import layout
-from rethinking_bn.numerics.triton.plan import WARPS, Plan, make_plan
+from rethinking_bn.numerics.triton.plan import Plan, make_plan
 
 Tensors = tuple[Tensor, ...]
 
@@ -205,7 +205,7 @@ def _block(plan: Plan) -> dict[str, Any]:
         "ALIGN": plan.align,
         "ROWS": plan.rows,
         "COLUMNS": plan.columns,
-        "num_warps": WARPS,
+        "num_warps": plan.warps,
     }
 
 

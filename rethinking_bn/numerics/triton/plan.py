@@ -35,6 +35,7 @@ class Plan(NamedTuple):
         rows, columns: of a block: planes and positions, or in channels-last positions and channels.
         grid: programs of a launch that writes features.
         folded: whether consumers merge the tiles' rows themselves.
+        warps: of 32 threads that a program has.
     """
 
     channels: int
@@ -48,6 +49,7 @@ class Plan(NamedTuple):
     columns: int
     grid: tuple[int, int]
     folded: bool
+    warps: int
 
 
 def power_of_two(value: int) -> int:
@@ -109,6 +111,7 @@ def make_plan(
         columns,
         (len(tiles), -(-channels // columns) if last else channels),
         number <= FOLD,
+        WARPS,
     )
 
 
