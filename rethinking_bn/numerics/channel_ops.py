@@ -145,39 +145,41 @@ def input_gradient_on_cuda(
     mean: Tensor,
     invstd: Tensor,
     weight: Tensor | None,
-    sums: Tensor,
+    sum_dy: Tensor,
+    sum_dy_centred: Tensor,
     count: Tensor,
 ) -> Tensor:
     """Return weight · invstd · (dy - Σ dy/n - x̂ · Σ dy·x̂/n) in one kernel, in x's type.
 
     Args:
         mean, invstd, weight: (C,).
-        sums: (2, C), Σ dy and Σ dy·x̂ of the pool.
+        sum_dy, sum_dy_centred: (C,), Σ dy and Σ dy·(x - mean) of the pool.
         count: (1,) int32, n.
     """
     if x.numel() == 0:
         return torch.zeros_like(x)
-    weight = _typed(weight, mean.dtype)
-    dy = _match_memory_format(dy, x)
-    sum_dy, sum_dy_centred = sums[0], sums[1] / invstd
+    weight, dy = _typed(weight, mean.dtype), _match_memory_format(dy, x)
     return torch.batch_norm_backward_elemt(
         dy, x, mean, invstd, weight, sum_dy, sum_dy_centred, count
     )
 
 
-def gradient_sums(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    invstd: Tensor | None = None,
+def gradient_sums_on_cuda(
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return (C,) Σ dy and (C,) Σ dy·x̂ with x̂ = (x - mean) / sqrt(variance + eps).
+    """Return (C,) Σ dy and (C,) Σ dy·(x - mean) in one kernel."""
+    if x.numel() == 0:
+        zeros = torch.zeros_like(mean)
+        return zeros, zeros
+    dy = _match_memory_format(dy, x)
+    sums = torch.batch_norm_backward_reduce(dy, x, mean, invstd, None, True, False, False)
+    return sums[0], sums[1]
 
-    Args:
-        invstd: 1 / sqrt(variance + eps), where the caller has it.
-    """
+
+def gradient_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return (C,) Σ dy and (C,) Σ dy·x̂ with x̂ = (x - mean) / sqrt(variance + eps)."""
     dtype = mean.dtype
     if x.numel() == 0:  # the fused CPU operator ends the process on an empty tensor
         zeros = torch.zeros_like(mean)
@@ -191,14 +193,11 @@ def gradient_sums(
             dy, x, mean, mean, variance, None, None, False, eps, [False, True, True]
         )
         return grad_bias, grad_weight
-    invstd = (variance + eps).rsqrt() if invstd is None else invstd
+    invstd = (variance + eps).rsqrt()
     if torch.compiler.is_compiling():
         return _plain_gradient_sums(dy, x, mean, invstd)
     if x.device.type == "cuda":
-        dy = _match_memory_format(dy, x)
-        sum_dy, sum_dy_centred, _, _ = torch.batch_norm_backward_reduce(
-            dy, x, mean, invstd, None, True, False, False
-        )
+        sum_dy, sum_dy_centred = gradient_sums_on_cuda(dy, x, mean, invstd)
         return sum_dy.to(dtype), sum_dy_centred.to(dtype) * invstd
     return _plain_gradient_sums(dy, x, mean, invstd)
 

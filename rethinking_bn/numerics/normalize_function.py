@@ -16,6 +16,7 @@ from rethinking_bn.numerics.channel_ops import (
     are_few,
     combine_each,
     gradient_sums,
+    gradient_sums_on_cuda,
     input_gradient_on_cuda,
     scale_and_shift,
 )
@@ -71,15 +72,24 @@ class Normalize(torch.autograd.Function):
         """Return the gradients; synchronised, a collective that every rank must reach."""
         weight, mean, variance, invstd, a, count, *xs = ctx.saved_tensors
         count = ctx.count if count is None else count
-        means, variances = mean.unbind(), variance.unbind()
-        # the CPU's operators take the variance
-        invstds = [None] * len(means) if mean.device.type == "cpu" else invstd.unbind()
+        means, index = mean.unbind(), ctx.index
+        on_cuda = mean.is_cuda and not torch.compiler.is_compiling()
         # per tensor: Σ dy and Σ dy·x̂, in one pass over dy and x
-        pairs = [
-            gradient_sums(dy, x, means[p], variances[p], ctx.eps, invstds[p])
-            for dy, x, p in zip(dys, xs, ctx.index, strict=True)
-        ]
+        if on_cuda:
+            invstds = invstd.unbind()
+            pairs = [
+                gradient_sums_on_cuda(dy, x, means[p], invstds[p])
+                for dy, x, p in zip(dys, xs, index, strict=True)
+            ]
+        else:
+            variances = variance.unbind()
+            pairs = [
+                gradient_sums(dy, x, means[p], variances[p], ctx.eps)
+                for dy, x, p in zip(dys, xs, index, strict=True)
+            ]
         sums = torch.stack([value for pair in pairs for value in pair]).view(len(xs), 2, -1)
+        if on_cuda:
+            sums[:, 1] *= invstd
         one_pool = len(mean) < len(xs)
         shared = any(layout is not None and layout[0] for layout in ctx.affine)
         total = sums.sum(0, keepdim=True) if len(xs) > 1 and (one_pool or shared) else sums
@@ -93,14 +103,17 @@ class Normalize(torch.autograd.Function):
             pooled = all_reduce_sum(pooled, ctx.group)
         needed = ctx.needs_input_grad[-len(xs) :]
         grad_x: tuple[Tensor | None, ...] = (None,) * len(xs)
-        if any(needed) and shares_weight and mean.is_cuda and not torch.compiler.is_compiling():
-            counts = _as_integers(count, mean)
-            weights = _per_tensor(weight, len(xs))
+        if any(needed) and shares_weight and on_cuda:
+            counts, weights = _as_integers(count, mean), _per_tensor(weight, len(xs))
+            sum_dy, sum_dy_centred = pooled[:, 0].unbind(), (pooled[:, 1] / invstd).unbind()
             grad_x = tuple(
-                input_gradient_on_cuda(dy, x, means[p], invstds[p], w, pooled[p], counts[p : p + 1])
+                input_gradient_on_cuda(
+                    *(dy, x, means[p], invstds[p], w, sum_dy[p], sum_dy_centred[p]),
+                    counts[p : p + 1],
+                )
                 if need
                 else None
-                for dy, x, p, w, need in zip(dys, xs, ctx.index, weights, needed, strict=True)
+                for dy, x, p, w, need in zip(dys, xs, index, weights, needed, strict=True)
             )
         elif any(needed):
             # dx = a·dy + b·x + c with per-channel a, b, c: of all tensors, or a row each

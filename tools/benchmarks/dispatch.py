@@ -134,9 +134,9 @@ def _run(options: Options) -> Result:
         for step in steps.values():
             for _ in range(5):  # MABN2d past its warm-up
                 step()
-        plan = options.plan(30.0)
+        plan = options.plan(10.0)
         if not options.quick:
-            plan = Plan(seconds=30.0, max_rounds=400, warmup=5, min_sample=0.004)
+            plan = Plan(seconds=10.0, max_rounds=400, warmup=5, min_sample=0.004)
         times = alternate(steps, device, plan, clock=time.process_time)
         base = sides[0]
         for side in sides[1:]:
