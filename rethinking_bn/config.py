@@ -43,7 +43,8 @@ def _our_keys() -> CfgNode:
     # --- Freezing near the end ------------------------------------------------ section 4, Figure 6
     c.SOLVER.FREEZE_BN = CfgNode()
     # The first iteration whose BN-like layers normalise by population statistics, which are
-    # estimated as TEST.PRECISE_BN says (whether it is enabled or not) and stay. -1: never.
+    # estimated as TEST.PRECISE_BN says (whether it is enabled or not) and stay. -1: never. Not
+    # scaled with SOLVER.REFERENCE_WORLD_SIZE.
     c.SOLVER.FREEZE_BN.START = -1
     # Whether the layers' weight and bias are frozen, too.
     c.SOLVER.FREEZE_BN.AFFINE = False

@@ -20,6 +20,7 @@ from rethinking_bn.engine.optimizer import build_optimizer  # noqa: E402
 from rethinking_bn.engine.precise_bn import (  # noqa: E402
     PreciseBN,
     build_population_loader,
+    inference_statistics,
     run_population_training,
 )
 from rethinking_bn.engine.train_loader import ResumableTrainLoader, build_train_loader  # noqa: E402
@@ -40,6 +41,7 @@ __all__ = [
     "build_optimizer",
     "build_population_loader",
     "build_train_loader",
+    "inference_statistics",
     "load_config",
     "merge_statistics",
     "run_diagnosis",

@@ -103,7 +103,7 @@ class Trainer(DefaultTrainer):
         on_gpu = torch.device(self.cfg.MODEL.DEVICE).type == "cuda"
         model = wrap_data_parallel(model, on_gpu)
         self._trainer = _step_trainer(self.cfg, on_gpu)(model, data_loader, optimizer)
-        _log_passes(self.cfg, model)
+        log_passes(self.cfg, model)
         self.scheduler = self.build_lr_scheduler(self.cfg, optimizer)
         self.checkpointer = Checkpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
@@ -285,7 +285,7 @@ def _step_trainer(cfg: CfgNode, on_gpu: bool) -> Callable[..., SimpleTrainer]:
     return partial(kind, accumulation_steps=passes)
 
 
-def _log_passes(cfg: CfgNode, model: nn.Module) -> None:
+def log_passes(cfg: CfgNode, model: nn.Module) -> None:
     """Say what an iteration of several passes is, and what is pooled within one of them."""
     passes, ranks = cfg.SOLVER.ACCUMULATION_STEPS, comm.get_world_size()
     if passes == 1:

@@ -25,7 +25,8 @@ from rethinking_bn.engine.accumulation import CPUAutocastTrainer, split_batch
 from rethinking_bn.engine.checks import check_batch_size
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
 from rethinking_bn.engine.rank_state import gather_rank_state, load_rank_state
-from rethinking_bn.layers import get_norm
+from rethinking_bn.engine.trainer import log_passes
+from rethinking_bn.layers import SyncBatchNorm2d, get_norm
 from rethinking_bn.randomness import announce_iteration
 from tests.engine.tiny import register_data, tiny_config, write_data
 from tests.helpers import run_distributed
@@ -369,6 +370,20 @@ def test_the_images_of_an_iteration_do_not_depend_on_the_passes(cfg: CfgNode) ->
         batches.append(seen)
     assert len(batches[0]) == len(batches[1]) == 8
     assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_what_pools_over_processes_is_said(
+    cfg: CfgNode, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg.SOLVER.IMS_PER_BATCH = 12
+    with caplog.at_level(logging.INFO, logger="rethinking_bn"):
+        log_passes(cfg, nn.Sequential(nn.BatchNorm2d(2), SyncBatchNorm2d(2)))
+        assert "pool over processes" not in caplog.text  # there is one
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+        log_passes(cfg, nn.BatchNorm2d(2))
+        assert "pool over processes" not in caplog.text
+        log_passes(cfg, nn.Sequential(nn.BatchNorm2d(2), SyncBatchNorm2d(2), SyncBatchNorm2d(2)))
+    assert "pool the 6 images of one pass, not those of the iteration: 1 and 1 more" in caplog.text
 
 
 def test_the_passes_of_an_iteration_shuffle_differently_and_reproducibly() -> None:
