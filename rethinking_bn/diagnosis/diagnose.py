@@ -98,8 +98,9 @@ def diagnose(
         group: ranks that diagnose together; None: the default group, or this process alone. Every
             rank gets the same diagnosis.
         labelled: as for ``estimate_population_statistics``.
-        output_batches: batches kept for the output effects, which take at most about as many
-            forwards as there are batches, the worst layers first; 0: no output effects.
+        output_batches: batches kept for the output effects, which take about as many forwards as
+            there are batches, the worst layers first, and one or two more for every layer with a
+            severe finding beyond; 0: no output effects.
         seed: of the random numbers the forwards draw.
         progress: log a line every ten seconds on rank 0.
 

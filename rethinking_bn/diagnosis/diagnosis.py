@@ -65,12 +65,18 @@ class Diagnosis:
         for finding in self.findings:
             if finding.severity != "ok":
                 by_layer.setdefault(finding.layer, []).append(finding)
+        told: set[str] = set()  # a remedy is printed once, where its kind is worst
         width = max((len(name or _WHOLE) for name in by_layer), default=0)
         for name, findings in by_layer.items():
             kinds = ", ".join(dict.fromkeys(f.kind for f in findings))
             lines.append(f"{findings[0].severity:8} {name or _WHOLE:{width}}  {kinds}")
+            said = any("output_change" in f.evidence for f in findings)
             for finding in findings:
-                text = f"{finding.kind}: {finding}"
+                if said and finding.kind == "output-effect":
+                    continue  # the other sentences say it
+                do = "as above" if finding.kind in told else finding.remedy
+                told.add(finding.kind)
+                text = f"{finding.kind}: {finding.what}; do: {do}"
                 lines += textwrap.wrap(
                     text, _WIDTH, initial_indent=" " * 9, subsequent_indent=" " * 11
                 )

@@ -90,6 +90,9 @@ def _stored_against(layer: DiagnosedLayer, record: Record) -> Finding:
         "stale-statistics": f"stored statistics are {far}: inference sees other features than "
         "training",
     }[kind]
+    steps, momentum = layer.steps, layer.momentum
+    if kind == "stale-statistics" and steps and momentum and (1 - momentum) ** steps > 0.01:
+        what += f", after only {steps} updates"
     if severity == "ok":
         what = f"stored statistics fit the data's (largest z {worst.z:.1f})"
     return make(kind, layer.name, severity, what, worst.effect, **evidence)

@@ -92,7 +92,8 @@ def output_effects(
 
     Args:
         variants: runs the model.
-        budget: about as many forwards are made, at least three layers' worth.
+        budget: about as many forwards are made, at least three layers' worth, and one or two more
+            for each layer with a severe finding beyond that.
     """
     used = [layer for layer in layers if layer.stored is not None and not layer.by_batch]
     used = [layer for layer in used if records[layer.name].uses]
@@ -123,9 +124,13 @@ def output_effects(
     names = _worst_first(findings)
     left = max(0, budget - 4 * count)
     each = min(count, max(1, left // (2 * max(1, len(names)))))
-    names = names[: max(3, left // (2 * each))]
+    within = names[: max(3, left // (2 * each))]
+    # whether a severe finding stays so is decided by its effect, whatever that costs
+    beyond = {f.layer for f in findings if f.severity == "severe"}.difference(within)
+    names = [name for name in names if name in within or name in beyond]
     singles: dict[str, dict[str, float | None]] = {}
     by_name = {layer.name: layer for layer in layers}
+    felt_in_batches = {f.layer for f in findings if f.kind in _BY_BATCH and f.severity == "severe"}
     # where the stored statistics of all layers give nothing finite, from the exact ones instead
     sound = math.isfinite(to_exact)
     others: Choice = {} if sound else exact
@@ -139,7 +144,7 @@ def output_effects(
         if name in exact:
             base = variants({**without, name: exact[name]}, each) if sound else start[:each]
             changes["stored_to_exact"] = change(stored, base)
-        if not layer.frozen:
+        if not layer.frozen and (name in within or name in felt_in_batches):
             changes["exact_to_batch"] = change(base, variants({**without, name: "batch"}, each))
         if name in targets and name in exact and targets[name].uses:
             target: Choice = {**without, name: exact_statistics(layer, targets[name])}

@@ -66,7 +66,7 @@ def draw(diagnosis: Diagnosis, path: Path) -> None:
         ax.set_ylim(bottom=0)
         ax.set_title(title, fontsize=9, loc="left")
         if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=7, loc="upper right")
+            ax.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1.0, 1.16), ncols=4)
     every = max(1, len(depth) // 60)
     axes[-1].set_xticks(
         list(depth.values())[::every], list(depth)[::every], rotation=90, fontsize=6

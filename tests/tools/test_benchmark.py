@@ -44,6 +44,10 @@ QUICK = Options(quick=True)
 
 # what each comparison must at least have measured: parts of "case | ours | other"
 EXPECTED = {
+    "diagnosis": [
+        "| diagnosis, no output effects | population training",
+        "| diagnosis | population training",
+    ],
     "dispatch": [
         "five levels | row 1 | concatenate/split",
         "five levels | row 4 | five nn.BatchNorm2d",

@@ -34,6 +34,7 @@ COMPARISONS = {
     "mabn": "mabn",
     "averaging": "averaging",
     "dispatch": "dispatch",
+    "diagnosis": "diagnosis",
 }
 
 #: likewise what needs a GPU, and no comparison on the CPU
