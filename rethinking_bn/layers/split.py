@@ -110,7 +110,10 @@ class SplitBatchNorm2d(MultiDomainBatchNorm2d):
         whole = levels[0] if len(levels) == 1 else _side_by_side(levels)
         if isinstance(rows, int):
             parts = [whole if d == rows else whole[:0] for d in range(self.num_domains)]
-            out = run(parts)[rows]
+            outputs = run(parts)
+            # Every domain's affine is in the graph, as data-parallel wrappers want it to be.
+            joined = len(outputs) > 1 and self.training and torch.is_grad_enabled()
+            out = torch.cat(outputs) if joined else outputs[rows]
         else:
             order = sorted(range(len(rows)), key=rows.__getitem__)
             sizes = [rows.count(d) for d in range(self.num_domains)]
