@@ -177,7 +177,7 @@ STUDY = Study(
             for share in _SHARES[:1]
         ),
     ),
-    settings={"steps": 200, "batch_size": 64, "lr": 0.05, "severity": 5},
+    settings={"steps": 100, "batch_size": 64, "lr": 0.05, "severity": 5},
     quick={"steps": 10, "batch_size": 64, "lr": 0.05, "severity": 5},
     parts=7,
     run=run,
