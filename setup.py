@@ -12,7 +12,15 @@ ROOT = Path(__file__).parent
 
 STUDIES = ["matplotlib", "numpy", "Pillow", "pycocotools", "scikit-learn", "tqdm"]
 DETECTION = ["fvcore", "numpy", "opencv-python", "Pillow", "pycocotools", "PyYAML", "tqdm"]
-TEST = ["hypothesis", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
+TEST = [
+    "hypothesis",
+    "mypy",
+    "pytest",
+    "pytest-random-order",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+]
 EXTRAS = {
     # tools/run_study.py and the shapes data set, without detectron2
     "studies": STUDIES,

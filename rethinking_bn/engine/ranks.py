@@ -1,6 +1,7 @@
 """The processes of a run: started together and ended together, whatever happens to the launcher.
 
-- A launcher that dies, even by SIGKILL, takes its ranks along: each watches it.
+- A launcher that dies, even by SIGKILL, takes its ranks along: each watches it, and a guard does
+  for those that are still importing.
 - SIGINT (Ctrl-C) to the launcher ends all ranks at once, also where a background shell has set it
   to be ignored. SIGHUP is left as it is: a closed terminal ends the launcher, ``nohup`` prevents
   that.
@@ -70,7 +71,7 @@ def launch(function: Callable[..., Any], args: argparse.Namespace, *arguments: A
         url = f"tcp://127.0.0.1:{_find_free_port()}"
     world = args.num_gpus * args.num_machines
     worker = (function, world, args.num_gpus, args.machine_rank, url, arguments, DEFAULT_TIMEOUT)
-    ranks = _Ranks()
+    ranks = _Ranks(_Guard())
     handlers = {
         signal.SIGINT: signal.signal(signal.SIGINT, ranks.interrupt),
         signal.SIGTERM: signal.signal(signal.SIGTERM, ranks.preempt),
@@ -98,10 +99,39 @@ def _run_rank(local_rank: int, launcher: int, *worker: Any) -> None:
     _distributed_worker(local_rank, *worker)
 
 
+class _Guard:
+    """A process that waits for the launcher's end, and kills the ranks if that was not orderly."""
+
+    def __init__(self) -> None:
+        reading, self._writing = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:  # nothing but system calls from here on
+            os.setsid()  # no signal of a terminal reaches it
+            os.close(self._writing)
+            said = b""
+            while chunk := os.read(reading, 4096):
+                said += chunk
+            for rank in said.split() if not said.endswith(b"done") else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(rank), signal.SIGKILL)
+            os._exit(0)
+        os.close(reading)
+
+    def watch(self, processes: list[multiprocessing.Process]) -> None:
+        os.write(self._writing, b"".join(b"%d " % (process.pid or 0) for process in processes))
+
+    def dismiss(self) -> None:
+        """Let it end; all ranks have."""
+        os.write(self._writing, b"done")
+        os.close(self._writing)
+        os.waitpid(self._pid, 0)
+
+
 class _Ranks:
     """The launcher's side of its ranks."""
 
-    def __init__(self) -> None:
+    def __init__(self, guard: _Guard) -> None:
+        self._guard: _Guard | None = guard
         self._processes: list[multiprocessing.Process] = []
         self._error_files: list[str] = []
         self._deadline: float | None = None
@@ -113,6 +143,8 @@ class _Ranks:
             )
             self._processes = list(context.processes)
             self._error_files = list(context.error_files)
+            if self._guard is not None:
+                self._guard.watch(self._processes)
         except BaseException:  # those already started
             self._processes = list(multiprocessing.active_children())  # type: ignore[arg-type]
             raise
@@ -178,6 +210,9 @@ class _Ranks:
                 process.kill()
         for process in self._processes:
             process.join()
+        if self._guard is not None:
+            self._guard.dismiss()
+            self._guard = None
 
     def _end(self, status: int) -> NoReturn:
         """End all ranks and this process, without the seconds that an interpreter's end takes."""

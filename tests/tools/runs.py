@@ -77,7 +77,7 @@ class Run:
             if "spawn_main" in command and _parent(pid) == parent
         ]
 
-    def wait_for(self, text: str, seconds: float = 150) -> None:
+    def wait_for(self, text: str, seconds: float = 240) -> None:
         """Wait until the run's log contains a text."""
         deadline = time.monotonic() + seconds
         while text not in self.log():
