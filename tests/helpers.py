@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import multiprocessing
 import tempfile
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -118,3 +120,11 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
     if failures:
         raise RuntimeError("\n".join(failures))
     return [_load(results[rank][1]) for rank in range(len(pipes))]
+
+
+@contextlib.contextmanager
+def tracer_warnings_ignored() -> Iterator[None]:
+    """Ignore what torch says of every trace: checks in Python are not part of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        yield

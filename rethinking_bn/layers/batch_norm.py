@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -115,8 +115,7 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
             if not self._groups or len(self._groups) == 1:
                 return self._infer_exported(x)
             return torch.cat([self._infer_exported(part) for part in x.split(self._groups)])
-        moves = self.training and self.track_running_stats and self._observer is None
-        holders = [self] if moves else []
+        holders = [self] if self._moves_statistics() else []
         groups = self._groups_of(x)
         if groups is not None and len(groups) != 1 and (groups or len(x)):
             outputs, local = normalize_row_groups(
@@ -145,6 +144,11 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
             self._observer(Moments(*(v[None] for v in merge_moments(*local))))
         return outputs[0]
 
+    def _moves_statistics(self) -> bool:
+        kept = self.track_running_stats and self.running_mean is not None
+        counted = self.momentum is not None or self.num_batches_tracked is not None
+        return self.training and kept and counted and self._observer is None
+
     def _groups_of(self, x: Tensor) -> tuple[int, ...] | None:
         if self._groups is not None or not self.rows_at_a_time:
             return self._groups
@@ -172,7 +176,7 @@ class SyncBatchNorm2d(BatchNorm2d):
 
     Args:
         process_group: the ranks to pool over; None: the default group.
-        num_features, eps, momentum, affine, track_running_stats: as nn.BatchNorm2d.
+        num_features, eps, momentum, affine, track_running_stats, options: as nn.BatchNorm2d.
 
     Shape:
         (N, C, H, W) -> (N, C, H, W); N may be 0. Every rank must call it equally often.
@@ -190,8 +194,11 @@ class SyncBatchNorm2d(BatchNorm2d):
         process_group: ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **options
+        )
         self.process_group = process_group
 
     @contextmanager

@@ -26,8 +26,8 @@ def update_running_statistics(
     step that the optimizer then leaves out, and NaN would never leave a moving average again.
 
     Args:
-        holders: modules with running_mean, running_var (C,) and num_batches_tracked; either one
-            for all K rows, or one per row.
+        holders: modules with running_mean, running_var (C,) and num_batches_tracked, which may be
+            None unless the momentum is; either one for all K rows, or one per row.
         seen: K rows.
         momentum: fraction of the new value; None: 1 / number of steps so far.
     """
@@ -52,7 +52,7 @@ def _update_one(holder: Any, seen: BatchStatistics, momentum: float) -> None:
     for buffer, value, least in ((holder.running_mean, mean, 1), (holder.running_var, variance, 2)):
         if seen.counts[0] >= least:
             torch.where(finite, torch.lerp(buffer, value, momentum), buffer, out=buffer)
-    if seen.counts[0]:
+    if seen.counts[0] and holder.num_batches_tracked is not None:
         holder.num_batches_tracked.add_(finite)
 
 
@@ -67,10 +67,10 @@ def _update_each(holders: Sequence[Any], seen: BatchStatistics, momentum: float)
     moving = [i for i, n in enumerate((*counts, *counts)) if n > (0 if i < len(counts) else 1)]
     if moving:
         torch._foreach_lerp_([buffers[i] for i in moving], [new[i] for i in moving], momentum)
-    counters = [h.num_batches_tracked for h, n in zip(holders, counts, strict=True) if n]
-    steps = [step for step, n in zip(finite.unbind(), counts, strict=True) if n]
-    if counters:
-        torch._foreach_add_(counters, steps)
+    _count(
+        [h.num_batches_tracked for h, n in zip(holders, counts, strict=True) if n],
+        [step for step, n in zip(finite.unbind(), counts, strict=True) if n],
+    )
 
 
 def _update_on_device(holders: Sequence[Any], moments: Moments, momentum: float | None) -> None:
@@ -96,7 +96,13 @@ def _update_on_device(holders: Sequence[Any], moments: Moments, momentum: float 
         new = old.lerp(values, rate[..., None])
     torch._foreach_copy_(buffers, list(new.flatten(0, 1)))
     counted = seen[0].sum(0, keepdim=True) if sequential else seen[0].long()
-    torch._foreach_add_(counters, list(counted))
+    _count(counters, list(counted))
+
+
+def _count(counters: list[Tensor | None], steps: list[Tensor]) -> None:
+    pairs = [(c, s) for c, s in zip(counters, steps, strict=True) if c is not None]
+    if pairs:
+        torch._foreach_add_([c for c, _ in pairs], [s for _, s in pairs])
 
 
 def _sequential_rates(rate: Tensor) -> tuple[Tensor, Tensor]:

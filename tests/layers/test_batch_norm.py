@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -171,3 +173,47 @@ def test_ln_normalises_the_channels_of_each_position() -> None:
     x = torch.randn(2, 32, 3, 3)
     y = get_norm("LN", 32)(x)
     torch.testing.assert_close(y.mean(1), torch.zeros(2, 3, 3), atol=1e-5, rtol=0)
+
+
+def _without_bias(cls: Any) -> nn.Module:
+    return cls(CHANNELS, bias=False)
+
+
+def _without(*names: str, **attributes: Any) -> Any:
+    def build(cls: Any) -> nn.Module:
+        layer = cls(CHANNELS)
+        for name, value in {**dict.fromkeys(names), **attributes}.items():
+            setattr(layer, name, value)
+        return layer
+
+    return build
+
+
+DROP_INS = {
+    "bias=False": _without_bias,
+    "no counter": _without("num_batches_tracked"),
+    "no counter, cumulative": _without("num_batches_tracked", "momentum"),
+    "no buffers": _without("running_mean", "running_var", "num_batches_tracked"),
+    "no statistics": _without("running_mean", "running_var"),
+    "no weight": _without("weight"),
+    "no bias": _without("bias"),
+    "momentum 0": _without(momentum=0.0),
+}
+
+
+@pytest.mark.parametrize("kind", DROP_INS)
+@pytest.mark.parametrize("cls", [BatchNorm2d, SyncBatchNorm2d])
+def test_attributes_that_torch_s_layer_may_lack(cls: Any, kind: str) -> None:  # defect 27
+    if kind == "bias=False" and "bias" not in inspect.signature(nn.BatchNorm2d).parameters:
+        pytest.skip("this torch has no BatchNorm2d(bias=False)")
+    results = []
+    for layer in (DROP_INS[kind](nn.BatchNorm2d).double(), DROP_INS[kind](cls).double()):
+        x = torch.randn(2, CHANNELS, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+        x.requires_grad_()
+        layer(x)
+        y = layer(x + 1)
+        (y * y.sin()).sum().backward()
+        buffers = {k: b for k, b in layer.named_buffers() if kind != "no statistics"}
+        gradients = {name: p.grad for name, p in layer.named_parameters()}
+        results.append((y, x.grad, gradients, buffers, layer.eval()(x)))
+    torch.testing.assert_close(*results)
