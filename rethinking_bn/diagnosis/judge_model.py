@@ -104,16 +104,18 @@ def output_effects(
     by_batch: Choice = {layer.name: "batch" for layer in layers if not layer.frozen}
     count = min(len(variants.batches), max(2, budget // 12))
     outputs = [variants(c, count) for c in ({}, exact, half, {**exact, **by_batch})]
-    reference = outputs[1]
+    # the unit is the spread of what training sees, where frozen layers keep what they store
+    trained = variants(by_batch, count) if any(layer.frozen for layer in layers) else outputs[3]
+    reference = trained if _finite(trained) else outputs[1]
 
     def change(one: list[list[Tensor]], other: list[list[Tensor]]) -> float | None:
         sums = squared_changes(one, other, reference)
         return relative_change(all_gather_object(sums, group))
 
     to_exact, to_half, to_batch = (
-        change(outputs[0], reference),
-        change(reference, outputs[2]),
-        change(reference, outputs[3]),
+        change(outputs[0], outputs[1]),
+        change(outputs[1], outputs[2]),
+        change(outputs[1], outputs[3]),
     )
     if to_exact is None or to_half is None or to_batch is None:
         return findings
@@ -153,6 +155,10 @@ def output_effects(
     findings = [_gated(f, singles, to_exact, to_batch) for f in findings]
     kinds = {name: {f.kind for f in findings if f.layer == name} for name in names}
     return findings + [_single(n, c, each, kinds[n]) for n, c in singles.items()]
+
+
+def _finite(outputs: list[list[Tensor]]) -> bool:
+    return all(bool(tensor.isfinite().all()) for of_batch in outputs for tensor in of_batch)
 
 
 def _moving_average_factor(layers: Sequence[DiagnosedLayer], records: dict[str, Record]) -> float:

@@ -22,12 +22,15 @@ CONFIG_KEYS = {
     "SharedBNRetinaNetHead (row 1), CycleBNRetinaNetHead (row 4) or DomainBNRetinaNetHead (row 6)",
     "stale-statistics": "TEST.PRECISE_BN.ENABLED True (with train_net.py --eval-only for a "
     "checkpoint)",
-    "small-batch": "SOLVER.IMS_PER_BATCH, NORM SyncBN, GN or MABN, SOLVER.FREEZE_BN.START",
+    "small-batch": "SOLVER.IMS_PER_BATCH, NORM SyncBN, GN or MABN, SOLVER.FREEZE_BN.START, "
+    "TEST.STATISTICS batch",
     "dependent-samples": "MODEL.ROI_BOX_HEAD.NAME ShuffleBNBoxHead, MODEL.ROI_MASK_HEAD.NAME "
     "ShuffleBNMaskHead, or NORM SyncBN",
     "domain-shift": "TEST.PRECISE_BN.ENABLED True, TEST.PRECISE_BN.DATASETS",
-    "identity-statistics": "MODEL.WEIGHTS with statistics, or TEST.PRECISE_BN.ENABLED True",
-    "mixed-modes": "MODEL.BACKBONE.FREEZE_AT, MODEL.RESNETS.NORM, SOLVER.FREEZE_BN.START",
+    "identity-statistics": "MODEL.WEIGHTS with statistics, or TEST.PRECISE_BN.ENABLED True "
+    "(TEST.PRECISE_BN.THAW True for frozen layers)",
+    "mixed-modes": "MODEL.BACKBONE.FREEZE_AT, MODEL.RESNETS.NORM, SOLVER.FREEZE_BN.START, "
+    "TEST.STATISTICS batch",
     "non-finite": "SOLVER.BASE_LR, SOLVER.CLIP_GRADIENTS, SOLVER.AMP.ENABLED",
     "impossible-variance": "MODEL.WEIGHTS, or TEST.PRECISE_BN.ENABLED True",
 }

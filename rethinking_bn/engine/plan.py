@@ -229,7 +229,8 @@ def _warnings(
     if small:
         yield (
             f"{_names(small)} have a normalisation batch of {min(p.nbs or 0 for p in small)} "
-            f"image(s), below {_LEAST}: SyncBN, GN or MABN, or more images per process"
+            f"image(s), below {_LEAST}: SyncBN, GN or MABN, more images per process, or "
+            "TEST.STATISTICS batch"
         )
     yield from _identity(cfg, plans, layers)
     decay = cfg.SOLVER.WEIGHT_DECAY_NORM

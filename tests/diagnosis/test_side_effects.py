@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from rethinking_bn.diagnosis import diagnose
 from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d, MABN2d, SyncBatchNorm2d
-from rethinking_bn.population import estimate_population_statistics
+from rethinking_bn.population import estimate_population_statistics, freeze_batch_norm
 from tests.diagnosis.cases import batches, healthy
 from tests.helpers import run_distributed
 from tests.population.cases import Snapshot
@@ -208,3 +208,16 @@ def _failing_rank(rank: int) -> str:
 def test_a_failing_rank_fails_all() -> None:
     one, two = run_distributed(_failing_rank, 2)
     assert "rank 1 has had enough" in one and "rank 1 has had enough" in two
+
+
+def test_layers_that_are_frozen_for_good_stay_so() -> None:
+    net = healthy().train()
+    freeze_batch_norm(net)
+    net.layer2.bn1.running_mean += 2
+    before = [vars(m).copy() for m in net.modules()]
+    diagnosis = diagnose(net, batches(6))
+    (finding,) = diagnosis.of("mixed-modes", "layer2.bn1")
+    assert finding in diagnosis.severe and not diagnosis.of("stale-statistics")
+    assert not diagnosis.of("small-batch"), "frozen layers use no batch"
+    assert [vars(m).keys() for m in net.modules()] == [b.keys() for b in before]
+    assert net.train().layer2.bn1.training is False

@@ -77,6 +77,39 @@ def test_a_detectors_output_is_that_of_its_heads(data: str, tmp_path: Path) -> N
     assert whole and 0 < whole[0].evidence["stored_to_exact"] < float("inf")
 
 
+@pytest.mark.parametrize("row", [1, 3, 4, 6])
+def test_row_3_is_told_by_name_and_remedy(row: int, data: str, tmp_path: Path) -> None:
+    choices = {1: "SSS", 3: "DSS", 4: "DDS", 6: "DDD"}[row]
+    words = [{"S": "shared", "D": "domain_specific"}[c] for c in choices]
+    cfg = tiny_config(
+        data,
+        tmp_path,
+        SOLVER__MAX_ITER=2,
+        TEST__EVAL_PERIOD=0,
+        MODEL__META_ARCHITECTURE="ConfigurableHeadRetinaNet",
+        MODEL__RETINANET__HEAD_NAME="MultiDomainBNRetinaNetHead",
+        MODEL__RETINANET__BN__TRAIN_STATS=words[0],
+        MODEL__RETINANET__BN__POPULATION_STATS=words[1],
+        MODEL__RETINANET__BN__AFFINE=words[2],
+        TEST__PRECISE_BN__ENABLED=True,
+        TEST__PRECISE_BN__NUM_ITER=8,
+    )
+    trainer = Trainer(cfg)
+    trainer.train()
+    repeated = run_diagnosis(cfg, trainer.model, 8).of("repeated-use")
+    assert [f.layer for f in sorted(repeated, key=lambda f: f.layer)] == [
+        "head.bbox_subnet.1",
+        "head.cls_subnet.1",
+    ]
+    assert all(f.evidence["apart"] > 0.15 for f in repeated)
+    for finding in repeated:
+        if row == 3:
+            assert finding.severity in ("warning", "severe")
+            assert "rows 1, 4 or 6" in finding.remedy and "HEAD_NAME" in finding.remedy
+        else:
+            assert finding.severity == "ok" and finding.remedy == ""
+
+
 def call_tool(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
     monkeypatch.setattr(sys, "argv", ["diagnose.py", *argv])
     try:
