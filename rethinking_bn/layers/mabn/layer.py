@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from rethinking_bn.layers.mabn import by_kernels
 from rethinking_bn.layers.mabn.functional import Statistics, mabn_normalize, mean_square
 from rethinking_bn.layers.mabn.official import convert_official
 from rethinking_bn.layers.mabn.replay import ForwardRecords
@@ -221,16 +222,24 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             return self._observed_forward(xs, present)
         if not present:
             return self._empty(xs)
-        recomputing = is_recomputing()
-        with torch.no_grad():
-            _, own = mean_square(present)
-            statistics = self._records.recall(own) if recomputing else None
+        self._know_batch_size(len(present[0]))
+        fused = by_kernels.takes_kernels(self, xs)
+        statistics, known = None, False
+        if is_recomputing():
+            with torch.no_grad():
+                statistics = self._records.recall(mean_square(present)[1])
             known = statistics is not None
-            if statistics is None:
-                statistics = self._advance(own, len(present[0]))
-        outputs = mabn_normalize(
-            xs, self.weight, self.bias, statistics, self.eps, self._average_gradient
-        )
+        if statistics is None and fused:
+            statistics = by_kernels.advance(self, xs)
+        elif statistics is None:
+            with torch.no_grad():
+                statistics = self._advance(mean_square(present)[1])
+        if fused:
+            outputs = by_kernels.normalize(self, xs, statistics, count=not known)
+        else:
+            outputs = mabn_normalize(
+                xs, self.weight, self.bias, statistics, self.eps, self._average_gradient
+            )
         if not (known or torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             self._records.remember(statistics, hold=not outputs[0].requires_grad)
         return outputs
@@ -254,8 +263,8 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
         one = torch.ones_like(self.running_mean_square)
         return [affine_normalize(x, one, one, self.weight, self.bias, self.eps) for x in xs]
 
-    def _advance(self, own: Tensor, images: int) -> Statistics:
-        """Make one iteration of the state from the input's mean square (C,) and its N.
+    def _know_batch_size(self, images: int) -> None:
+        """Take the batch size from the first input's N, unless it was given.
 
         Raises:
             ValueError: as :func:`_window`; nothing has changed then.
@@ -265,6 +274,9 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             self.batch_size = images
             for ring in (self.mean_square_ring, self.gradient_ring):
                 ring.set_length(length, self.running_mean_square)
+
+    def _advance(self, own: Tensor) -> Statistics:
+        """Make one iteration of the state from the input's mean square (C,)."""
         ring, running = self.mean_square_ring, self.running_mean_square
         ring.push(own)
         t, m = ring.count, len(ring.values)

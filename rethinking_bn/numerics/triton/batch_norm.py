@@ -19,8 +19,8 @@ from rethinking_bn.numerics.triton.plan import Plan, make_plan
 
 Tensors = tuple[Tensor, ...]
 
-_STEP = 32  # rows merged at a time
-_COLUMNS = 32  # channels of a program that merges
+STEP = 32  # rows merged at a time
+COLUMNS = 32  # channels of a program that merges and does nothing else
 
 
 class _Call(NamedTuple):
@@ -121,10 +121,10 @@ class _Normalize(torch.autograd.Function):
         rows, number = stats.new_empty((plan.tiles, 4, plan.channels)), plan.tiles
         folded = plan.folded and not call.sync and call.report is None
         buffers = _buffers(call.holders)
-        with _on(stats.device):
+        with on_device(stats.device):
             if plan.tiles:
                 forward.moments[plan.grid](
-                    xs, plan.table, rows, plan.channels, L=len(xs), **_block(plan)
+                    xs, plan.table, rows, plan.channels, L=len(xs), **block_of(plan)
                 )
             if not folded:
                 rows, number = _merge(call, rows, parts), parts
@@ -137,10 +137,10 @@ class _Normalize(torch.autograd.Function):
                 xs, ys, plan.table, plan.listed, rows, number, parts, weights, biases, stats,
                 *buffers, call.momentum, call.eps, plan.channels, L=len(xs),
                 A=max(call.weights, call.biases), H=len(call.holders), POOLED=call.pooled,
-                ALL=call.one_part, FOLDED=folded, STEP=_STEP, **_block(plan),
+                ALL=call.one_part, FOLDED=folded, STEP=STEP, **block_of(plan),
             )  # fmt: skip
         if call.holders:
-            _mark_written(buffers)
+            mark_written([b for kind in buffers for b in kind or ()])
         ctx.call = call
         ctx.save_for_backward(stats, *(weights or ()), *xs)
         return ys
@@ -167,18 +167,18 @@ class _Normalize(torch.autograd.Function):
         folded = plan.folded and not call.sync and wants_dx
         rows = stats.new_empty((number, 2, plan.channels))
         dxs: tuple[Tensor, ...] | None = None
-        choices = {"A": max(call.weights, call.biases, 1), "POOLED": call.pooled, "STEP": _STEP}
-        with _on(stats.device):
+        choices = {"A": max(call.weights, call.biases, 1), "POOLED": call.pooled, "STEP": STEP}
+        with on_device(stats.device):
             if number:
                 backward.gradient_sums[plan.grid](
                     dys, xs, plan.table, stats, pools, rows, plan.channels, L=len(xs),
-                    POOLED=call.pooled, **_block(plan),
+                    POOLED=call.pooled, **block_of(plan),
                 )  # fmt: skip
             if not folded:
                 sums = stats.new_empty((2, pools, plan.channels))
-                backward.merge_sums[pools, -(-plan.channels // _COLUMNS)](
+                backward.merge_sums[pools, -(-plan.channels // COLUMNS)](
                     rows, plan.table, plan.listed, number, plan.groups, weights, grad_weights,
-                    grad_biases, sums, pools, plan.channels, COLUMNS=_COLUMNS, num_warps=4,
+                    grad_biases, sums, pools, plan.channels, COLUMNS=COLUMNS, num_warps=4,
                     **choices,
                 )  # fmt: skip
                 # Reached by every rank, empty or not: the others are waiting in it.
@@ -188,7 +188,7 @@ class _Normalize(torch.autograd.Function):
                 backward.input_gradient[plan.grid](
                     dys, xs, dxs, plan.table, plan.listed, rows, number, plan.groups, stats,
                     pools, weights, grad_weights, grad_biases, plan.channels, L=len(xs),
-                    FOLDED=folded, **choices, **_block(plan),
+                    FOLDED=folded, **choices, **block_of(plan),
                 )  # fmt: skip
         return (
             None,
@@ -199,7 +199,7 @@ class _Normalize(torch.autograd.Function):
         )
 
 
-def _block(plan: Plan) -> dict[str, Any]:
+def block_of(plan: Plan) -> dict[str, Any]:
     return {
         "LAST": plan.last,
         "ALIGN": plan.align,
@@ -213,9 +213,9 @@ def _merge(call: _Call, rows: Tensor, parts: int) -> Tensor:
     """Return (K, 4, C), the tiles' rows merged for each part."""
     plan = call.plan
     out = rows.new_empty((parts, 4, plan.channels))
-    forward.merge[parts, -(-plan.channels // _COLUMNS)](
+    forward.merge[parts, -(-plan.channels // COLUMNS)](
         rows, plan.table, plan.listed, plan.tiles, parts, out, plan.channels,
-        ALL=call.one_part, STEP=_STEP, COLUMNS=_COLUMNS, num_warps=4,
+        ALL=call.one_part, STEP=STEP, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -230,14 +230,13 @@ def _buffers(holders: Sequence[Any]) -> tuple[Tensors | None, Tensors | None, Te
     )
 
 
-def _mark_written(buffers: Sequence[Tensors | None]) -> None:
+def mark_written(tensors: Sequence[Tensor]) -> None:
     """Tell autograd, which did not see the kernels write."""
-    for tensors in buffers:
-        for tensor in tensors or ():
-            torch.autograd.graph.increment_version(tensor)
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Make a CUDA device the current one, where launches go."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()

@@ -120,6 +120,6 @@ def _triton() -> tuple[str | None, bool]:
     except ImportError as error:
         return f"triton cannot be imported: {error}", False
     del triton
-    from rethinking_bn.numerics.triton.forward import moments
+    from rethinking_bn.numerics.triton.tiles import pick
 
-    return None, type(moments).__name__ == "InterpretedFunction"
+    return None, type(pick).__name__ == "InterpretedFunction"

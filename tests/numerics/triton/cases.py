@@ -10,14 +10,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rethinking_bn.layers import (
     BatchNorm2d,
     BatchStatNorm2d,
     CycleBatchNorm2d,
+    MABN2d,
     MultiDomainBatchNorm2d,
 )
-from rethinking_bn.numerics.triton import backward, forward, plan
+from rethinking_bn.numerics.triton import backward, forward, moving, plan
 from tests import reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,14 +60,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             launched.append(self.name)
             return self.kernel[grid]
 
+    names = {
+        forward: ("moments", "merge", "normalize"),
+        backward: ("gradient_sums", "merge_sums", "input_gradient"),
+        moving: ("advance", "average", "scale_and_shift", "combine"),
+    }
     with monkeypatch.context() as patch:
-        for module in (forward, backward):
-            for name in ("moments", "merge", "normalize", "gradient_sums", "merge_sums"):
-                if hasattr(module, name):
-                    patch.setattr(module, name, Counting(name, getattr(module, name)))
-        patch.setattr(
-            backward, "input_gradient", Counting("input_gradient", backward.input_gradient)
-        )
+        for module, kernels in names.items():
+            for name in kernels:
+                patch.setattr(module, name, Counting(name, getattr(module, name)))
         yield launched
 
 
@@ -404,6 +407,61 @@ def test_in_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         z = model(x)
     assert y.dtype == z.dtype == torch.bfloat16
     torch.testing.assert_close(y, z, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_mabn(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the warm-up, moving averages and correction, beside the eager path in float64."""
+    CASES[0] += 1
+    layers = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        layer = MABN2d(C, simulated_batch_size=4, batch_size=2, warmup_iters=3, correction_start=4)
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.uniform_(0.5, 1.5)
+        layers.append(layer.to(DEVICE, dtype))
+    for iteration in range(6):
+        shapes = [(2, C, 3, 2), (0, C, 2, 2)][:levels]
+        xs = features(shapes, torch.float32, last=iteration % 2 == 1)
+        if iteration == 4:
+            with torch.no_grad():
+                xs[0][0, 0, 0, 0] = float("inf")  # enters no average
+        dys = [torch.randn(x.shape).to(x) for x in xs]
+        results = []
+        for layer, choice in zip(layers, ("triton", "eager"), strict=True):
+            monkeypatch.setenv("RETHINKING_BN_KERNELS", choice)
+            ins = [x.detach().to(layer.weight.dtype).requires_grad_() for x in xs]
+            with counted(monkeypatch) as launched:
+                ys = layer(ins)
+                grads = torch.autograd.grad(
+                    ys, [*ins, *layer.parameters()], [dy.to(layer.weight.dtype) for dy in dys]
+                )
+            assert len(launched) == (6 if choice == "triton" else 0)
+            results.append([*ys, *grads, *layer.buffers()])
+        for got, want in zip(*results, strict=True):
+            close_but_for_nan("MABN", got, want)
+
+
+def close_but_for_nan(what: str, got: Tensor, want: Tensor) -> None:
+    odd = ~want.isfinite()
+    assert torch.equal(odd, ~got.isfinite()), what
+    close(what, got.masked_fill(odd, 0), want.masked_fill(odd, 0), 2e-6)
+
+
+def test_mabn_under_activation_checkpointing() -> None:
+    """The recomputation counts nothing and gives the gradients of the first pass."""
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        layer = MABN2d(C, simulated_batch_size=4, batch_size=2, warmup_iters=1, device=DEVICE)
+        for _ in range(4):
+            (x,) = features([(2, C, 3, 2)], torch.float32, False)
+            y = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+            y.square().sum().backward()
+        results.append([x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_worst_errors() -> None:

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from rethinking_bn.layers import BatchNorm2d, MultiDomainBatchNorm2d
+from rethinking_bn.layers import BatchNorm2d, MABN2d, MultiDomainBatchNorm2d
 from rethinking_bn.numerics.triton import choice, plan
 
 FPN = [(2, 256, h, w) for h, w in ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))]
@@ -103,6 +103,8 @@ def main() -> None:
         one = BatchNorm2d(256, momentum=momentum, affine=affine)
         with one.row_groups((256, 256)):
             step(one, ROIS, torch.float16, False)
+    step(MABN2d(256, batch_size=2), FPN[2:3], torch.float32, False)
+    step(MABN2d(256, batch_size=2, affine=False), FPN[2:3], torch.bfloat16, True)
     for name, kernel, seconds in compiled.values():
         text = kernel.asm["ptx"]
         loads = re.findall(r"ld\.global[\w.:]*?(?:\.(v[24]))?\.b(\d+)", text)
