@@ -13,7 +13,7 @@ from rethinking_bn.layers.mabn import by_kernels
 from rethinking_bn.layers.mabn.functional import Statistics, mabn_normalize, mean_square
 from rethinking_bn.layers.mabn.official import convert_official
 from rethinking_bn.layers.mabn.replay import ForwardRecords
-from rethinking_bn.layers.mabn.ring import FullPrecisionBuffers, ValueRing
+from rethinking_bn.layers.mabn.ring import FullPrecisionBuffers, ValueRing, window
 from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.layers.symbolic import as_leaf
 from rethinking_bn.numerics.channel_ops import affine_normalize, exported_normalize
@@ -137,7 +137,7 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
         half = dtype in (torch.float16, torch.bfloat16)
         statistics: dict[str, Any] = {"device": device, "dtype": torch.float32 if half else dtype}
         self.register_buffer("running_mean_square", torch.ones(num_features, **statistics))
-        length = _window(simulated_batch_size, 1 if batch_size is None else batch_size)
+        length = window(simulated_batch_size, 1 if batch_size is None else batch_size)
         self.mean_square_ring = ValueRing(num_features, None, **statistics)
         self.gradient_ring = ValueRing(num_features, None, **statistics)
         if batch_size is not None:
@@ -208,10 +208,8 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             return self._observed_forward(xs, [x for x in xs if x.numel() > 0])
         if not self.training:
             running = self.running_mean_square
-            zero = torch.zeros_like(running)
-            return [
-                affine_normalize(x, zero, running, self.weight, self.bias, self.eps) for x in xs
-            ]
+            state = (torch.zeros_like(running), running, self.weight, self.bias, self.eps)
+            return [affine_normalize(x, *state) for x in xs]
         return self._train_forward(xs)
 
     def _train_forward(self, xs: list[Tensor]) -> list[Tensor]:
@@ -267,10 +265,10 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
         """Take the batch size from the first input's N, unless it was given.
 
         Raises:
-            ValueError: as :func:`_window`; nothing has changed then.
+            ValueError: as :func:`window`; nothing has changed then.
         """
         if self.batch_size is None:
-            length = _window(self.simulated_batch_size, images)
+            length = window(self.simulated_batch_size, images)
             self.batch_size = images
             for ring in (self.mean_square_ring, self.gradient_ring):
                 ring.set_length(length, self.running_mean_square)
@@ -329,17 +327,3 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             f"batch_size={self.batch_size}, eps={self.eps}, momentum={self.momentum}, "
             f"warmup_iters={self.warmup_iters}, r_max={self.r_max}, affine={self.affine}"
         )
-
-
-def _window(simulated_batch_size: int, batch_size: int) -> int:
-    """Return m, the iterations whose statistics simulate the larger batch.
-
-    Raises:
-        ValueError: naming both sizes, when the batch size does not divide the simulated one.
-    """
-    if batch_size < 1 or simulated_batch_size < 1 or simulated_batch_size % batch_size:
-        raise ValueError(
-            f"the simulated batch size {simulated_batch_size} is not a multiple of the batch size "
-            f"{batch_size} (images per rank)"
-        )
-    return simulated_batch_size // batch_size

@@ -162,3 +162,17 @@ def resize_ring(values: Tensor, pushed: int, length: int) -> Tensor:
         rows = torch.arange(pushed - wanted, pushed, device=values.device) % length
         resized[rows] = torch.cat([older, known])
     return resized
+
+
+def window(simulated_batch_size: int, batch_size: int) -> int:
+    """Return m, the iterations whose statistics simulate the larger batch.
+
+    Raises:
+        ValueError: naming both sizes, when the batch size does not divide the simulated one.
+    """
+    if batch_size < 1 or simulated_batch_size < 1 or simulated_batch_size % batch_size:
+        raise ValueError(
+            f"the simulated batch size {simulated_batch_size} is not a multiple of the batch size "
+            f"{batch_size} (images per rank)"
+        )
+    return simulated_batch_size // batch_size

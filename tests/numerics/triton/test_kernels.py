@@ -36,7 +36,8 @@ def run(*arguments: str, **environment: str) -> str:
 
 
 def cases(**environment: str) -> str:
-    return run("-m", "pytest", "-q", "-s", str(FOLDER / "cases.py"), **environment)
+    files = [str(FOLDER / "cases" / name) for name in ("rows.py", "layers.py")]
+    return run("-m", "pytest", "-q", *files, **environment)
 
 
 @needs_triton

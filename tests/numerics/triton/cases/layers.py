@@ -1,11 +1,6 @@
-"""The kernels beside float64, wherever they can run: collected by test_kernels.py in a process of
-its own, under Triton's interpreter or on a GPU."""
+"""The other layers, and what no row of Table 5 shows, wherever the kernels can run."""
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,217 +14,19 @@ from rethinking_bn.layers import (
     MABN2d,
     MultiDomainBatchNorm2d,
 )
-from rethinking_bn.numerics.triton import backward, forward, moving, plan
+from rethinking_bn.numerics.triton import plan
 from tests import reference
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-C = 2
-SHAPES = [(2, C, 5, 3), (0, C, 2, 2), (1, C, 1, 1)]
-ROWS = list(itertools.product(("shared", "domain_specific"), repeat=3))
-WORST: dict[str, float] = {}
-CASES = [0]
-
-
-@pytest.fixture(autouse=True)
-def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run the kernels or fail; undo what a test does to the plans."""
-    monkeypatch.setenv("RETHINKING_BN_KERNELS", "triton")
-    plan.make_plan.cache_clear()
-    yield
-    plan.make_plan.cache_clear()
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles for a tensor and blocks for a tile, at sizes that an interpreter can do."""
-    monkeypatch.setattr(plan, "BLOCK", 8 if DEVICE.type == "cpu" else 128)
-    monkeypatch.setattr(plan, "BLOCKS", 2)
-    monkeypatch.setattr(plan, "CHANNELS_LAST_BYTES", 8 if DEVICE.type == "cpu" else 64)
-
-
-@contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Collect the names of what is launched."""
-    launched: list[str] = []
-
-    class Counting:
-        def __init__(self, name: str, kernel) -> None:
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid):
-            launched.append(self.name)
-            return self.kernel[grid]
-
-    names = {
-        forward: ("moments", "merge", "normalize"),
-        backward: ("gradient_sums", "merge_sums", "input_gradient"),
-        moving: ("advance", "average", "scale_and_shift", "combine"),
-    }
-    with monkeypatch.context() as patch:
-        for module, kernels in names.items():
-            for name in kernels:
-                patch.setattr(module, name, Counting(name, getattr(module, name)))
-        yield launched
-
-
-def features(
-    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, last: bool, offset: float = 0.0
-) -> list[Tensor]:
-    """Tensors whose mean and spread differ from level to level, or are ``offset`` ± 1."""
-    xs = []
-    for i, shape in enumerate(shapes):
-        x = torch.randn(shape) * (1 if offset else 1 + i) + (offset or 3 * i)
-        xs.append(
-            x.to(DEVICE, dtype)
-            .to(memory_format=torch.channels_last if last else torch.contiguous_format)
-            .requires_grad_()
-        )
-    return xs
-
-
-def close(what: str, got: Tensor | None, expected: Tensor, tolerance: float, scale=1.0) -> None:
-    """Compare with float64, relative to the largest value or to ``scale``."""
-    assert got is not None, what
-    assert got.shape == expected.shape, what
-    if expected.numel() == 0:
-        return
-    largest = max(expected.abs().max().item(), scale)
-    error = (got.detach().cpu().double() - expected.cpu()).abs().max().item() / largest
-    assert error <= tolerance, f"{what}: {error:.2e} of {largest:.2e}, allowed {tolerance:.1e}"
-    if got.dtype == torch.float32:
-        name = what.split(",")[0]
-        WORST[name] = max(WORST.get(name, 0.0), error)
-
-
-class Expected:
-    """A training step of a layer of ours, written out in float64."""
-
-    def __init__(self, xs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]):
-        self.xs = [x.detach().cpu().double().requires_grad_() for x in xs]
-        self.affine = [
-            [p.detach().cpu().double().requires_grad_() for p in ps] for ps in (weights, biases)
-        ]
-
-    def outputs(self, pooled: bool) -> list[Tensor]:
-        return [
-            reference.normalize(
-                [x],
-                self.xs if pooled else [x],
-                *(ps[i if len(ps) > 1 else 0] for ps in self.affine),
-            )[0]
-            if x.numel()
-            else x * self.affine[0][0].sum()
-            for i, x in enumerate(self.xs)
-        ]
-
-
-def averages(
-    parts: Sequence[Sequence[Tensor]], holders: int, momentum: float | None
-) -> list[tuple[Tensor, Tensor, int]]:
-    """Mean, variance and steps of ``holders`` moving averages that start at 0, 1 and 0."""
-    states = [(torch.zeros(C).double(), torch.ones(C).double(), 0) for _ in range(holders)]
-    for i, part in enumerate(parts):
-        at = i if holders > 1 else 0
-        mean, variance, steps = states[at]
-        steps += int(sum(x.numel() for x in part) > 0)
-        rate = 1 / max(steps, 1) if momentum is None else momentum
-        states[at] = (*reference.ema(mean, variance, part, rate), steps)
-    return states
-
-
-# A few units in the last place; of half types one rounding, which Triton's interpreter does towards
-# zero for bfloat16.
-_ROUNDING = 4e-3 if DEVICE.type == "cuda" else 8e-3
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: _ROUNDING, torch.float16: 5e-4}
-
-
-def check_row(
-    choices: Sequence[str],
-    shapes: Sequence[tuple[int, ...]],
-    dtype: torch.dtype,
-    last: bool,
-    offset: float,
-    momentum: float | None,
-) -> None:
-    """One training step of a MultiDomainBatchNorm2d beside the reference."""
-    CASES[0] += 1
-    train, population, affine = choices
-    layer = MultiDomainBatchNorm2d(
-        C,
-        len(shapes),
-        train_stats=train,
-        population_stats=population,
-        affine=affine,
-        momentum=momentum,
-        device=DEVICE,
-    )
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.uniform_(0.5, 1.5)
-    xs = features(shapes, dtype, last, offset)
-    dys = [torch.randn(x.shape).to(x) for x in xs]
-    weights, biases = layer._affine_rows()
-    expected = Expected(xs, weights, biases)
-    ys, zs = layer(xs), expected.outputs(train == "shared")
-    torch.autograd.backward(ys, dys)
-    torch.autograd.backward(zs, [dy.cpu().double() for dy in dys])
-    tolerance = TOLERANCE[dtype]
-    for x, y, z, e in zip(xs, ys, zs, expected.xs, strict=True):
-        assert y.dtype == x.dtype and x.grad is not None
-        assert y.stride() == x.stride() == x.grad.stride()
-        close("outputs", y, z, tolerance)
-        # where a level has one value, terms of 1 / sqrt(eps) cancel
-        scale = 300.0 if x.numel() == C and train != "shared" else 1.0
-        close("input gradients", x.grad, e.grad, tolerance, scale)
-    for got, want in zip((weights, biases), expected.affine, strict=True):
-        for p, e in zip(got, want, strict=True):
-            zero = torch.zeros_like(e)
-            close("affine gradients", p.grad, zero if e.grad is None else e.grad, 1e-6, 30.0)
-    one = train == population == "shared"
-    parts = [expected.xs] if one else [[x] for x in expected.xs]
-    holders = layer._statistics_holders()
-    states = averages(parts, len(holders), momentum)
-    for holder, (mean, variance, steps) in zip(holders, states, strict=True):
-        close("running means", holder.running_mean, mean.detach(), 1e-6)
-        close("running variances", holder.running_var, variance.detach(), 1e-6)
-        assert holder.num_batches_tracked == steps
-
-
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
-@pytest.mark.parametrize("choices", ROWS, ids="-".join)
-def test_every_row_and_layout(choices: tuple[str, ...], last: bool) -> None:
-    check_row(choices, SHAPES, torch.float32, last, 0.0, 0.1)
-
-
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
-@pytest.mark.parametrize("choices", [ROWS[2], ROWS[5]], ids="-".join)
-def test_large_mean_in_many_blocks(choices: tuple[str, ...], last: bool, small_blocks) -> None:
-    """Data at 1000 ± 1 comes out as exactly as data around 0."""
-    shapes = [(2, C, 5, 4), (1, C, 2, 3)]
-    check_row(choices, shapes, torch.float32, last, 1000.0, None)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
-@pytest.mark.parametrize("choices", [ROWS[0], ROWS[5]], ids="-".join)
-def test_half_types(choices: tuple[str, ...], last: bool, dtype: torch.dtype) -> None:
-    check_row(choices, SHAPES[::2], dtype, last, 0.0, 0.1)
-
-
-@pytest.mark.parametrize("choices", ROWS[::2], ids="-".join)
-def test_merged_apart(choices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too many tiles for every program to merge them: a launch merges, and six are enough."""
-    monkeypatch.setattr(plan, "FOLD", 0)
-    with counted(monkeypatch) as launched:
-        check_row(choices, SHAPES[::2], torch.float32, False, 0.0, 0.1)
-    assert len(launched) == 6
-
-
-@pytest.mark.parametrize("choices", ROWS, ids="-".join)
-def test_four_launches(choices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    with counted(monkeypatch) as launched:
-        check_row(choices, [(1, C, 3, 2)] * 2, torch.float32, True, 0.0, 0.1)
-    assert launched == ["moments", "normalize", "gradient_sums", "input_gradient"]
+from tests.numerics.triton.cases.harness import (
+    CASES,
+    DEVICE,
+    SHAPES,
+    C,
+    Expected,
+    averages,
+    close,
+    counted,
+    features,
+)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (3, 0, 1, 2)], ids=str)
@@ -462,9 +259,3 @@ def test_mabn_under_activation_checkpointing() -> None:
         results.append([x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_worst_errors() -> None:
-    """The last one: says what the others found."""
-    found = ", ".join(f"{name} {error:.1e}" for name, error in sorted(WORST.items()))
-    print(f"\n{CASES[0]} cases on {DEVICE.type}; worst float32 errors: {found}")

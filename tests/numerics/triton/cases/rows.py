@@ -1,0 +1,116 @@
+"""Every row of Table 5 beside float64, wherever the kernels can run.
+
+Collected by test_kernels.py, in a process under Triton's interpreter or on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from rethinking_bn.layers import MultiDomainBatchNorm2d
+from rethinking_bn.numerics.triton import plan
+from tests.numerics.triton.cases.harness import (
+    CASES,
+    DEVICE,
+    ROWS,
+    SHAPES,
+    TOLERANCE,
+    C,
+    Expected,
+    averages,
+    close,
+    counted,
+    features,
+)
+
+
+def check_row(
+    choices: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    last: bool,
+    offset: float,
+    momentum: float | None,
+) -> None:
+    """One training step of a MultiDomainBatchNorm2d beside the reference."""
+    CASES[0] += 1
+    train, population, affine = choices
+    layer = MultiDomainBatchNorm2d(
+        C,
+        len(shapes),
+        train_stats=train,
+        population_stats=population,
+        affine=affine,
+        momentum=momentum,
+        device=DEVICE,
+    )
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.uniform_(0.5, 1.5)
+    xs = features(shapes, dtype, last, offset)
+    dys = [torch.randn(x.shape).to(x) for x in xs]
+    weights, biases = layer._affine_rows()
+    expected = Expected(xs, weights, biases)
+    ys, zs = layer(xs), expected.outputs(train == "shared")
+    torch.autograd.backward(ys, dys)
+    torch.autograd.backward(zs, [dy.cpu().double() for dy in dys])
+    tolerance = TOLERANCE[dtype]
+    for x, y, z, e in zip(xs, ys, zs, expected.xs, strict=True):
+        assert y.dtype == x.dtype and x.grad is not None
+        assert y.stride() == x.stride() == x.grad.stride()
+        close("outputs", y, z, tolerance)
+        # where a level has one value, terms of 1 / sqrt(eps) cancel
+        scale = 300.0 if x.numel() == C and train != "shared" else 1.0
+        close("input gradients", x.grad, e.grad, tolerance, scale)
+    for got, want in zip((weights, biases), expected.affine, strict=True):
+        for p, e in zip(got, want, strict=True):
+            zero = torch.zeros_like(e)
+            close("affine gradients", p.grad, zero if e.grad is None else e.grad, 1e-6, 30.0)
+    one = train == population == "shared"
+    parts = [expected.xs] if one else [[x] for x in expected.xs]
+    holders = layer._statistics_holders()
+    states = averages(parts, len(holders), momentum)
+    for holder, (mean, variance, steps) in zip(holders, states, strict=True):
+        close("running means", holder.running_mean, mean.detach(), 1e-6)
+        close("running variances", holder.running_var, variance.detach(), 1e-6)
+        assert holder.num_batches_tracked == steps
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("choices", ROWS, ids="-".join)
+def test_every_row_and_layout(choices: tuple[str, ...], last: bool) -> None:
+    check_row(choices, SHAPES, torch.float32, last, 0.0, 0.1)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("choices", [ROWS[2], ROWS[5]], ids="-".join)
+def test_large_mean_in_many_blocks(choices: tuple[str, ...], last: bool, small_blocks) -> None:
+    """Data at 1000 ± 1 comes out as exactly as data around 0."""
+    shapes = [(2, C, 5, 4), (1, C, 2, 3)]
+    check_row(choices, shapes, torch.float32, last, 1000.0, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("choices", [ROWS[0], ROWS[5]], ids="-".join)
+def test_half_types(choices: tuple[str, ...], last: bool, dtype: torch.dtype) -> None:
+    check_row(choices, SHAPES[::2], dtype, last, 0.0, 0.1)
+
+
+@pytest.mark.parametrize("choices", ROWS[::2], ids="-".join)
+def test_merged_apart(choices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many tiles for every program to merge them: a launch merges, and six are enough."""
+    monkeypatch.setattr(plan, "FOLD", 0)
+    with counted(monkeypatch) as launched:
+        check_row(choices, SHAPES[::2], torch.float32, False, 0.0, 0.1)
+    assert len(launched) == 6
+
+
+@pytest.mark.parametrize("choices", ROWS, ids="-".join)
+def test_four_launches(choices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted(monkeypatch) as launched:
+        check_row(choices, [(1, C, 3, 2)] * 2, torch.float32, True, 0.0, 0.1)
+    assert launched == ["moments", "normalize", "gradient_sums", "input_gradient"]
