@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rethinking_bn.numerics.channel_ops import affine_normalize, combine, gradient_sums
+from rethinking_bn.numerics.channel_ops import (
+    affine_normalize,
+    are_few,
+    combine_each,
+    gradient_sums,
+    scale_and_shift,
+)
 from rethinking_bn.numerics.moments import statistics_dtype
+from rethinking_bn.numerics.tensor_moments import mean_variance
 
 Average = Callable[[Tensor, Tensor], Tensor]
 
@@ -44,6 +51,9 @@ def mean_square(xs: Sequence[Tensor]) -> tuple[int, Tensor]:
     Returns:
         n and (C,), without gradient; half types are accumulated in float32.
     """
+    if len(xs) == 1 and are_few(xs, statistics_dtype(xs[0].dtype)):
+        mean, variance = mean_variance(xs[0].detach())
+        return xs[0].numel() // xs[0].shape[1], torch.addcmul(variance, mean, mean)
     count, total = 0, None
     for x in xs:
         if x.numel() == 0:
@@ -103,6 +113,9 @@ class _MovingAverageNormalize(torch.autograd.Function):
         if weight is not None:
             scale = scale * weight
         zero = torch.zeros_like(smoothed)
+        if bias is not None and are_few(xs, scale.dtype):
+            a = ((smoothed + eps).rsqrt_() * scale)[None]
+            return scale_and_shift(xs, a, bias[None])
         return tuple(affine_normalize(x, zero, smoothed, scale, bias, eps) for x in xs)
 
     @staticmethod
@@ -115,8 +128,11 @@ class _MovingAverageNormalize(torch.autograd.Function):
         sums = [
             gradient_sums(dy, x, zero, smoothed, ctx.eps) for dy, x in zip(grads, xs, strict=True)
         ]
-        sum_dy = torch.stack([pair[0] for pair in sums]).sum(0)
-        sum_dy_z = torch.stack([pair[1] for pair in sums]).sum(0)
+        sum_dy, sum_dy_z = sums[0]
+        if len(sums) > 1:
+            sum_dy, sum_dy_z = (
+                torch.stack(list(values)).sum(0) for values in zip(*sums, strict=True)
+            )
         scale = r if weight is None else r * weight
         count = sum(x.numel() for x in xs) // max(1, smoothed.numel())
         p = scale * sum_dy_z / max(1, count)
@@ -124,11 +140,8 @@ class _MovingAverageNormalize(torch.autograd.Function):
         # dx = a·dy + b·x per channel
         inverse = (smoothed + ctx.eps).rsqrt()
         a, b = scale * inverse, -averaged * inverse.square()
-        first = len(ctx.needs_input_grad) - len(xs)
-        grad_x = [
-            combine(dy, x, a, b, zero) if needed else None
-            for dy, x, needed in zip(grads, xs, ctx.needs_input_grad[first:], strict=True)
-        ]
+        needed = ctx.needs_input_grad[-len(xs) :]
+        grad_x = combine_each(grads, xs, a[None], b[None], zero[None], needed)
         grad_weight = grad_bias = None
         if weight is not None:
             grad_weight = (r * sum_dy_z).to(weight.dtype)

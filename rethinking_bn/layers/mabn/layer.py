@@ -287,7 +287,8 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             # A compiler recomputes in the backward what is cheap, here from an R that has moved on.
             correction = correction.flip(0).flip(0)
         moved = running.lerp(smoothed.to(running.dtype), self.momentum)
-        running.copy_(torch.where(moved.isfinite(), moved, running))
+        zero = moved - moved  # or NaN
+        running.copy_(torch.where(zero == zero, moved, running))
         return Statistics(own, smoothed, correction, moving)
 
     def _average_gradient(self, p: Tensor, moving: Tensor) -> Tensor:

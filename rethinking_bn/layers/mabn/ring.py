@@ -99,10 +99,10 @@ class ValueRing(FullPrecisionBuffers):
         before, so that one such step does not outlive itself in m averages.
         """
         values, m = self.values, len(self.values)
-        newest = self.count.add(m - 1).view(1)
-        previous = values.index_select(0, newest % m)
-        value = torch.where(value.isfinite(), value.to(values.dtype), previous)
-        values.index_copy_(0, newest.add_(1) % m, value)
+        newest = (self.count - 1).remainder_(m).view(1)
+        zero = value - value  # or NaN
+        value = torch.where(zero == zero, value.to(values.dtype), values.index_select(0, newest))
+        values.index_copy_(0, self.count.remainder(m).view(1), value)
         self.count.add_(1)
 
     def mean(self) -> Tensor:

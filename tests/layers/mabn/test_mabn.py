@@ -167,7 +167,8 @@ class _Operators(TorchDispatchMode):
 def test_passes_over_memory(warmup, memory_format):
     """As many as BatchNorm's in the forward (sum, write), one more in the backward."""
     layer = MABN2d(C, simulated_batch_size=4, batch_size=2, warmup_iters=warmup, correction_start=0)
-    x = torch.randn(2, C, 20, 20).contiguous(memory_format=memory_format).requires_grad_()
+    # large: of small tensors, calls cost more than passes
+    x = torch.randn(2, C, 150, 150).contiguous(memory_format=memory_format).requires_grad_()
     dy = torch.randn_like(x)
     for _ in range(3):
         layer(x).backward(dy)
