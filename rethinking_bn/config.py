@@ -198,6 +198,12 @@ def _add_missing(source: CfgNode, target: CfgNode) -> None:
             _add_missing(value, target[key])
 
 
+def check_divides(key: str, images: int, ranks: int) -> None:
+    """Raise a ValueError, naming the key, unless its images can be divided among the ranks."""
+    if images < 1 or images % ranks:
+        raise ValueError(f"{key} {images} cannot be divided among {ranks} process(es)")
+
+
 def images_per_pass(cfg: CfgNode, ranks: int) -> int:
     """Return how many images a rank's forward/backward pass has in training.
 
@@ -209,10 +215,7 @@ def images_per_pass(cfg: CfgNode, ranks: int) -> int:
         ValueError: naming the keys, where SOLVER.IMS_PER_BATCH cannot be divided so.
     """
     images, passes = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.get("ACCUMULATION_STEPS", 1)
-    if images < 1 or images % ranks:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH {images} cannot be divided among {ranks} process(es)"
-        )
+    check_divides("SOLVER.IMS_PER_BATCH", images, ranks)
     if passes < 1 or images // ranks % passes:
         raise ValueError(
             f"SOLVER.ACCUMULATION_STEPS {passes} does not divide the {images // ranks} images per "

@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from rethinking_bn.config import (
+    check_divides,
     check_statistics,
     check_thaw,
     check_transforms,
@@ -145,8 +146,7 @@ def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None
         sizes["SOLVER.IMS_PER_BATCH"] = (cfg.SOLVER.IMS_PER_BATCH, images)
     if estimates:
         key = "TEST.PRECISE_BN.IMS_PER_BATCH"
-        if estimates < 1 or estimates % ranks:
-            raise ValueError(f"{key} {estimates} cannot be divided among {ranks} process(es)")
+        check_divides(key, estimates, ranks)
         sizes[key] = (estimates, estimates // ranks)
     for part, (key, (size, images)) in product(("BACKBONE", "ROI_HEADS"), sizes.items()):
         together = cfg.MODEL[part].NORM_IMAGES

@@ -16,14 +16,14 @@ from detectron2.data.build import (
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
-from rethinking_bn.config import check_transforms, images_per_pass
+from rethinking_bn.config import check_divides, check_transforms, images_per_pass
 from rethinking_bn.data.domains import mark
 from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.train_loader import Mapper, ResumableTrainLoader, Sample
 
 logger = logging.getLogger(__name__)
 
-_LABELS = ("annotations", "sem_seg_file_name")
+_ANNOTATION_KEYS = ("annotations", "sem_seg_file_name")
 
 
 def build_population_loader(
@@ -57,10 +57,7 @@ def build_population_loader(
     images, workers = _read(cfg, "IMS_PER_BATCH", 0), _read(cfg, "NUM_WORKERS", 0)
     world = comm.get_world_size()
     images = images or world * images_per_pass(cfg, world)
-    if images < 1 or images % world:
-        raise ValueError(
-            f"TEST.PRECISE_BN.IMS_PER_BATCH {images} cannot be divided among {world} process(es)"
-        )
+    check_divides("TEST.PRECISE_BN.IMS_PER_BATCH", images, world)
     transforms = check_transforms(cfg)
     samples = _load(cfg, names, labelled=transforms == "train")
     seed = max(cfg.SEED, 0)
@@ -119,15 +116,15 @@ def _load(cfg: CfgNode, names: Sequence[str], *, labelled: bool) -> list[Sample]
     if labelled:
         logger.info("population training without labels: %s has none", ", ".join(unlabelled))
     return [
-        {key: value for key, value in sample.items() if key not in _LABELS}
+        {key: value for key, value in sample.items() if key not in _ANNOTATION_KEYS}
         for sample in itertools.chain.from_iterable(sets.values())
     ]
 
 
 def _has_labels(samples: list[Sample]) -> bool:
     """Return whether some image has ground truth, and every one at least an empty list of it."""
-    everywhere = all(any(key in sample for key in _LABELS) for sample in samples)
-    return everywhere and any(sample.get(key) for sample in samples for key in _LABELS)
+    everywhere = all(any(key in sample for key in _ANNOTATION_KEYS) for sample in samples)
+    return everywhere and any(sample.get(key) for sample in samples for key in _ANNOTATION_KEYS)
 
 
 def _filtered(cfg: CfgNode, samples: Iterable[Sample]) -> list[Sample]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from rethinking_bn.population import (
     estimate_population_statistics,
 )
 from rethinking_bn.population.observers import find_population_layers
+from rethinking_bn.population.run import Autocast
 
 __all__ = [
     "inference_statistics",
@@ -32,8 +33,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 class PreciseBN(HookBase):

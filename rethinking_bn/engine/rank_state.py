@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from rethinking_bn.layers import PopulationLayer
+from rethinking_bn.population.model_state import unwrap
 
 # {"normalizers": {module: float, or one per pass}, "buffers": {name: Tensor}}
 RankState = dict[str, Any]
@@ -36,7 +36,7 @@ def normalizers_of_pass(model: nn.Module, index: int, passes: int) -> Iterator[N
     if passes == 1:
         yield
         return
-    detectors = [module for _, module in _dense_detectors(_unwrapped(model))]
+    detectors = [module for _, module in _dense_detectors(unwrap(model))]
     for module in detectors:
         kept = vars(module)
         if len(kept.get(_OF_PASSES, ())) != passes:
@@ -59,7 +59,7 @@ def gather_rank_state(model: nn.Module) -> list[RankState]:
     buffer that differs between ranks, and the buffers that layers of ours keep out of the state
     dict. A collective: every rank must call it.
     """
-    model = _unwrapped(model)
+    model = unwrap(model)
     buffers = dict(model.named_buffers())
     names = set(_unsaved_buffers(model)) | _differing(buffers)
     own: RankState = {
@@ -93,7 +93,7 @@ def load_rank_state(model: nn.Module, states: list[RankState], passes: int = 1) 
             world,
         )
         state = _mean(states)
-    model = _unwrapped(model)
+    model = unwrap(model)
     modules = dict(model.named_modules())
     for name, value in state["normalizers"].items():
         if name in modules:
@@ -103,11 +103,6 @@ def load_rank_state(model: nn.Module, states: list[RankState], passes: int = 1) 
         for name, value in state["buffers"].items():
             if name in buffers and buffers[name].shape == value.shape:
                 buffers[name].copy_(value)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model whose names are the same for any number of processes."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _dense_detectors(model: nn.Module) -> Iterator[tuple[str, Any]]:

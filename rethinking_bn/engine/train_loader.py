@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from rethinking_bn.config import check_divides
 from rethinking_bn.data.domains import domain_groups, marked_training_dicts
 from rethinking_bn.randomness import derive_seed, isolated_random_state
 
@@ -118,11 +119,7 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[l
         )
         return build_detection_train_loader(**parts)
     world = comm.get_world_size()
-    if parts["total_batch_size"] % world:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH {parts['total_batch_size']} cannot be divided among "
-            f"{world} processes"
-        )
+    check_divides("SOLVER.IMS_PER_BATCH", parts["total_batch_size"], world)
     grouping = parts["aspect_ratio_grouping"]
     if grouping and not all("width" in d and "height" in d for d in parts["dataset"]):
         raise ValueError(

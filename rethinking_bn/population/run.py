@@ -25,7 +25,7 @@ from rethinking_bn.randomness import announce_iteration
 # one name for all of population training
 logger = logging.getLogger("rethinking_bn.population")
 
-_LABELS = ("instances", "sem_seg")  # detectron2's keys of ground truth
+_GROUND_TRUTH = ("instances", "sem_seg")  # keys of what detectron2's mapper returns
 _SECONDS_BETWEEN_LINES = 10.0
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -38,7 +38,7 @@ def is_labelled(batch: Any) -> bool:
         return True
     if not all(isinstance(sample, dict) and "image" in sample for sample in batch):
         return True
-    return all(any(key in sample for key in _LABELS) for sample in batch)
+    return all(any(key in sample for key in _GROUND_TRUTH) for sample in batch)
 
 
 class PopulationRun:
