@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from rethinking_bn.data import CLASSES, ShapesDataset
 from rethinking_bn.population import estimate_population_statistics
@@ -119,7 +121,8 @@ def _shapes(name: str, images: int) -> list[Sample]:
 def _detector(seed: int, build: Callable[..., nn.Module], **options: Any) -> Case:
     torch.manual_seed(seed)
     sizes = dict(min_size=128, max_size=160, **options)
-    model = build(_Backbone(), len(CLASSES) + 1, **sizes)
+    classes = None if "box_predictor" in options else len(CLASSES) + 1
+    model = build(_Backbone(), classes, **sizes)
     train, test = _shapes("shapes_train", 160), _shapes("shapes_val", 80)
     collate: Any = lambda samples: tuple(zip(*samples, strict=True))  # noqa: E731
     case = Case(model, train, test, collate, _darken, 16, run_detector)
@@ -141,9 +144,8 @@ def torchvision_retinanet(seed: int) -> Case:
 
 
 def torchvision_mask_rcnn(seed: int) -> Case:
-    """torchvision's Mask R-CNN with BN in the backbone, in training mode, on shapes."""
-    from torchvision.ops import MultiScaleRoIAlign
-
+    """torchvision's Mask R-CNN with BN in the backbone and small heads, in training mode."""
+    torch.manual_seed(seed)
     anchors = AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3)
     return _detector(
         seed,
@@ -151,8 +153,12 @@ def torchvision_mask_rcnn(seed: int) -> Case:
         rpn_anchor_generator=anchors,
         box_batch_size_per_image=16,
         rpn_post_nms_top_n_train=50,
-        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 7, 2),
-        mask_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 14, 2),
+        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 4, 2),
+        box_head=TwoMLPHead(_Backbone.out_channels * 16, 64),
+        box_predictor=FastRCNNPredictor(64, len(CLASSES) + 1),
+        mask_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 8, 2),
+        mask_head=MaskRCNNHeads(_Backbone.out_channels, (16,), 1),
+        mask_predictor=MaskRCNNPredictor(16, 16, len(CLASSES) + 1),
     )
 
 
