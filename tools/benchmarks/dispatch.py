@@ -24,6 +24,7 @@ from benchmarks.contenders import (
 from benchmarks.equality import tolerance_of
 from benchmarks.options import Options
 from benchmarks.result import Cell, Result, Table
+from benchmarks.stubbed import add_stubbed
 from benchmarks.timing import Plan, Step, alternate, spread
 from rethinking_bn.layers import BatchNorm2d, CycleBatchNorm2d, MABN2d, SyncBatchNorm2d
 
@@ -149,4 +150,6 @@ def _run(options: Options) -> Result:
         ]
         columns = ("layer", "operators", "µs")
         result.tables.append(Table(f"{case}, one step", columns, table))
+    kernels = {f"row {row}": side for row, side in ours.items()}
+    add_stubbed(result, concat, {**kernels, "MABN2d, five levels": pooled_mabn}, options)
     return result
