@@ -27,6 +27,7 @@ from typing import Any
 
 # detectron2 uses what recent versions of torch deprecate: nothing a user of this tool can change
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch|detectron2|fvcore")
+warnings.filterwarnings("ignore", message="pkg_resources")
 
 from rethinking_bn.command_line import require_detectron2  # noqa: E402
 

@@ -81,9 +81,10 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
     check_transforms(cfg)
     if training:
         check_thaw(cfg)
-        check_freezing(cfg, ranks)
     check_keys_are_read(cfg)
     check_batch_size(cfg, ranks, training=training)
+    if training:
+        check_freezing(cfg, ranks)
     path = check_weights(cfg, resume=args.resume, training=training)
     check_data_sets(cfg, training=training)
     if training:

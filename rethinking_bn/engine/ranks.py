@@ -171,11 +171,11 @@ class _Ranks:
             wait([process.sentinel for process in running], timeout=_MOMENT)
             running = [process for process in running if process.exitcode is None]
             if any(process.exitcode not in (None, 0, PREEMPTED) for process in self._processes):
-                sys.exit(PREEMPTED if self._deadline is not None else self._report())
+                self._end(PREEMPTED if self._deadline is not None else self._report())
             if self._deadline is not None and time.monotonic() > self._deadline:
-                sys.exit(PREEMPTED)
+                self._end(PREEMPTED)
         if any(process.exitcode == PREEMPTED for process in self._processes):
-            sys.exit(PREEMPTED)
+            self._end(PREEMPTED)
 
     def _report(self) -> int:
         """Print what the rank that failed first has to say; return the exit status."""
