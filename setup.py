@@ -11,7 +11,16 @@ ROOT = Path(__file__).parent
 
 
 STUDIES = ["matplotlib", "numpy", "Pillow", "pycocotools", "scikit-learn", "tqdm"]
-DETECTION = ["fvcore", "numpy", "opencv-python", "Pillow", "pycocotools", "PyYAML", "tqdm"]
+DETECTION = [
+    "fvcore",
+    "matplotlib",
+    "numpy",
+    "opencv-python",
+    "Pillow",
+    "pycocotools",
+    "PyYAML",
+    "tqdm",
+]
 TEST = [
     "hypothesis",
     "mypy",

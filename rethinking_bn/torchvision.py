@@ -11,13 +11,8 @@ arXiv 2105.07576::
 
 For Mask R-CNN, BatchNorm heads whose RoIs are shuffled over all ranks in training (section 6)::
 
-    box_head = ShuffleBNBoxHead((256, 7, 7), [256] * 4, [1024])
-    mask_head = ShuffleBNMaskHead(256, [256] * 4, 1)
-    box_predictor = FastRCNNPredictor(1024, num_classes)
-    model = MaskRCNN(
-        backbone, box_head=box_head, box_predictor=box_predictor, mask_head=mask_head,
-        mask_predictor=MaskRCNNPredictor(256, 256, num_classes),
-    )
+    model.roi_heads.box_head = ShuffleBNBoxHead((256, 7, 7), [256] * 4, [1024])
+    model.roi_heads.mask_head = ShuffleBNMaskHead(256, [256] * 4, 1)
 
 Population statistics are estimated on batches as torchvision's data loaders make them by::
 
@@ -43,16 +38,6 @@ from torchvision.ops.misc import Conv2dNormActivation
 from rethinking_bn.layers import MABN2d, MultiDomainBatchNorm2d, get_norm
 from rethinking_bn.layers.levels import layer_by_layer
 from rethinking_bn.shuffle.layers import ShuffledLayers, mixes_rows_of_a_rank
-
-__all__ = [
-    "MultiDomainBNClassificationHead",
-    "MultiDomainBNRegressionHead",
-    "MultiDomainBNRetinaNetHead",
-    "ShuffleBNBoxHead",
-    "ShuffleBNMaskHead",
-    "level_norm",
-    "run_detector",
-]
 
 NormFactory = Callable[..., nn.Module]
 NormLayer = str | NormFactory | None

@@ -30,7 +30,7 @@ from detectron2.utils import comm  # noqa: E402
 
 from rethinking_bn.engine import Checkpointer, Trainer, load_config, run_diagnosis  # noqa: E402
 from rethinking_bn.engine.launch import argument_parser, run, setup  # noqa: E402
-from rethinking_bn.engine.plan import make_plan  # noqa: E402
+from rethinking_bn.engine.norm_plan import make_plan  # noqa: E402
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

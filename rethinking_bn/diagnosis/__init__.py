@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rethinking_bn.diagnosis.diagnose import diagnose
-from rethinking_bn.diagnosis.diagnosis import Diagnosis
+from rethinking_bn.diagnosis.examine import diagnose
 from rethinking_bn.diagnosis.findings import Finding
+from rethinking_bn.diagnosis.result import Diagnosis
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]

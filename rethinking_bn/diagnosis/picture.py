@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rethinking_bn.files import replace
 
 if TYPE_CHECKING:
-    from rethinking_bn.diagnosis.diagnosis import Diagnosis
+    from rethinking_bn.diagnosis.result import Diagnosis
 
 # axes: title, (kind, number in its evidence, colour), severe from
 _PANELS = (

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rethinking_bn.diagnosis.layers import DiagnosedLayer
+from rethinking_bn.numerics.local_moments import local_moments
 from rethinking_bn.numerics.moments import Moments, merge_moments
-from rethinking_bn.numerics.tensor_moments import local_moments
 
 _BLOCK = 32  # forwards between two merges in float64
 

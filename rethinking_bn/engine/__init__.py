@@ -11,7 +11,7 @@ from rethinking_bn.engine.accumulation import (  # noqa: E402
     AccumulatingTrainer,
 )
 from rethinking_bn.engine.checkpointer import Checkpointer  # noqa: E402
-from rethinking_bn.engine.diagnose import DiagnoseBN, run_diagnosis  # noqa: E402
+from rethinking_bn.engine.diagnose_bn import DiagnoseBN, run_diagnosis  # noqa: E402
 from rethinking_bn.engine.freeze_bn import FreezeBN  # noqa: E402
 from rethinking_bn.engine.hooks import with_rethinking_bn, with_weight_average  # noqa: E402
 from rethinking_bn.engine.load_config import load_config  # noqa: E402

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from rethinking_bn.config import check_has_keys, check_thaw
-from rethinking_bn.engine.diagnose import DiagnoseBN
+from rethinking_bn.engine.diagnose_bn import DiagnoseBN
 from rethinking_bn.engine.freeze_bn import FreezeBN
 from rethinking_bn.engine.merge_statistics import MergeStatistics
 from rethinking_bn.engine.population_loader import build_together

@@ -22,8 +22,8 @@ from rethinking_bn.population import (
     batch_statistics,
     estimate_population_statistics,
 )
+from rethinking_bn.population.forwards import Autocast
 from rethinking_bn.population.observers import find_population_layers
-from rethinking_bn.population.run import Autocast
 
 __all__ = [
     "inference_statistics",

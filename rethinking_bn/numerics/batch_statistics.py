@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rethinking_bn.numerics.local_moments import mean_variance
 from rethinking_bn.numerics.moments import Moments, statistics_dtype
-from rethinking_bn.numerics.tensor_moments import mean_variance
 
 
 class BatchStatistics(NamedTuple):

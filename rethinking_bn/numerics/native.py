@@ -12,8 +12,8 @@ from torch import Tensor
 from rethinking_bn.numerics.batch_statistics import BatchStatistics
 from rethinking_bn.numerics.blocks import MANY
 from rethinking_bn.numerics.channel_ops import affine_normalize
+from rethinking_bn.numerics.local_moments import ROWS
 from rethinking_bn.numerics.moments import statistics_dtype
-from rethinking_bn.numerics.tensor_moments import ROWS
 
 _FULL_TYPES = (torch.float32, torch.float64)
 

@@ -23,6 +23,7 @@ from rethinking_bn.numerics.batch_statistics import (
     pool_parts,
 )
 from rethinking_bn.numerics.channel_ops import broadcast
+from rethinking_bn.numerics.local_moments import local_moments, plain_moments
 from rethinking_bn.numerics.moments import Moments, merge_moments, stack_moments
 from rethinking_bn.numerics.native import (
     moves_natively,
@@ -32,7 +33,6 @@ from rethinking_bn.numerics.native import (
 )
 from rethinking_bn.numerics.normalize_function import Normalize
 from rethinking_bn.numerics.running import update_running_statistics
-from rethinking_bn.numerics.tensor_moments import local_moments, plain_moments
 from rethinking_bn.numerics.triton.choice import takes_triton
 
 Rows = Tensor | Sequence[Tensor] | None

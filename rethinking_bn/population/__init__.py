@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rethinking_bn.population.batch_statistics import batch_statistics
+from rethinking_bn.population.batch_at_inference import batch_statistics
 from rethinking_bn.population.estimate import estimate_population_statistics
 from rethinking_bn.population.freezing import freeze_batch_norm, unfreeze_batch_norm
 from rethinking_bn.population.report import LayerReport, PopulationReport
-from rethinking_bn.population.train_only import train_only
+from rethinking_bn.population.train_part import train_only
 
 __all__ = [
     "LayerReport",

@@ -24,6 +24,7 @@ from rethinking_bn.distributed import (
     get_world_size,
 )
 from rethinking_bn.numerics.moments import Moments, merge_moments
+from rethinking_bn.population.forwards import Autocast, Forward, PopulationRun
 from rethinking_bn.population.model_state import ModelState, unwrap
 from rethinking_bn.population.observers import (
     ObservedLayer,
@@ -33,7 +34,6 @@ from rethinking_bn.population.observers import (
     observe,
 )
 from rethinking_bn.population.report import LayerReport, PopulationReport, compare
-from rethinking_bn.population.run import Autocast, Forward, PopulationRun
 from rethinking_bn.randomness import isolated_random_state
 
 __all__ = ["LayerReport", "PopulationReport", "estimate_population_statistics"]

@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from rethinking_bn.layers.population_layer import PopulationLayer
+from rethinking_bn.numerics.local_moments import local_moments
 from rethinking_bn.numerics.moments import Moments, merge_moments
 from rethinking_bn.numerics.normalize import normalize
-from rethinking_bn.numerics.tensor_moments import local_moments
 
 _BLOCK = 32  # forwards between two merges in float64
 

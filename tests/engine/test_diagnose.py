@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 
 from rethinking_bn.diagnosis import diagnose
 from rethinking_bn.engine import DiagnoseBN, Trainer, run_diagnosis, with_rethinking_bn
-from rethinking_bn.engine.diagnose import CONFIG_KEYS
+from rethinking_bn.engine.diagnose_bn import CONFIG_KEYS
 from rethinking_bn.engine.precise_bn import PreciseBN
 from tests.engine.tiny import register_data, tiny_config, write_data
 

@@ -55,7 +55,7 @@ def test_empty_report_has_a_text_and_no_drift() -> None:
 def test_progress_is_logged(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rethinking_bn.population.run._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("rethinking_bn.population.forwards._SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level(logging.INFO, "rethinking_bn.population"):
         estimate_population_statistics(small_net(), images(2, 2, 2), 3, progress=False)
         assert caplog.text == ""

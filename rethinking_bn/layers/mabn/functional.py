@@ -17,8 +17,8 @@ from rethinking_bn.numerics.channel_ops import (
     gradient_sums,
     scale_and_shift,
 )
+from rethinking_bn.numerics.local_moments import mean_variance
 from rethinking_bn.numerics.moments import statistics_dtype
-from rethinking_bn.numerics.tensor_moments import mean_variance
 
 Average = Callable[[Tensor, Tensor], Tensor]
 

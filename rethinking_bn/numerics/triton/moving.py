@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from rethinking_bn.numerics.triton.rows import sum_rows
+from rethinking_bn.numerics.triton.merge_rows import sum_rows
 from rethinking_bn.numerics.triton.tiles import block, pick, read_tile, wide
 
 _FREE = ["R", "m"]

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from rethinking_bn.diagnosis.diagnosis import Diagnosis
 from rethinking_bn.diagnosis.effects import Output, Variants
-from rethinking_bn.diagnosis.judge import judge_layer
-from rethinking_bn.diagnosis.judge_model import domain_shift, mixed_blocks, output_effects
+from rethinking_bn.diagnosis.judge_layer import judge_layer
+from rethinking_bn.diagnosis.judge_together import domain_shift, mixed_blocks, output_effects
 from rethinking_bn.diagnosis.layers import DiagnosedLayer, find_layers
 from rethinking_bn.diagnosis.record import Record
+from rethinking_bn.diagnosis.result import Diagnosis
 from rethinking_bn.distributed import all_gather_object, get_rank, get_world_size
+from rethinking_bn.population.forwards import Forward, PopulationRun, throwaway_event_storage
 from rethinking_bn.population.model_state import ModelState, unwrap
-from rethinking_bn.population.run import Forward, PopulationRun, throwaway_event_storage
 from rethinking_bn.randomness import announce_iteration, isolated_random_state
 
 logger = logging.getLogger(__name__)

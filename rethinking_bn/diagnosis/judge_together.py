@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from rethinking_bn.diagnosis.distance import compare_with_stored, exact_statistics
 from rethinking_bn.diagnosis.effects import Choice, Variants, relative_change, squared_changes
 from rethinking_bn.diagnosis.findings import SEVERITIES, Finding, make, severity_of
-from rethinking_bn.diagnosis.judge import DISTANCE
+from rethinking_bn.diagnosis.judge_layer import DISTANCE
 from rethinking_bn.diagnosis.layers import DiagnosedLayer
 from rethinking_bn.diagnosis.record import Record
 from rethinking_bn.distributed import all_gather_object
