@@ -153,6 +153,7 @@ class Frozen(nn.Module):
         return self.levels([x, x[:, :, ::2]])
 
 
+# defect 25: convert_frozen_batchnorm skips our layers or changes them without a word
 def test_frozen_bn_freezes_every_layer_of_ours() -> None:
     model = Frozen()
     convert_norms(model, "FrozenBN").train()

@@ -53,6 +53,7 @@ def test_estimates_are_those_of_batch_norm(kind: Any) -> None:
         assert torch.equal(value, before[name]) == ("running" not in name)
 
 
+# defect 22: nobody said that the frozen layers of a backbone are skipped
 def test_without_thaw_they_are_named_and_nothing_changes() -> None:
     net = nn.Sequential(FrozenBatchNorm2d(3), nn.BatchNorm2d(3))
     before = net[0].running_mean.clone()

@@ -193,6 +193,7 @@ def test_a_number_that_is_not_finite_is_an_error(tmp_path: Path, monkeypatch: An
     assert list(tmp_path.rglob("*.json")) == []
 
 
+# defect 33: one seed, or a difference within noise, held by its sign
 @pytest.mark.parametrize(
     ("low", "high", "similar", "holds"),
     [
