@@ -239,7 +239,7 @@ def test_hooks_registered_before_resuming_survive_another_seed(cfg: CfgNode) -> 
 
 def test_a_batch_that_cannot_be_divided_is_an_error(cfg: CfgNode, monkeypatch: Any) -> None:
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 3)
-    with pytest.raises(ValueError, match="IMS_PER_BATCH 4 .*3 processes"):
+    with pytest.raises(ValueError, match="IMS_PER_BATCH 4 .*3 process"):
         Trainer.build_train_loader(cfg)
 
 

@@ -133,6 +133,7 @@ def interrupted_and_not(folder: Path, overrides: dict[str, str]) -> tuple[Any, A
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_resumed(tmp_path: Path, overrides: dict[str, str]) -> None:
     write_data(tmp_path)
     whole, resumed = interrupted_and_not(tmp_path, {**overrides, **NO_EVALUATION})
