@@ -51,7 +51,7 @@ def replace(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
         os.replace(aside, path)
     finally:
         _remove(aside)
-    remove_abandoned(path.parent.glob(f".{path.name}.*"))
+    remove_abandoned(path.parent.glob(f".{path.name}.*.{_SUFFIX}"))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -126,10 +126,12 @@ def locked_folder(folder: str | os.PathLike[str], name: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, folder: str | os.PathLike[str], name: str) -> bool:
+def _lock(
+    descriptor: int, folder: str | os.PathLike[str], name: str, kind: int = fcntl.LOCK_EX
+) -> bool:
     """Return whether the file is locked now; False where there are no locks."""
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         holder = os.read(descriptor, 1000).decode(errors="replace") or "another process"
         raise BlockingIOError(
@@ -149,9 +151,15 @@ def _lock(descriptor: int, folder: str | os.PathLike[str], name: str) -> bool:
 
 def check_unlocked(folder: str | os.PathLike[str], name: str) -> None:
     """Raise as :func:`locked_folder` does, if another process holds the folder; write nothing."""
-    if os.path.isfile(os.path.join(folder, _LOCK)):
-        with contextlib.suppress(PermissionError), locked_folder(folder, name):
-            pass
+    path = os.path.join(os.path.realpath(folder), _LOCK)
+    if path in _locked or not os.path.isfile(path):
+        return
+    with contextlib.suppress(PermissionError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:  # shared: ranks that ask at the same time do not take each other for a run
+            _lock(descriptor, folder, name, fcntl.LOCK_SH)
+        finally:
+            os.close(descriptor)
 
 
 def remove_abandoned(hidden: Iterable[Path]) -> None:

@@ -23,6 +23,11 @@ from typing import Any
 # detectron2 uses what recent versions of torch deprecate: nothing a user of this tool can change
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch|detectron2|fvcore")
 
+from rethinking_bn.command_line import require_detectron2  # noqa: E402
+
+if __name__ == "__main__":
+    require_detectron2(__doc__ or "")
+
 import rethinking_bn.engine  # noqa: E402, F401, isort: skip  # says so where detectron2 is missing
 import torch  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
@@ -63,7 +68,7 @@ def read_states(paths: list[str]) -> list[dict[str, torch.Tensor]]:
     states: list[dict[str, torch.Tensor]] = []
     for path in paths:
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=False)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             wrong = ValueError(f"{path} is no checkpoint: {type(error).__name__}")
             raise error if isinstance(error, OSError) else wrong from error

@@ -24,6 +24,11 @@ import warnings
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch|detectron2|fvcore")
 
+from rethinking_bn.command_line import require_detectron2  # noqa: E402
+
+if __name__ == "__main__":
+    require_detectron2(__doc__ or "")
+
 import rethinking_bn.engine  # noqa: E402, F401, isort: skip  # says so where detectron2 is missing
 import torch  # noqa: E402
 from detectron2.utils import comm  # noqa: E402

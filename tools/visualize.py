@@ -21,6 +21,11 @@ from typing import Any
 # detectron2 uses what recent versions of torch deprecate: nothing a user of this tool can change
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch|detectron2|fvcore")
 
+from rethinking_bn.command_line import require_detectron2  # noqa: E402
+
+if __name__ == "__main__":
+    require_detectron2(__doc__ or "")
+
 import rethinking_bn.engine  # noqa: E402, F401, isort: skip  # says so where detectron2 is missing
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
@@ -31,7 +36,8 @@ from detectron2.structures import Instances  # noqa: E402
 from detectron2.utils.visualizer import Visualizer  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from rethinking_bn.engine import Checkpointer, Trainer  # noqa: E402
+from rethinking_bn.data.domains import mark  # noqa: E402
+from rethinking_bn.engine import Checkpointer, Trainer, inference_statistics  # noqa: E402
 from rethinking_bn.engine.launch import run, setup  # noqa: E402
 from rethinking_bn.files import replace  # noqa: E402
 
@@ -97,12 +103,13 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(cfg.OUTPUT_DIR) / "visualize"
     model = Trainer.build_model(cfg).eval()
     Checkpointer(model).load(cfg.MODEL.WEIGHTS)
-    samples = [s for name in cfg.DATASETS.TEST for s in DatasetCatalog.get(name)][: args.images]
+    known = ((name, DatasetCatalog.get(name)) for name in cfg.DATASETS.TEST)
+    samples = [s for name, of_name in known for s in mark(cfg, name, of_name)][: args.images]
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
     mapper = DatasetMapper(cfg, is_train=False)
     pictures = []
     for sample in samples:
-        with torch.no_grad():
+        with torch.no_grad(), inference_statistics(cfg, model):
             found = model([mapper(sample)])[0]["instances"].to("cpu")
         pictures.append(draw(sample, found[found.scores > args.threshold], metadata))
         name = Path(sample["file_name"]).stem

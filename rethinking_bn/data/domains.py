@@ -30,7 +30,7 @@ def domain_groups(cfg: CfgNode) -> tuple[tuple[str, ...], ...]:
         ValueError: for what is not a list of lists of names, a group without a name, or a name in
             two groups.
     """
-    groups = cfg.MODEL.DOMAIN_BN.DATASETS
+    groups = cfg.MODEL.get("DOMAIN_BN", {}).get("DATASETS", ())  # absent in other projects
     key = f"MODEL.DOMAIN_BN.DATASETS {list(groups)}"
     for group in groups:
         if not isinstance(group, (list, tuple)) or not all(isinstance(n, str) for n in group):

@@ -156,6 +156,8 @@ def _with(
     )
     if cfg.TEST.PRECISE_BN.ENABLED and PreciseBN in kinds:  # nothing before `place` is removed
         result = [hook for hook in result if not isinstance(hook, stock)]
+    elif place < len(result) and isinstance(result[place], stock):
+        place += 1  # it stays, and what reads its statistics comes after it
 
     @cache
     def loader() -> Iterable[Any]:

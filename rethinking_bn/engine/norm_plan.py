@@ -84,7 +84,7 @@ def make_plan(cfg: CfgNode, ranks: int = 1) -> Plan:
     Raises:
         ValueError: when the config makes no model, or the images do not divide among the ranks.
     """
-    images, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, ranks)
+    images, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, max(1, ranks))
     steps = max(1, cfg.SOLVER.get("ACCUMULATION_STEPS", 1))
     if ranks < 1 or rest or images < 1 or images % steps:
         raise ValueError(
@@ -256,7 +256,11 @@ def _identity(
         return
     if not (path.endswith(".pth") and os.path.isfile(path)):
         return  # names are matched to weights in other formats only when they are loaded
-    content = torch.load(path, map_location="cpu", weights_only=False)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        what = type(error).__name__
+        raise ValueError(f"MODEL.WEIGHTS {path} is no checkpoint: {what}") from error
     state = content.get("model", content)
     without = []
     for plan in plans:
