@@ -152,6 +152,8 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
     def _groups_of(self, x: Tensor) -> tuple[int, ...] | None:
         if self._groups is not None or not self.rows_at_a_time:
             return self._groups
+        if self.sync and self.training:
+            raise ValueError("rows_at_a_time: a synchronised layer pools all rows of all ranks")
         k = self.rows_at_a_time if self.training else 1
         if len(x) % k:
             raise ValueError(f"{len(x)} rows cannot be normalised {k} at a time")

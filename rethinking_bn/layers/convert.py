@@ -112,6 +112,8 @@ def replace_norms(
             freeze_layer(layer, affine=True)
         elif norm in ("BN", "SyncBN"):
             layer.sync = norm == "SyncBN"
+            for option in {"process_group", "eps", "momentum"}.intersection(options):
+                setattr(layer, option, options[option])
     return model, replaced, left
 
 
@@ -174,6 +176,9 @@ def _in_place_of(old: Any, name: str, norm: Norm, options: Mapping[str, Any]) ->
     new.train(old.training)
     if is_frozen(old) and not isinstance(new, FrozenBatchNorm2d):
         freeze_layer(new)
+        for asked in ("_asked_training", "_affine_required_grad"):  # what unfreezing gives back
+            if asked in vars(old):
+                vars(new)[asked] = vars(old)[asked]
     return new
 
 

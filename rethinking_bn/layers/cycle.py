@@ -16,6 +16,7 @@ from rethinking_bn.layers.symbolic import as_leaf
 from rethinking_bn.numerics.channel_ops import affine_normalize
 from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.numerics.normalize import normalize
+from rethinking_bn.recomputation import is_recomputing
 
 
 class CycleBatchNorm2d(DomainBatchNormBase):
@@ -113,6 +114,12 @@ class CycleBatchNorm2d(DomainBatchNormBase):
     def _forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.num_features:
             raise ValueError(f"expected (N, {self.num_features}, H, W), got {tuple(x.shape)}")
+        if is_recomputing() and not self._bracketed:
+            raise RuntimeError(
+                "activation checkpointing recomputes a call of a CycleBatchNorm2d outside of its "
+                "cycle(), where its level is not known: checkpoint the whole pass over the levels, "
+                "or use MultiDomainBatchNorm2d"
+            )
         if self._calls == self.num_domains:
             raise RuntimeError(f"a cycle is {self.num_domains} calls, got one more")
         level = self._calls

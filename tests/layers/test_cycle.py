@@ -120,3 +120,22 @@ def test_a_checkpoint_of_a_shared_batch_norm_converts() -> None:
 def test_wrong_shape() -> None:
     with pytest.raises(ValueError, match="expected"):
         CycleBatchNorm2d(CHANNELS, L)(torch.zeros(1, CHANNELS + 1, 2, 2))
+
+
+def test_a_call_recomputed_outside_of_its_cycle_is_refused() -> None:
+    """The counter would give it another level; recomputing the whole pass is fine."""
+    from torch.utils.checkpoint import checkpoint
+
+    layer = CycleBatchNorm2d(2, 2)
+    xs = [torch.randn(2, 2, 3, 3, requires_grad=True) for _ in range(2)]
+    with layer.cycle():
+        ys = [checkpoint(lambda x: layer(x).sigmoid(), x, use_reentrant=False) for x in xs]
+    with pytest.raises(RuntimeError, match="checkpoint the whole pass"):
+        sum(y.sum() for y in ys).backward()
+
+    def whole(*xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with layer.cycle():
+            return tuple(layer(x).sigmoid() for x in xs)
+
+    sum(y.sum() for y in checkpoint(whole, *xs, use_reentrant=False)).backward()
+    layer.eval()
