@@ -10,6 +10,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsampleHead
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from rethinking_bn.layers import (
     BatchNorm2d,
@@ -83,9 +84,10 @@ def test_every_norm_name_builds_its_layer(kind: str) -> None:
         "BatchStatBN": BatchStatNorm2d,
         "GN": nn.GroupNorm,
         "MABN": MABN2d,
+        "FrozenBN": FrozenBatchNorm2d,
     }
     ours, _, arguments = KINDS[kind]
-    assert set(norm_names()) - set(expected) == {"LN"}
+    assert set(norm_names()) - set(expected) == {"LN", "IN"}
     for name, layer_class in expected.items():
         options = {"batch_size": 1} if name == "MABN" else {}
         head = ours(WIDE, **arguments, conv_norm=name, norm_arguments=options)
