@@ -58,6 +58,8 @@ def test_keys_and_defaults() -> None:
         "MODEL.MABN.WARMUP_ITERS": 100,
         "MODEL.MABN.R_MAX": 5.0,
         "MODEL.MABN.REQUIRE_WEIGHTS": False,
+        "MODEL.ALLOW_MISSING_STATISTICS": False,
+        "TEST.DIAGNOSE.PERIOD": 0,
         "TEST.STATISTICS": "population",
         "TEST.PRECISE_BN.DATASETS": (),
         "TEST.PRECISE_BN.IMS_PER_BATCH": 0,
