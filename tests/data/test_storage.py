@@ -245,10 +245,10 @@ def test_something_else_in_the_way(tmp_path: Path) -> None:
 
 def test_leftovers_of_killed_processes_are_removed_once_old(tmp_path: Path) -> None:
     parent = tmp_path / "shapes" / f"v{shapes.VERSION}"
-    old, young = parent / ".val_first1.0ld", parent / ".val_first1.y0ung"
+    old, young = parent / ".val_first1.0ld.partial", parent / ".val_first1.y0ung.partial"
     for folder in (old, young):
         (folder / "images").mkdir(parents=True)
     long_ago = time.time() - 7200
     os.utime(old / "images", (long_ago, long_ago))
     ensure_shapes("shapes_val", root=tmp_path, num_images=1)
-    assert _entries(tmp_path) == [".val_first1.y0ung", "val_first1"]
+    assert _entries(tmp_path) == [".val_first1.y0ung.partial", "val_first1"]

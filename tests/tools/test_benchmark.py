@@ -139,9 +139,12 @@ def test_the_tool_runs_a_comparison_and_reports_it(name: str, tmp_path: Any, run
         _check_measurement(m)
     for table in comparison["tables"]:
         assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    kinds = {"json", "md"}
     if any(table["plot"] for table in comparison["tables"]):
+        kinds.add("png")
         assert (tmp_path / f"benchmark_{name}_cpu.png").read_bytes().startswith(b"\x89PNG")
-    assert len(list(tmp_path.iterdir())) <= 2  # nothing left of writing aside
+    written = {path.name for path in tmp_path.iterdir()}  # nothing is left of writing aside
+    assert written == {f"benchmark_{name}_cpu.{kind}" for kind in kinds}
     told = [f"{m['case']} | {m['ours']} | {m['other']}" for m in comparison["measurements"]]
     skipped = " ".join(comparison["notes"])
     for expected in EXPECTED[name]:
