@@ -195,8 +195,7 @@ class _Session:
             with ExitStack() as stack:
                 for layer in self.layers:
                     layer.normalise_by_batch()
-                    stack.enter_context(layer.state_untouched())
-                    stack.enter_context(layer.watching(records[layer.name].see))
+                    stack.enter_context(records[layer.name].watching())
                 run = PopulationRun(
                     self.model,
                     [layer.layer for layer in self.layers],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -9,12 +12,30 @@ from torch import Tensor
 
 from rethinking_bn.diagnosis.layers import DiagnosedLayer
 from rethinking_bn.numerics.local_moments import local_moments
-from rethinking_bn.numerics.moments import Moments, merge_moments
+from rethinking_bn.numerics.moments import Moments, merge_moments, statistics_dtype
+from rethinking_bn.population.observers import MomentsAccumulator, TorchLayer, leaves_moments
 
-_BLOCK = 32  # forwards between two merges in float64
+_BLOCK = 32  # forwards that are merged at once in float64
 
-# What is summed up. In "even" and "odd" the samples are activations; in the others, forwards.
-_SUMS = ("even", "odd", "mean", "var", "apart_mean", "apart_var", "within", "images")
+
+class _Call:
+    """One use: how many values and images, variance of the image means, mean and M2 (C,)."""
+
+    def __init__(self, count: int, images: int, within: Tensor, of: tuple[Tensor, Tensor] | None):
+        self.count, self.images, self.within, self.of = count, images, within, of
+
+
+class _CallByCall(MomentsAccumulator):
+    """Hands the moments of every call on, instead of pooling them."""
+
+    def __init__(self, calls: deque[_Call], device: torch.device) -> None:
+        super().__init__(1, 0, device)
+        self._calls = calls
+
+    def merge(self, block: Moments) -> None:
+        """Take in K calls: mean and m2 (K, 1, C)."""
+        for mean, m2 in zip(block.mean[:, 0], block.m2[:, 0], strict=True):
+            self._calls.popleft().of = mean, m2
 
 
 class Record:
@@ -22,53 +43,95 @@ class Record:
 
     The unit of independence is the image: what a statistic's error is follows from the scatter of
     whole batches, and of image means within them, so that the correlation of pixels is included.
+    One pass over an input gives its image means; the moments come from the layer's own forward
+    where that leaves them in its buffers, else from the same pass.
 
     Args:
-        layer: whose inputs are recorded, through :meth:`see` and :meth:`end_of_forward`.
+        layer: whose inputs are recorded, within :meth:`watching`.
+
+    Attributes:
+        sums: by name, U rows. In "even" and "odd" (forwards) the samples are activations, and
+            images in "within"; in "mean", "var", "apart_mean", "apart_var" and "images", forwards.
+        not_finite: (C,) forwards with such values.
+        groups: of rows that are normalised apart.
     """
 
     def __init__(self, layer: DiagnosedLayer) -> None:
         self.layer = layer
         self.sums: dict[str, Moments] = {}
-        self.not_finite = torch.zeros(layer.channels, dtype=torch.float64)  # forwards, per channel
+        self.not_finite = torch.zeros(layer.channels, dtype=torch.float64)
         self.groups = 1
         self._forwards = 0
-        self._now: list[tuple[Tensor, ...]] = []
-        self._waiting: list[tuple[Tensor, ...]] = []
+        self._exact: Moments | None = None
+        self._now: list[_Call] = []
+        self._waiting: list[list[_Call]] = []
+        self._to_come: deque[_Call] = deque()  # calls whose moments the layer will leave
 
-    def see(self, tensors: list[Tensor]) -> None:
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record every call of the layer; its forwards in training change no state meanwhile."""
+        layer = self.layer
+        with ExitStack() as stack:
+            if leaves_moments(layer.layer) and not layer.frozen:
+                observed = TorchLayer(layer.name, layer.layer)
+                observed.moments = _CallByCall(self._to_come, layer.stored_on())
+                stack.enter_context(observed.observing())
+                stack.enter_context(layer.watching(self._see_beside))
+            else:
+                stack.enter_context(layer.state_untouched())
+                stack.enter_context(layer.watching(self._see))
+            yield
+
+    def _see(self, tensors: Sequence[Tensor]) -> None:
         """Take in one call of the layer: one use per tensor (N, C, *)."""
         self.groups = max(self.groups, self.layer.groups)
         for x in tensors:
-            x = x.detach()
-            count, mean, m2 = local_moments(x)
-            if len(x) > 1 and x.numel():
-                each = x if x.dim() == 2 else x.flatten(2).mean(2, dtype=mean.dtype)
-                within = each.to(mean.dtype).var(0)
-            else:
-                within = torch.zeros_like(mean)
-            images = torch.full((), float(len(x) if x.numel() else 0)).to(count)
-            self._now.append((count, images, mean, m2, within))
+            rows, channels = x.shape[:2]
+            # as so many channels: the moments of every image in one pass
+            count, mean, m2 = local_moments(x.detach().flatten(0, 1)[None])
+            mean, m2 = mean.view(rows, channels), m2.view(rows, channels)
+            pooled = merge_moments(count.expand(rows), mean, m2)
+            images = rows if x.numel() else 0
+            of = pooled.mean, pooled.m2
+            self._now.append(_Call(x.numel() // channels, images, _variance(mean), of))
+
+    def _see_beside(self, tensors: Sequence[Tensor]) -> None:
+        """Take in one call of a layer whose own forward finds the moments."""
+        if not self.layer.layer.training:  # the model itself has changed its mode
+            return self._see(tensors)
+        self.groups = max(self.groups, self.layer.groups)
+        for x in tensors:
+            x, dtype = x.detach(), statistics_dtype(x.dtype)
+            mean = x.flatten(2).mean(2, dtype=dtype) if x.dim() > 2 else x.to(dtype)
+            images = len(x) if x.numel() else 0
+            call = _Call(x.numel() // x.shape[1], images, _variance(mean), None)
+            self._now.append(call)
+            self._to_come.append(call)
 
     def end_of_forward(self) -> None:
         """Close a forward of the model: the next call is its first use again."""
-        now, self._now = self._now, []
-        if now:
-            self._waiting.append(tuple(torch.stack(v) for v in zip(*now, strict=True)))
-        if len(self._waiting) == _BLOCK:
-            self.flush()
+        if self._now:
+            self._waiting.append(self._now)
+            self._now = []
+        if len(self._waiting) == 2 * _BLOCK:  # the moments of the first half have come by now
+            self._flush(_BLOCK)
 
-    def flush(self) -> None:
-        """Merge what waits into the sums."""
-        waiting, self._waiting = self._waiting, []
-        if not waiting:
+    def _flush(self, forwards: int) -> None:
+        """Merge the first forwards that wait into the sums."""
+        done, self._waiting = self._waiting[:forwards], self._waiting[forwards:]
+        if not done:
             return
-        uses = max(len(forward[0]) for forward in waiting)
-        stacked = [
-            torch.stack([_pad(v, uses) for v in values]).cpu().double()
-            for values in zip(*waiting, strict=True)
-        ]
-        self._add(*stacked)
+        uses = max(len(calls) for calls in done)
+        nothing = torch.zeros_like(done[0][0].within)
+        empty = _Call(0, 0, nothing, (nothing, nothing))
+        calls = [call for of in done for call in [*of, *[empty] * (uses - len(of))]]
+        numbers = torch.tensor([(c.count, c.images) for c in calls], dtype=torch.float64)
+        means, m2s = zip(*(c.of or empty.of for c in calls), strict=True)
+        tensors = [means, m2s, [c.within for c in calls]]
+        self._add(
+            *numbers.view(len(done), uses, 2).unbind(2),
+            *(_stack(values).view(len(done), uses, -1) for values in tensors),
+        )
 
     def _add(self, count: Tensor, images: Tensor, mean: Tensor, m2: Tensor, within: Tensor) -> None:
         """Add K forwards of U uses: (K, U) and (K, U, C)."""
@@ -101,12 +164,12 @@ class Record:
 
     def state(self) -> Any:
         """Return everything as tensors on the CPU, for other ranks."""
-        self.flush()
+        self._flush(len(self._waiting))
         return self.sums, self.not_finite, self._forwards, self.groups
 
     def merge(self, states: list[Any]) -> None:
         """Replace what is here by the merged states of all ranks, the same on each."""
-        self.sums, self._forwards = {}, 0
+        self.sums, self._forwards, self._exact = {}, 0, None
         self.not_finite = torch.zeros_like(self.not_finite)
         for sums, not_finite, forwards, groups in states:
             self.not_finite += not_finite
@@ -131,11 +194,24 @@ class Record:
 
     def exact(self) -> Moments:
         """Return the moments of all activations, U rows."""
-        return _merge(self.sums["even"], self.sums["odd"])
+        if self._exact is None:
+            self._exact = _merge(self.sums["even"], self.sums["odd"])
+        return self._exact
 
     def scatter(self, name: str) -> Tensor:
         """Return the variance over forwards of what is summed up under a name, (U, C)."""
         return self.sums[name].variance(unbiased=True)
+
+
+def _variance(mean: Tensor) -> Tensor:
+    """Return the unbiased variance (C,) of (N, C), 0 for fewer than two; quicker than torch.var."""
+    if len(mean) < 2:
+        return mean.new_zeros(mean.shape[1])
+    return (mean - mean.mean(0)).square_().sum(0) / (len(mean) - 1)
+
+
+def _stack(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([v.to(values[0]) for v in values]).cpu().double()
 
 
 def _pad(x: Tensor, uses: int) -> Tensor:

@@ -89,7 +89,7 @@ class ObservedLayer:
         self.layer.write_population(moments.to(self.moments.device))
 
 
-class _TorchLayer(ObservedLayer):
+class TorchLayer(ObservedLayer):
     """An nn.BatchNorm*d, read through the buffers it writes: no second pass over its input.
 
     With momentum 1 its forward leaves the batch's mean and unbiased variance in the running
@@ -162,7 +162,7 @@ class _TorchLayer(ObservedLayer):
             self._counts.append(x.numel() // x.shape[1])
 
 
-class _InputLayer(_TorchLayer):
+class _InputLayer(TorchLayer):
     """A layer with a forward of its own (nn.SyncBatchNorm, detectron2's NaiveSyncBatchNorm, other
     subclasses) or with half-precision buffers: the moments of its input are computed once more.
 
@@ -187,7 +187,7 @@ class _InputLayer(_TorchLayer):
             self.moments.add(Moments(*(value[None] for value in local_moments(x))))
 
 
-class ThawedLayer(_TorchLayer):
+class ThawedLayer(TorchLayer):
     """A FrozenBatchNorm2d, whose constant statistics are estimated all the same.
 
     Meanwhile it normalises by its mini-batch, as the BN that it once was in training.
@@ -247,9 +247,15 @@ def _observed(name: str, layer: nn.Module) -> ObservedLayer:
     assert layer.running_mean is not None  # for the type checker, see is_population_layer
     if is_lazy(layer.running_mean):
         raise ValueError(f"{name}: a lazy layer; run one forward first, so that it has a size")
+    return (TorchLayer if leaves_moments(layer) else _InputLayer)(name, layer)
+
+
+def leaves_moments(layer: nn.Module) -> bool:
+    """Return whether a training forward leaves its input's moments in the layer's buffers."""
+    if not isinstance(layer, _BatchNorm) or layer.running_mean is None:
+        return False
     exact = layer.running_mean.dtype in (torch.float32, torch.float64)
-    reads_buffers = type(layer).forward is _BatchNorm.forward and exact
-    return (_TorchLayer if reads_buffers else _InputLayer)(name, layer)
+    return exact and type(layer).forward is _BatchNorm.forward and layer.track_running_stats
 
 
 def is_population_layer(module: nn.Module) -> bool:
