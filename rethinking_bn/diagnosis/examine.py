@@ -99,8 +99,8 @@ def diagnose(
             rank gets the same diagnosis.
         labelled: as for ``estimate_population_statistics``.
         output_batches: batches kept for the output effects, which take about as many forwards as
-            there are batches, the worst layers first, and one or two more for every layer with a
-            severe finding beyond; 0: no output effects.
+            there are batches, the worst layers first (with few batches more, as every severe
+            finding is weighed by what its layer alone does); 0: no output effects.
         seed: of the random numbers the forwards draw.
         progress: log a line every ten seconds on rank 0.
 

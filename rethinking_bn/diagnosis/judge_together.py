@@ -20,6 +20,7 @@ from rethinking_bn.distributed import all_gather_object
 CHANGE = (0.02, 0.1, 0.3)  # of the output, by one layer
 _TO_BATCH = (0.5, 1.0, math.inf)  # of the output, from exact to mini-batch statistics
 _CHANCE = 3.0  # times what chance gives
+_FEWEST = 3  # layers whose effect is measured, however few batches there are
 _LARGEST_BLOCK = 8  # norm layers
 _BY_BATCH = ("repeated-use", "dependent-samples", "small-batch")  # felt in mini-batches
 _UNGATED = ("non-finite", "impossible-variance", "output-effect")
@@ -92,8 +93,8 @@ def output_effects(
 
     Args:
         variants: runs the model.
-        budget: about as many forwards are made, at least three layers' worth, and one or two more
-            for each layer with a severe finding beyond that.
+        budget: about as many forwards are made, but at least those of three layers and, beyond
+            it, those that decide about severe findings: for each layer one by kind of change.
     """
     used = [layer for layer in layers if layer.stored is not None and not layer.by_batch]
     used = [layer for layer in used if records[layer.name].uses]
@@ -123,38 +124,42 @@ def output_effects(
     findings = list(findings)
     findings.append(_together(to_exact, to_batch, chance, count))
 
-    names = _worst_first(findings)
-    left = max(0, budget - 4 * count)
-    each = min(count, max(1, left // (2 * max(1, len(names)))))
-    within = names[: max(3, left // (2 * each))]
-    # whether a severe finding stays so is decided by its effect, whatever that costs
-    beyond = {f.layer for f in findings if f.severity == "severe"}.difference(within)
-    names = [name for name in names if name in within or name in beyond]
-    singles: dict[str, dict[str, float | None]] = {}
-    by_name = {layer.name: layer for layer in layers}
-    felt_in_batches = {f.layer for f in findings if f.kind in _BY_BATCH and f.severity == "severe"}
+    named = {layer.name: layer for layer in layers}
+    by_layer = _worst_first(findings)
+    left = budget - (4 if trained is outputs[3] else 5) * count
+    each = min(count, max(1, left // (2 * max(1, len(by_layer)))))
     # where the stored statistics of all layers give nothing finite, from the exact ones instead
     sound = math.isfinite(to_exact)
-    others: Choice = {} if sound else exact
-    start = outputs[0 if sound else 1]
-    for name in names:
-        layer = by_name[name]
+    start = outputs[0 if sound else 1][:each]
+    singles: dict[str, dict[str, float | None]] = {}
+    for name, found in by_layer.items():
+        # whether a severe finding stays so is decided by its effect, whatever that costs
+        wanted = left > 0 or len(singles) < _FEWEST
+        asked = {_felt(f.kind) for f in found if wanted or f.severity == "severe"}
+        if name not in exact:
+            asked -= {"stored_to_exact", "stored_to_target"}
+        others: Choice = {} if sound else {k: v for k, v in exact.items() if k != name}
         changes: dict[str, float | None] = {}
-        without = {key: value for key, value in others.items() if key != name}
-        stored = start[:each] if sound else variants(without, each)
-        base = stored
-        if name in exact:
-            base = variants({**without, name: exact[name]}, each) if sound else start[:each]
+        base = stored = start
+        if asked - {"exact_to_batch"} and not sound:
+            stored = variants(others, each)
+            left -= each
+        if "stored_to_exact" in asked and sound:
+            base = variants({name: exact[name]}, each)
+            left -= each
+        if "stored_to_exact" in asked:
             changes["stored_to_exact"] = change(stored, base)
-        if not layer.frozen and (name in within or name in felt_in_batches):
-            changes["exact_to_batch"] = change(base, variants({**without, name: "batch"}, each))
-        if name in targets and name in exact and targets[name].uses:
-            target: Choice = {**without, name: exact_statistics(layer, targets[name])}
+        if "exact_to_batch" in asked:
+            changes["exact_to_batch"] = change(base, variants({**others, name: "batch"}, each))
+            left -= each
+        if "stored_to_target" in asked:
+            target = {**others, name: exact_statistics(named[name], targets[name])}
             changes["stored_to_target"] = change(stored, variants(target, each))
-        singles[name] = changes
+            left -= each
+        if changes:
+            singles[name] = changes
     findings = [_gated(f, singles, to_exact, to_batch) for f in findings]
-    kinds = {name: {f.kind for f in findings if f.layer == name} for name in names}
-    return findings + [_single(n, c, each, kinds[n]) for n, c in singles.items()]
+    return findings + [_single(name, changes, each) for name, changes in singles.items()]
 
 
 def _finite(outputs: list[list[Tensor]]) -> bool:
@@ -191,7 +196,14 @@ def _together(to_exact: float, to_batch: float, chance: float, batches: int) -> 
     )  # fmt: skip
 
 
-def _single(name: str, changes: dict[str, float | None], batches: int, kinds: set[str]) -> Finding:
+def _felt(kind: str) -> str:
+    """Return which change of the output tells whether a finding of a kind matters."""
+    if kind in _BY_BATCH:
+        return "exact_to_batch"
+    return "stored_to_target" if kind == "domain-shift" else "stored_to_exact"
+
+
+def _single(name: str, changes: dict[str, float | None], batches: int) -> Finding:
     known = {key: value for key, value in changes.items() if value is not None}
     effect = known.get("stored_to_exact", 0.0)
     parts = [f"{value:.2f} from {key.replace('_to_', ' to ')}" for key, value in known.items()]
@@ -201,10 +213,13 @@ def _single(name: str, changes: dict[str, float | None], batches: int, kinds: se
     )
 
 
-def _worst_first(findings: Sequence[Finding]) -> list[str]:
-    """Return the names of the layers that have a finding, the worst first, each once."""
-    bad = sorted((f for f in findings if f.severity != "ok" and f.layer), key=lambda f: f.rank)
-    return list(dict.fromkeys(f.layer for f in bad))
+def _worst_first(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
+    """Return what is not "ok" by layer, the worst layer first."""
+    by_layer: dict[str, list[Finding]] = {}
+    for finding in sorted(findings, key=lambda f: f.rank):
+        if finding.severity != "ok" and finding.layer:
+            by_layer.setdefault(finding.layer, []).append(finding)
+    return by_layer
 
 
 def _gated(
@@ -216,15 +231,13 @@ def _gated(
     """Add the output's change to a finding; a severe one that changes nothing is a warning."""
     if finding.kind in _UNGATED or finding.severity == "ok":
         return finding
-    key, together = "stored_to_exact", to_exact
-    if finding.kind in _BY_BATCH:
-        key, together = "exact_to_batch", max(to_exact, to_batch)
-    elif finding.kind == "domain-shift":
-        key, together = "stored_to_target", math.inf
+    key = _felt(finding.kind)
+    together = {"exact_to_batch": max(to_exact, to_batch), "stored_to_exact": to_exact}
     change = singles.get(finding.layer, {}).get(key)
     evidence = finding.evidence if change is None else {**finding.evidence, "output_change": change}
     severity = finding.severity
-    if severity == "severe" and (together if change is None else change) < CHANGE[1]:
+    size = together.get(key, math.inf) if change is None else change
+    if severity == "severe" and size < CHANGE[1]:
         severity = "warning"
     so = "" if change is None else f"; alone, it changes the output by {change:.2f} of its spread"
     return dataclasses.replace(
