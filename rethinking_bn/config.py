@@ -15,7 +15,8 @@ require_detectron2("rethinking_bn.config")
 from detectron2.config import CfgNode  # noqa: E402
 
 
-def _our_keys() -> CfgNode:
+def our_keys() -> CfgNode:
+    """Return this project's keys with their defaults."""
     c = CfgNode()
     c.MODEL = CfgNode()
     c.SOLVER = CfgNode()
@@ -169,12 +170,12 @@ def add_rethinking_bn_config(cfg: CfgNode) -> None:
     Raises:
         AttributeError: when ``cfg`` is frozen and lacks a key.
     """
-    _add_missing(_our_keys(), cfg)
+    _add_missing(our_keys(), cfg)
 
 
 def check_has_keys(cfg: CfgNode) -> None:
     """Raise a ValueError that says what to call, if a config lacks keys of this project."""
-    lacking = next(_lacking(_our_keys(), cfg), None)
+    lacking = next(_lacking(our_keys(), cfg), None)
     if lacking is not None:
         raise ValueError(
             f"the config has no {lacking}: call rethinking_bn.add_rethinking_bn_config(cfg) right "

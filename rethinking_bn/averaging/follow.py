@@ -33,8 +33,9 @@ def follow(copy: nn.Module, model: nn.Module, *, averaged: Container[str]) -> No
     for source, target in pairs:
         if is_frozen(source):
             freeze_layer(target)
-        else:
+        elif is_frozen(target):
             thaw_layer(target)
+            target.requires_grad_(False)  # what unfreezing gives back is the trained layer's
     if any(type(source) is not type(target) for source, target in pairs):
         raise ValueError("the model's modules are not those it had; begin anew with restart()")
     for source, target in pairs:

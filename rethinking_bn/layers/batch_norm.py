@@ -18,7 +18,7 @@ from rethinking_bn.layers.symbolic import as_leaf
 from rethinking_bn.numerics.channel_ops import affine_normalize, exported_normalize
 from rethinking_bn.numerics.moments import Moments, merge_moments
 from rethinking_bn.numerics.normalize import normalize
-from rethinking_bn.numerics.row_groups import normalize_row_groups
+from rethinking_bn.numerics.row_groups import check_row_groups, normalize_row_groups
 from rethinking_bn.numerics.running import write_statistics
 
 logger = logging.getLogger(__name__)
@@ -67,10 +67,15 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
         """Normalise consecutive groups of rows apart, such as the RoIs of one image each.
 
         The normalisation batch size (NBS) of section 4 of arXiv 2105.07576. The groups share
-        population statistics: the EMA takes one step per group that has a row.
+        population statistics: the EMA takes one step per group that has a row. A forward that
+        activation checkpointing recomputes is normalised as the context says that holds then, so
+        the backward belongs inside it, too.
 
         Args:
             sizes: rows of each group, their sum the batch size; None: all rows together.
+
+        Raises:
+            ValueError: in the forward, for a batch of another size.
         """
         before = self._groups
         self._groups = None if sizes is None else tuple(sizes)
@@ -150,8 +155,11 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
         return self.training and kept and counted and self._observer is None
 
     def _groups_of(self, x: Tensor) -> tuple[int, ...] | None:
-        if self._groups is not None or not self.rows_at_a_time:
+        if self._groups is not None:
+            check_row_groups(self._groups, len(x))
             return self._groups
+        if not self.rows_at_a_time:
+            return None
         if self.sync and self.training:
             raise ValueError("rows_at_a_time: a synchronised layer pools all rows of all ranks")
         k = self.rows_at_a_time if self.training else 1

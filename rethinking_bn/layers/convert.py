@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d
 
-from rethinking_bn.layers.batch_norm import SyncBatchNorm2d
+from rethinking_bn.layers.batch_norm import BatchNorm2d, SyncBatchNorm2d
 from rethinking_bn.layers.domain_state import DomainBatchNormBase
 from rethinking_bn.layers.freezing import freeze_layer, is_frozen
 from rethinking_bn.layers.mabn.centring import (
@@ -44,9 +44,10 @@ def convert_norms(model: nn.Module, norm: Norm, **options: Any) -> nn.Module:
     Replaced are nn.BatchNorm2d and its kin, nn.SyncBatchNorm, torchvision's and detectron2's
     FrozenBatchNorm2d, and all of ours; GN, LN and IN layers as well, except by "SyncBN" and
     "FrozenBN". Parameters keep their names. Carried over are scale and shift and the statistics
-    that both kinds have (with eps and momentum, among kinds of BN), training or evaluation mode,
-    device, type and ``requires_grad``; a layer under several names is converted once. One log
-    line says how many layers' statistics start anew.
+    that both kinds have (with eps, momentum and ``rows_at_a_time``, among kinds of BN), training or
+    evaluation mode, device, type and ``requires_grad``; a layer under several names is converted
+    once. One log line says how many layers' statistics start anew, one how many have no
+    ``rows_at_a_time`` any more ("SyncBN" pools all rows of all ranks).
 
     - "MABN": the convolution before each norm becomes a CenConv2d (same parameter, same name; a
       bias, which MABN's recipe has not, is dropped). A convolution that centres its filters stays
@@ -77,6 +78,10 @@ def convert_norms(model: nn.Module, norm: Norm, **options: Any) -> nn.Module:
     anew = sum(not _statistics_carry(old, new) for old, new in replaced.items())
     if anew:
         logger.info("%d of %d %s layers start with new statistics", anew, len(replaced), norm)
+    rows = [getattr(layer, "rows_at_a_time", 0) for pair in replaced.items() for layer in pair]
+    together = sum(before > 0 and not after for before, after in zip(rows[::2], rows[1::2]))
+    if together:
+        logger.info("%d %s layers normalise all rows together now", together, norm)
     return model
 
 
@@ -173,6 +178,8 @@ def _in_place_of(old: Any, name: str, norm: Norm, options: Mapping[str, Any]) ->
             target.copy_(source)
         if isinstance(source, nn.Parameter) and isinstance(target, nn.Parameter):
             target.requires_grad_(source.requires_grad)
+    if isinstance(new, BatchNorm2d) and not new.sync:
+        new.rows_at_a_time = getattr(old, "rows_at_a_time", 0)
     new.train(old.training)
     if is_frozen(old) and not isinstance(new, FrozenBatchNorm2d):
         freeze_layer(new)

@@ -34,14 +34,27 @@ def _layer_norm(num_features: int, **options: Any) -> nn.Module:
 class InstanceNorm2d(nn.InstanceNorm2d):
     """nn.InstanceNorm2d with an affine that bears empty batches and single values per channel.
 
-    GN with as many groups as channels. A single value has variance 0 and gives the bias.
+    GN with as many groups as channels: (N, C, H, W) or (C, H, W). A single value has variance 0 and
+    gives the bias.
     """
 
     def __init__(self, num_features: int, affine: bool = True, **options: Any) -> None:
         super().__init__(num_features, affine=affine, **options)
 
     def forward(self, input: Tensor) -> Tensor:
-        return torch.group_norm(input, self.num_features, self.weight, self.bias, self.eps)
+        self._check_input_dim(input)
+        batch = input if input.dim() == 4 else input.unsqueeze(0)
+        out = torch.group_norm(batch, self.num_features, self.weight, self.bias, self.eps)
+        return out if input.dim() == 4 else out.squeeze(0)
+
+
+def _instance_norm(num_features: int, **options: Any) -> nn.Module:
+    if options.get("track_running_stats"):
+        raise ValueError(
+            "IN keeps no running statistics here (track_running_stats=True): the statistics of an "
+            "image are its own at inference, too; pass nn.InstanceNorm2d for a layer that does"
+        )
+    return InstanceNorm2d(num_features, **options)
 
 
 _NORMS: dict[str, Callable[..., nn.Module]] = {
@@ -51,7 +64,7 @@ _NORMS: dict[str, Callable[..., nn.Module]] = {
     "FrozenBN": FrozenBatchNorm2d,
     "GN": _group_norm,
     "LN": _layer_norm,
-    "IN": InstanceNorm2d,
+    "IN": _instance_norm,
     "MABN": MABN2d,
 }
 
@@ -80,7 +93,8 @@ def get_norm(
         The layer; None for no norm.
 
     Raises:
-        ValueError: for an unknown name, or channels that GN's groups do not divide.
+        ValueError: for an unknown name, channels that GN's groups do not divide, or an "IN" with
+            ``track_running_stats``.
     """
     if norm is None or norm == "":
         return None

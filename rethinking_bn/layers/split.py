@@ -201,4 +201,8 @@ def _side_by_side(levels: list[Tensor]) -> Tensor:
 def _one_by_one(x: Tensor, levels: list[Tensor]) -> list[Tensor]:
     sizes = [level.shape[2] * level.shape[3] for level in levels]
     parts = x.squeeze(3).split(sizes, dim=2)
-    return [part.reshape(level.shape) for part, level in zip(parts, levels, strict=True)]
+    # copies: views of one tensor would refuse operators in place (nn.ReLU(inplace=True))
+    return [
+        part.reshape(level.shape).clone(memory_format=torch.contiguous_format)
+        for part, level in zip(parts, levels, strict=True)
+    ]

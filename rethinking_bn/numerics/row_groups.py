@@ -18,6 +18,12 @@ from rethinking_bn.numerics.triton.choice import takes_triton
 _SMALL = 2**16
 
 
+def check_row_groups(sizes: Sequence[int], rows: int) -> None:
+    """Raise a ValueError unless the sizes of the groups sum up to the number of rows."""
+    if sum(sizes) != rows:
+        raise ValueError(f"row groups {tuple(sizes)} do not sum up to the {rows} rows given")
+
+
 def normalize_row_groups(
     x: Tensor,
     sizes: Sequence[int],
@@ -32,19 +38,14 @@ def normalize_row_groups(
 
     Args:
         x: (N, C, *), may be empty.
-        sizes: rows of each group.
+        sizes: rows of each group; see :func:`check_row_groups`.
         weight, bias: (C,), or None.
         holders, momentum: the one holder of running statistics, which takes a step for each group
             that has a row; or none.
 
     Returns:
         one output.
-
-    Raises:
-        ValueError: when the sizes do not sum up to N.
     """
-    if sum(sizes) != len(x):
-        raise ValueError(f"row groups {tuple(sizes)} do not sum up to the {len(x)} rows given")
     weights, biases = (None if p is None else [p] for p in (weight, bias))
     if takes_triton([x], weights, biases, holders, sizes):
         from rethinking_bn.numerics.triton import batch_norm  # imports Triton

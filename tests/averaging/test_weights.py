@@ -176,6 +176,16 @@ def test_layers_frozen_on_the_way_keep_the_statistics_of_the_model() -> None:
     assert not report.frozen and averaged.module[2].training
 
 
+def test_the_average_of_a_model_that_was_frozen_needs_no_gradients_when_it_is_not() -> None:
+    model = nn.Sequential(BatchNorm2d(3), nn.BatchNorm2d(3))
+    freeze_batch_norm(model, affine=True)
+    averaged = AveragedWeights(model, "swa")
+    unfreeze_batch_norm(model)
+    averaged.update(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in averaged.module.parameters())
+
+
 def test_estimate_needs_statistics_that_are_not_averaged() -> None:
     averaged = AveragedWeights(Net(), statistics="average")
     with pytest.raises(ValueError, match='statistics="estimate"'):

@@ -64,6 +64,35 @@ def test_who_reads_the_head(tmp_path: Path, architecture: str, read: bool) -> No
     assert (unread_keys(cfg) == []) == read
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "read_with"),
+    [
+        ("DISTILL.TEACHER_CONFIG", "a.yaml", {"META_ARCHITECTURE": "DistilledRetinaNet"}),
+        ("DISTILL.WEIGHT", 0.5, {"META_ARCHITECTURE": "ForeignRetinaNet"}),
+        ("DOMAIN_BN.AFFINE", "shared", {"DOMAIN_BN.DATASETS": [["a"]]}),
+        ("DOMAIN_BN.DATASETS", [["a"], ["b"]], {"META_ARCHITECTURE": "ConfigurableHeadRetinaNet"}),
+        ("GN.NUM_GROUPS", 8, {"BACKBONE.NAME": "build_gn_retinanet_resnet_fpn_backbone"}),
+        (
+            "GN.NUM_GROUPS",
+            8,
+            {"RETINANET.HEAD_NAME": "MultiDomainBNRetinaNetHead", "RETINANET.NORM": "GN"},
+        ),
+        ("GN.NUM_GROUPS", 8, {"META_ARCHITECTURE": "ForeignRetinaNet"}),
+    ],
+)
+def test_keys_of_parts_that_are_not_there(
+    tmp_path: Path, key: str, value: Any, read_with: dict[str, Any]
+) -> None:
+    """Defect 19, for the keys that came later."""
+    cfg = tiny_config("any", tmp_path)
+    architecture = "RetinaNet" if key == "DOMAIN_BN.DATASETS" else "ConfigurableHeadRetinaNet"
+    cfg.merge_from_list(["MODEL.META_ARCHITECTURE", architecture, f"MODEL.{key}", value])
+    (line,) = unread_keys(cfg)
+    assert line.startswith(f"MODEL.{key} is ") and "\n" not in line
+    cfg.merge_from_list([item for name, v in read_with.items() for item in (f"MODEL.{name}", v)])
+    assert unread_keys(cfg) == []
+
+
 def test_a_config_without_our_keys_has_none_unread() -> None:
     assert unread_keys(get_cfg()) == []
 

@@ -89,8 +89,9 @@ def test_row_groups_are_separate_batches(
     for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(dict(mine.state_dict()), dict(theirs.state_dict()))
-    with pytest.raises(ValueError, match="do not sum up"), mine.row_groups([4, 4]):
-        mine(a)
+    for wrong in ([4, 4], [5]):
+        with pytest.raises(ValueError, match="do not sum up"), mine.row_groups(wrong):
+            mine(a)
     with mine.row_groups([]):
         assert len(mine(a[:0])) == 0
     mine(a)  # the bracket left no trace

@@ -85,6 +85,16 @@ def test_momentum_counter_group_and_absent_affine_are_carried_over() -> None:
         )
 
 
+def test_rows_at_a_time_are_carried_over_where_they_can_be(caplog: Any) -> None:
+    model = nn.Sequential(BatchNorm2d(4), BatchNorm2d(4))
+    model[0].rows_at_a_time = 2
+    convert_norms(model, "BatchStatBN")
+    assert [layer.rows_at_a_time for layer in model] == [2, 0]
+    with caplog.at_level(logging.INFO, "rethinking_bn"):
+        convert_norms(model, "SyncBN")(torch.randn(3, 4, 2, 2))
+    assert "1 SyncBN layers normalise all rows together now" in caplog.text
+
+
 def test_mode_device_type_and_gradients_are_carried_over() -> None:
     old = nn.BatchNorm2d(4, device="meta", dtype=torch.float64).eval()
     old.weight.requires_grad_(False)
@@ -231,3 +241,8 @@ def test_instance_norm_bears_what_heads_feed_it() -> None:
     assert layer(x[:0]).shape == (0, 4, 5, 5)
     torch.testing.assert_close(layer(x[:1, :, :1, :1]), x.new_zeros(1, 4, 1, 1))
     assert isinstance(layer, nn.InstanceNorm2d) and len(list(layer.parameters())) == 2
+    torch.testing.assert_close(layer(x[0]), layer(x)[0])  # an image without its batch
+    with pytest.raises(ValueError, match="4D"):
+        layer(x[0, 0])
+    with pytest.raises(ValueError, match="track_running_stats"):
+        get_norm("IN", 4, track_running_stats=True)

@@ -84,6 +84,8 @@ def test_unbracketed_use_raises_in_mid_cycle(use: str) -> None:
         pass
     layer.reset_cycle()
     getattr(model, use)()
+    if use != "state_dict":  # and all modules have the mode
+        assert {module.training for module in model.modules()} == {use == "train"}
 
 
 def test_brackets_do_not_nest() -> None:

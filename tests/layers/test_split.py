@@ -147,6 +147,18 @@ def test_of_several_levels_a_domain_is_its_rows_of_all(rows: tuple[int, ...]) ->
         )
 
 
+@pytest.mark.parametrize("rows", ROWS)
+def test_outputs_of_several_levels_bear_operators_in_place(rows: tuple[int, ...]) -> None:
+    layer = split()
+    levels = [features().requires_grad_(), features()[:, :, :1, :2].requires_grad_()]
+    with row_domains(layer, rows):
+        losses = [
+            sum((f(y) ** 2).sum() for y in layer(levels)) for f in (torch.sigmoid_, torch.sigmoid)
+        ]
+    in_place, beside = (torch.autograd.grad(loss, levels) for loss in losses)
+    torch.testing.assert_close(in_place, beside)
+
+
 def test_empty_batches_move_nothing() -> None:
     layer = split()
     before = {k: v.clone() for k, v in layer.named_buffers()}
