@@ -40,6 +40,7 @@ from rethinking_bn.engine.weight_average import average_options
 from rethinking_bn.files import check_unlocked, locked_folder, probe_folder
 from rethinking_bn.layers import MABN2d
 from rethinking_bn.modeling.domains import check_architecture
+from rethinking_bn.population import train_only
 
 
 def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode:
@@ -92,6 +93,8 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
         average_options(cfg)
     model = check_model(cfg, ranks, training=training)
     check_loading(cfg, model or nn.Module(), path, training=training)
+    if training and model is not None:
+        train_part(cfg, model)
     if "://" not in cfg.OUTPUT_DIR:
         if training:
             check_unlocked(cfg.OUTPUT_DIR, "OUTPUT_DIR")
@@ -127,6 +130,16 @@ def check_freezing(cfg: CfgNode, ranks: int) -> None:
             f"SOLVER.FREEZE_BN.START {start} is neither an iteration in [0, {solver.MAX_ITER}) "
             "(SOLVER.MAX_ITER) nor -1 (never)"
         )
+
+
+def train_part(cfg: CfgNode, model: nn.Module) -> None:
+    """Leave gradients to what SOLVER.TRAIN_ONLY names alone; a ValueError names that key."""
+    if cfg.SOLVER.TRAIN_ONLY:
+        try:
+            train_only(model, cfg.SOLVER.TRAIN_ONLY)
+        except ValueError as error:
+            said = str(error).removeprefix("train_only: ")
+            raise ValueError(f"SOLVER.TRAIN_ONLY: {said}") from error
 
 
 def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:

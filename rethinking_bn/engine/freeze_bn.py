@@ -29,7 +29,7 @@ class FreezeBN(HookBase):
 
     State read: the model, the trainer's precision and optimizer. State changed: the population
     statistics, once, and the layers' mode. State kept in a checkpoint: that the layers are frozen,
-    so that a resumed run neither estimates again nor forgets to freeze.
+    so that a resumed run neither estimates again nor forgets to freeze, at whatever ``start``.
     """
 
     def __init__(
@@ -66,9 +66,15 @@ class FreezeBN(HookBase):
 
     def before_step(self) -> None:
         """Estimate and freeze when it is time to; freeze when resumed after that."""
-        if self._is_frozen or self.trainer.iter < self._start:
+        if self._is_frozen or (self.trainer.iter < self._start and not self._was_frozen):
             return
-        if not self._was_frozen:
+        if self._was_frozen:
+            if self.trainer.iter < self._start:
+                logger.warning(
+                    "FreezeBN: this run was frozen before iteration %d and stays so; start is %d.",
+                    *(self.trainer.iter, self._start),
+                )
+        else:
             if self.trainer.iter > self._start:
                 logger.warning(
                     "FreezeBN: this run came to iteration %d unfrozen; frozen now, not at %d.",

@@ -210,6 +210,9 @@ class _Ranks:
                 process.kill()
         for process in self._processes:
             process.join()
+        for path in self._error_files:  # what a rank that failed has said
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
         if self._guard is not None:
             self._guard.dismiss()
             self._guard = None

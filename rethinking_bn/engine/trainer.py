@@ -25,7 +25,7 @@ from rethinking_bn.engine.accumulation import (
     CPUAutocastTrainer,
 )
 from rethinking_bn.engine.checkpointer import Checkpointer, later_checkpoints
-from rethinking_bn.engine.checks import hold_output_dir
+from rethinking_bn.engine.checks import hold_output_dir, train_part
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
 from rethinking_bn.engine.hooks import with_rethinking_bn
 from rethinking_bn.engine.merge_statistics import MergeStatistics
@@ -36,7 +36,7 @@ from rethinking_bn.engine.rank_state import RankState, gather_rank_state, load_r
 from rethinking_bn.engine.starting_weights import check_required_weights
 from rethinking_bn.engine.train_loader import build_train_loader
 from rethinking_bn.engine.unread_keys import check_keys_are_read
-from rethinking_bn.population import train_only
+from rethinking_bn.engine.weight_average import WeightAverage
 from rethinking_bn.population.forwards import communicates
 from rethinking_bn.randomness import announce_iteration, derive_seed
 
@@ -96,8 +96,7 @@ class Trainer(DefaultTrainer):
         seed_all_rng(self.run_seed)
         self._rank_states: tuple[int, list[RankState]] | None = None
         model = self.build_model(self.cfg)
-        if self.cfg.SOLVER.TRAIN_ONLY:
-            train_only(model, self.cfg.SOLVER.TRAIN_ONLY)
+        train_part(self.cfg, model)
         optimizer = self.build_optimizer(self.cfg, model)
         data_loader = self.build_train_loader(self.cfg)
         on_gpu = torch.device(self.cfg.MODEL.DEVICE).type == "cuda"
@@ -208,6 +207,9 @@ class Trainer(DefaultTrainer):
     def gather_rank_states(self) -> None:
         """Collect what :meth:`state_dict` will hold for this iteration; all ranks must call it."""
         self._rank_states = (self.iter, gather_rank_state(self.model))
+        for hook in self._hooks:
+            if isinstance(hook, WeightAverage):
+                hook.gather_rank_states()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`'s; the run seed of the checkpoint replaces ``cfg.SEED``."""

@@ -15,6 +15,7 @@ from rethinking_bn.averaging.weights import KINDS, STATISTICS
 from rethinking_bn.engine.checkpointer import Checkpointer
 from rethinking_bn.engine.merge_statistics import merge_statistics
 from rethinking_bn.engine.precise_bn import autocast_of
+from rethinking_bn.engine.rank_state import RankState, gather_rank_state, load_rank_state
 from rethinking_bn.population.observers import find_population_layers
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class WeightAverage(HookBase):
         self._checkpoint_period, self._eval_period = checkpoint_period, eval_period
         self._output_dir = output_dir
         self._started = False
+        self._rank_states: tuple[int, list[RankState]] | None = None
 
     def before_step(self) -> None:
         """Begin, with the weights as they are now, if it is time to and nothing was resumed."""
@@ -133,13 +135,28 @@ class WeightAverage(HookBase):
         )
         return {"averaged": test(self.averaged.module)}
 
+    def gather_rank_states(self) -> None:
+        """Collect what the ranks' averages have of their own, for :meth:`state_dict`.
+
+        A collective: between two merges the statistics under unsynced BN are each rank's own.
+        """
+        if self._started:
+            self._rank_states = self.averaged.updates, gather_rank_state(self.averaged.module)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the average and its counter; nothing before it has begun."""
-        return self.averaged.state_dict() if self._started else {}
+        if not self._started:
+            return {}
+        state = self.averaged.state_dict()
+        if self._rank_states is not None and self._rank_states[0] == self.averaged.updates:
+            state["rank_states"] = self._rank_states[1]
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`'s; see AveragedWeights for the errors."""
         self.averaged.load_state_dict(state)
+        if "rank_states" in state:
+            load_rank_state(self.averaged.module, state["rank_states"])
         self._started = True
 
 

@@ -78,8 +78,8 @@ def convert_norms(model: nn.Module, norm: Norm, **options: Any) -> nn.Module:
     anew = sum(not _statistics_carry(old, new) for old, new in replaced.items())
     if anew:
         logger.info("%d of %d %s layers start with new statistics", anew, len(replaced), norm)
-    rows = [getattr(layer, "rows_at_a_time", 0) for pair in replaced.items() for layer in pair]
-    together = sum(before > 0 and not after for before, after in zip(rows[::2], rows[1::2]))
+    apart = [[getattr(m, "rows_at_a_time", 0) > 0 for m in pair] for pair in replaced.items()]
+    together = apart.count([True, False])
     if together:
         logger.info("%d %s layers normalise all rows together now", together, norm)
     return model

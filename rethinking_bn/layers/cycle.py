@@ -172,8 +172,8 @@ class CycleBatchNorm2d(DomainBatchNormBase):
             raise RuntimeError(
                 f"{where} after {self._calls} of {self.num_domains} calls of a CycleBatchNorm2d: "
                 "the next call would use another level's statistics. Bracket each pass with "
-                "`with layer.cycle():`, or call reset_cycle() after an interrupted one (and train() or "
-                "eval() on the model again: of its modules only those before this one have the mode)"
+                "`with layer.cycle():`, or call reset_cycle() after an interrupted one and "
+                "train() or eval() again: only the modules before this one have the new mode"
             )
 
     def extra_repr(self) -> str:

@@ -182,6 +182,19 @@ def test_came_late_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert trainer.state_dict()["hooks"] == {"FreezeBN": {"frozen": True}}
 
 
+def test_resumed_with_a_later_start_it_stays_frozen(caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = SimpleTrainer(model, Loader(1), optimizer)
+    trainer.register_hooks([FreezeBN(6, model, Loader(5), 2)])
+    trainer._hooks[0].load_state_dict({"frozen": True})
+    before = statistics(model)
+    trainer.train(3, 5)
+    assert "was frozen before iteration 3 and stays so; start is 6" in caplog.text
+    torch.testing.assert_close(statistics(model), before, rtol=0, atol=0)
+    assert trainer.state_dict()["hooks"] == {"FreezeBN": {"frozen": True}}
+
+
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="start must not be negative, got -1"):
         FreezeBN(-1, Model())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.engine import hooks as stock
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from rethinking_bn.engine import PreciseBN, Trainer, WeightAverage, with_weight_average
 from rethinking_bn.engine.merge_statistics import MergeStatistics
+from rethinking_bn.engine.preemption import Preempted
 from rethinking_bn.engine.weight_average import average_options
 from tests.engine.test_resume import Interruption, RecordingTrainer, digest
 from tests.engine.tiny import register_data, tiny_config, write_data
@@ -48,16 +52,24 @@ def average_of(trainer: Trainer) -> WeightAverage:
     return hook
 
 
-def train(cfg: CfgNode, *, resume: bool = False, interrupt_at: int | None = None) -> Any:
+class SchedulersSignal(Interruption):
+    """SIGTERM to the last rank, which ends all of them an iteration later."""
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.iteration and comm.get_rank() == comm.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train(cfg: CfgNode, *, resume: bool = False, interruption: HookBase | None = None) -> Any:
     trainer = RecordingTrainer(cfg)
     trainer.resume_or_load(resume)
     trainer.weights = Weights()
     trainer.register_hooks([trainer.weights])
-    if interrupt_at is None:
+    if interruption is None:
         trainer.train()
     else:
-        trainer.register_hooks([Interruption(interrupt_at)])
-        with pytest.raises(KeyboardInterrupt):
+        trainer.register_hooks([interruption])
+        with pytest.raises((KeyboardInterrupt, Preempted)):
             trainer.train()
     return trainer
 
@@ -112,16 +124,19 @@ def test_beside_a_run_that_it_leaves_alone(tmp_path: Path, caplog: Any) -> None:
     assert not any(torch.equal(live[n], averaged.state_dict()[n]) for n in running)
 
 
-def interrupted_and_not(folder: Path, overrides: dict[str, str]) -> tuple[Any, Any]:
+def interrupted_and_not(
+    folder: Path, overrides: dict[str, str], *others: HookBase
+) -> list[dict[str, Any]]:
     """Train 6 iterations at one go, and again with a crash in the fifth; checkpoint after 3."""
     data = register_data(folder)
-    whole = record(train(tiny_config(data, folder / "whole", **overrides)))
-    crashed = tiny_config(data, folder / "crashed", **overrides)
-    train(crashed, interrupt_at=4)
-    resumed = record(train(crashed, resume=True))
-    assert sorted(resumed["losses"]) == [3, 4, 5]
-    resumed["losses"] = {**whole["losses"], **resumed["losses"]}
-    return whole, resumed
+    runs = [record(train(tiny_config(data, folder / "whole", **overrides)))]
+    for interruption in (Interruption(4), *others):
+        ended = tiny_config(data, folder / type(interruption).__name__, **overrides)
+        train(ended, interruption=interruption)
+        runs.append(record(train(ended, resume=True)))
+        runs[-1]["resumed"] = sorted(runs[-1]["losses"])
+        runs[-1]["losses"] = {**runs[0]["losses"], **runs[-1]["losses"]}
+    return runs
 
 
 @pytest.mark.parametrize(
@@ -137,11 +152,11 @@ def interrupted_and_not(folder: Path, overrides: dict[str, str]) -> tuple[Any, A
 def test_resumed(tmp_path: Path, overrides: dict[str, str]) -> None:
     write_data(tmp_path)
     whole, resumed = interrupted_and_not(tmp_path, {**overrides, **NO_EVALUATION})
-    assert whole == resumed
+    assert resumed == {**whole, "resumed": [3, 4, 5]}
 
 
-def on_rank(rank: int, folder: Path, overrides: dict[str, str]) -> tuple[Any, Any]:
-    return interrupted_and_not(folder, overrides)
+def on_rank(rank: int, folder: Path, overrides: dict[str, str]) -> list[dict[str, Any]]:
+    return interrupted_and_not(folder, overrides, SchedulersSignal(3))
 
 
 @pytest.mark.parametrize("statistics", ["average", "copy"])
@@ -150,8 +165,9 @@ def test_two_processes(tmp_path: Path, statistics: str) -> None:
     write_data(tmp_path)
     overrides = {**EMA, **NO_EVALUATION, "SOLVER__AVERAGE__STATISTICS": statistics}
     first, second = run_distributed(on_rank, 2, tmp_path, overrides, timeout=240)
-    for whole, resumed in (first, second):
-        assert whole == resumed
+    for whole, crashed, preempted in (first, second):
+        assert crashed == {**whole, "resumed": [3, 4, 5]}
+        assert preempted == {**whole, "resumed": [5]}
     assert first[0]["average"] == second[0]["average"]
     assert first[0]["losses"] != second[0]["losses"]
 

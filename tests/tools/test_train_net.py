@@ -130,6 +130,7 @@ def test_good_input_starts(config_file: str) -> None:
             ["NORM_IMAGES is 1", "NormImagesROIHeads"],
         ),
         ([*RCNN, "MODEL.ROI_BOX_HEAD.NAME", "NormBoxHead"], ["NormBoxHead", "Res5ROIHeads"]),
+        (["SOLVER.TRAIN_ONLY", "('head.*', 'nothing')"], ["SOLVER.TRAIN_ONLY", "'nothing'"]),
         # defect 31
         (["SOLVER.MAX_ITER", "-1"], ["SOLVER.MAX_ITER must be at least 1, got -1", "--eval-only"]),
         (["OUTPUT_DIR", __file__], ["OUTPUT_DIR", "is a file", "name another folder"]),
@@ -396,6 +397,15 @@ def run_tool(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=240
     )
+
+
+def test_what_a_failed_rank_has_said_leaves_no_file(tmp_path: Path) -> None:
+    said = tmp_path / "pytorch-errorfile-1.pickle"
+    said.touch()
+    ranks = launch.ranks._Ranks(None)  # type: ignore[arg-type]
+    ranks._error_files = [str(said), str(tmp_path / "of a rank that did not fail")]
+    ranks.kill()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_tool_itself_prints_one_line(tmp_path: Path) -> None:
