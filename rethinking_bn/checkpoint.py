@@ -7,10 +7,13 @@ Between shared and domain-specific statistics a layer converts by itself when it
 from __future__ import annotations
 
 import logging
+import os
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rethinking_bn.layers import PopulationLayer
@@ -26,6 +29,26 @@ _RESNET = re.compile(
     r"(?P<part>conv|bn|downsample\.)(?P<index>\d)\.(?P<rest>.+)$"
 )
 _STATISTICS = ("running_mean", "running_var")
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the model's state dict from a checkpoint of any trainer, on the CPU.
+
+    Raises:
+        OSError: for a file that cannot be read.
+        ValueError: in one line, for one that holds no state dict of tensors.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises nearly anything
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
+        raise ValueError(f"{path} is no checkpoint that torch can load ({why})") from error
+    weights = content.get("model", content) if isinstance(content, dict) else None
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{path} holds no state dict of tensors")
+    return dict(weights)
 
 
 def select_domain(state_dict: Mapping[str, Tensor], domain: int) -> dict[str, Tensor]:

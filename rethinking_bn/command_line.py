@@ -39,6 +39,14 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def at_least_one(text: str) -> int:
+    """Read an option that counts something; the ``type`` for ``add_argument``."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def require_detectron2(description: str, argv: Sequence[str] | None = None) -> None:
     """End a tool in one line where detectron2 is not installed, unless it is asked for its help.
 

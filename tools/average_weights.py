@@ -34,6 +34,7 @@ from detectron2.modeling import build_model  # noqa: E402
 from detectron2.utils.logger import setup_logger  # noqa: E402
 
 from rethinking_bn.averaging import AveragedWeights  # noqa: E402
+from rethinking_bn.checkpoint import read_weights  # noqa: E402
 from rethinking_bn.engine import Checkpointer, load_config, run_population_training  # noqa: E402
 from rethinking_bn.engine.checks import check_data_sets  # noqa: E402
 from rethinking_bn.engine.load_config import use_available_device  # noqa: E402
@@ -65,23 +66,14 @@ def read_states(paths: list[str]) -> list[dict[str, torch.Tensor]]:
     """
     if len(paths) < 2:
         raise ValueError(f"two or more checkpoints (.pth) are needed, got {len(paths)}")
-    states: list[dict[str, torch.Tensor]] = []
-    for path in paths:
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            wrong = ValueError(f"{path} is no checkpoint: {type(error).__name__}")
-            raise error if isinstance(error, OSError) else wrong from error
-        states.append(saved.get("model", saved))
+    states = [read_weights(path) for path in paths]
     first = states[0]
     for path, state in zip(paths[1:], states[1:], strict=True):
         differing = {
             "missing": first.keys() - state.keys(),
             "added": state.keys() - first.keys(),
             "of another shape": {
-                key
-                for key in first.keys() & state.keys()
-                if getattr(first[key], "shape", None) != getattr(state[key], "shape", None)
+                key for key in first.keys() & state.keys() if first[key].shape != state[key].shape
             },
         }
         said = [f"{what}: {_listed(keys)}" for what, keys in differing.items() if keys]
@@ -101,12 +93,12 @@ def main(argv: list[str] | None = None) -> int:
         cfg: Any = load_config(args.config_file, args.opts)
         use_available_device(cfg)
         check_data_sets(cfg)
-        probe_folder(os.path.dirname(args.output) or ".", "--output")
         states = read_states(args.checkpoints)
         model = build_model(cfg)
         lacking = {name for name, _ in model.named_parameters()} - states[0].keys()
         if lacking:
             raise ValueError(f"{args.checkpoints[0]} is not of this config: no {_listed(lacking)}")
+        probe_folder(os.path.dirname(args.output) or ".", "--output")  # last: it makes the folder
     except (ValueError, OSError) as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         return 1

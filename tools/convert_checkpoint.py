@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from rethinking_bn.checkpoint import copy_to_levels, select_domain
+from rethinking_bn.checkpoint import copy_to_levels, read_weights, select_domain
 from rethinking_bn.files import replace
 
 
@@ -32,16 +32,7 @@ def convert(source: Path, target: Path, domain: int, levels: int = 0) -> int:
         OSError: for a file that cannot be read or written.
         ValueError: for a file that is no checkpoint, or has no such domain.
     """
-    try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{source} is no checkpoint that torch can load: {error}") from error
-    weights = content.get("model", content) if isinstance(content, dict) else None
-    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise ValueError(f"{source} holds no state dict of tensors")
-    weights = select_domain(weights, domain)
+    weights = select_domain(read_weights(source), domain)
     if levels:
         weights = copy_to_levels(weights, levels)
     replace(target, lambda path: torch.save({"model": weights}, path))

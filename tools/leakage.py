@@ -14,7 +14,8 @@ the CPU), every number from one seed:
 ``--config-file`` names the config of the BN head; the default is
 shapes/mask_rcnn_bn_head_1im.yaml, whose MODEL.ROI_HEADS.NORM_IMAGES 1 makes normalisation batches
 of one image however many images a process has. The shuffle head differs in the two
-``MODEL.ROI_{BOX,MASK}_HEAD.NAME`` only. Weights, logs and the table go to OUTPUT_DIR.
+``MODEL.ROI_{BOX,MASK}_HEAD.NAME`` only. Weights, logs and the table go to OUTPUT_DIR. ``--resume``
+goes on with the heads' last checkpoints there; there is no ``--eval-only``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import warnings
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch|detectron2|fvcore")
 warnings.filterwarnings("ignore", message="pkg_resources")
 
-from rethinking_bn.command_line import require_detectron2  # noqa: E402
+from rethinking_bn.command_line import argument_parser, require_detectron2  # noqa: E402
 
 if __name__ == "__main__":
     require_detectron2(__doc__ or "")
@@ -60,14 +61,14 @@ def with_keys(cfg: CfgNode, *keys_and_values: object) -> CfgNode:
     return cfg
 
 
-def train_and_evaluate(cfg: CfgNode, head: str) -> tuple[int, list[Row]]:
+def train_and_evaluate(cfg: CfgNode, head: str, resume: bool) -> tuple[int, list[Row]]:
     """Train with one kind of head and evaluate both ways; return the run seed and the rows."""
     box, mask = HEADS[head]
     cfg = with_keys(cfg, "MODEL.ROI_BOX_HEAD.NAME", box, "MODEL.ROI_MASK_HEAD.NAME", mask)
     cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, box)
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     trainer = Trainer(with_keys(cfg, "DATASETS.TEST", ()))  # evaluated below
-    trainer.resume_or_load(resume=False)
+    trainer.resume_or_load(resume=resume)
     trainer.train()
     model = trainer.model.module if comm.get_world_size() > 1 else trainer.model
     trained = model.state_dict()
@@ -88,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     ranks, images = comm.get_world_size(), cfg.SOLVER.IMS_PER_BATCH
     lines = ["| head norm | statistics at inference | seed | box AP | mask AP |", "|---" * 5 + "|"]
     for head in HEADS:
-        seed, rows = train_and_evaluate(cfg, head)
+        seed, rows = train_and_evaluate(cfg, head, args.resume)
         lines += [f"| {h} | {s} | {seed} | {box:.1f} | {mask:.1f} |" for h, s, box, mask in rows]
     lines += [
         "",
@@ -104,5 +105,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     assert __doc__ is not None
+    if argument_parser(__doc__).parse_known_args()[0].eval_only:
+        sys.exit("leakage.py: error: --eval-only: this tool evaluates what it trains; leave it out")
     # the first --config-file gives way to one on the command line
     run(main, __doc__, [*DEFAULT, *sys.argv[1:]])

@@ -1,18 +1,17 @@
 #!/usr/bin/env python3
 """Evaluate the same weights by every choice of BatchNorm statistics, and compare.
 
-The rows are the statistics as stored in the weights, those of the exact population of
-TEST.PRECISE_BN.DATASETS (or DATASETS.TRAIN), those of the mini-batch at inference, and those of
-each data set in DATASETS.TEST; the columns are the data sets in DATASETS.TEST (arXiv 2105.07576,
-Figure 5 and Table 4). For example, a detector on two corruptions of the generated shapes:
+Rows: the statistics stored in the weights, those of the exact population of
+TEST.PRECISE_BN.DATASETS (or DATASETS.TRAIN), of the mini-batch at inference, and of each data set
+in DATASETS.TEST; columns: the data sets in DATASETS.TEST (arXiv 2105.07576, Figure 5 and Table 4).
 
     python tools/statistics_matrix.py --config-file configs/shapes/retinanet_bn_2im.yaml \\
         MODEL.WEIGHTS output/shapes/retinanet_bn_2im/model_final.pth \\
         DATASETS.TEST "('shapes_val', 'shapes_val_contrast')"
 
 TEST.PRECISE_BN.{NUM_ITER, IMS_PER_BATCH, TRANSFORMS, THAW} hold for every estimate: with THAW,
-FrozenBatchNorm2d gets the statistics of the row, too. The table is printed and goes to
-OUTPUT_DIR/statistics_matrix.json, and, where matplotlib is installed, .png; weights stay.
+FrozenBatchNorm2d gets the statistics of the row, too. ``--resume`` takes the last checkpoint in
+OUTPUT_DIR, not MODEL.WEIGHTS. The table also goes to OUTPUT_DIR/statistics_matrix.{json,png}.
 """
 
 from __future__ import annotations
@@ -48,7 +47,9 @@ def main(args: argparse.Namespace) -> Table:
     """Run one rank; rank 0 prints and writes."""
     cfg = setup(args)
     model = Trainer.build_model(cfg)
-    Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+    weights = (args.resume and checkpointer.get_checkpoint_file()) or cfg.MODEL.WEIGHTS
+    checkpointer.load(weights, checkpointables=[])
     stored = {name: buffer.clone() for name, buffer in model.named_buffers()}
     table: Table = {}
     for title, keys in rows(cfg):
@@ -63,7 +64,7 @@ def main(args: argparse.Namespace) -> Table:
     if comm.is_main_process():
         print(as_text(table))
         path = Path(cfg.OUTPUT_DIR, "statistics_matrix.json")
-        write_json(path, {"weights": cfg.MODEL.WEIGHTS, "AP": table})
+        write_json(path, {"weights": weights, "AP": table})
         plot(path.with_suffix(".png"), table)
     return table
 
@@ -97,21 +98,20 @@ def as_text(table: Table) -> str:
 
 
 def plot(path: Path, table: Table) -> None:
-    """Draw a group of bars per data set, where matplotlib is installed."""
+    """Draw a group of bars per data set."""
     if find_spec("matplotlib") is None:
-        return
+        return  # it is no requirement
     from matplotlib.figure import Figure
 
     heads = list(next(iter(table.values())))
-    figure = Figure(figsize=(3 + 2 * len(heads), 3.6), layout="constrained")
-    axes = figure.subplots()
+    axes = Figure(figsize=(3 + 2 * len(heads), 3.6), layout="constrained").subplots()
     width = 0.8 / len(table)
     for i, (title, row) in enumerate(table.items()):
         axes.bar([x + i * width for x in range(len(heads))], list(row.values()), width, label=title)
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(heads))], heads)
     axes.set_ylabel("AP")
     axes.legend(fontsize="small")
-    replace(path, lambda aside: figure.savefig(aside, dpi=150, format="png"))
+    replace(path, lambda aside: axes.figure.savefig(aside, dpi=150, format="png"))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python tools/visualize.py --config-file configs/shapes/retinanet_bn_row1.yaml \\
         MODEL.WEIGHTS output/shapes/retinanet_bn_row1/model_final.pth
 
-The first ``--images`` of DATASETS.TEST go to OUTPUT_DIR/visualize as JPEG, predictions on the left
+``--resume`` takes the last checkpoint in OUTPUT_DIR in place of MODEL.WEIGHTS. The first
+``--images`` of DATASETS.TEST go to OUTPUT_DIR/visualize as JPEG, predictions on the left
 and ground truth on the right, with all of them on ``sheet.jpg``. Boxes, masks and classes are drawn
 by detectron2's Visualizer.
 """
@@ -14,14 +15,14 @@ from __future__ import annotations
 import argparse
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 # detectron2 uses what recent versions of torch deprecate: nothing a user of this tool can change
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch|detectron2|fvcore")
 
-from rethinking_bn.command_line import require_detectron2  # noqa: E402
+from rethinking_bn.command_line import at_least_one, require_detectron2  # noqa: E402
 
 if __name__ == "__main__":
     require_detectron2(__doc__ or "")
@@ -80,19 +81,15 @@ def contact_sheet(pictures: Sequence[Picture]) -> Picture:
     return np.concatenate(rows)
 
 
-def writer(picture: Picture) -> Callable[[Path], None]:
-    """Return what writes a picture to a path, whatever its suffix."""
-
-    def write(path: Path) -> None:
-        encoded = cv2.imencode(".jpg", picture)[1]
-        path.write_bytes(encoded.tobytes())
-
-    return write
+def save(path: Path, picture: Picture) -> None:
+    """Write a JPEG."""
+    encoded = cv2.imencode(".jpg", picture)[1].tobytes()
+    replace(path, lambda aside: aside.write_bytes(encoded))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this tool's options; it never trains."""
-    parser.add_argument("--images", type=int, default=9, metavar="N", help="how many to draw")
+    parser.add_argument("--images", type=at_least_one, default=9, metavar="N", help="how many")
     parser.add_argument("--threshold", type=float, default=0.3, help="least score to draw")
     parser.set_defaults(eval_only=True)
 
@@ -102,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     folder = Path(cfg.OUTPUT_DIR) / "visualize"
     model = Trainer.build_model(cfg).eval()
-    Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+    Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     known = ((name, DatasetCatalog.get(name)) for name in cfg.DATASETS.TEST)
     samples = [s for name, of_name in known for s in mark(cfg, name, of_name)][: args.images]
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
@@ -113,8 +110,8 @@ def main(args: argparse.Namespace) -> None:
             found = model([mapper(sample)])[0]["instances"].to("cpu")
         pictures.append(draw(sample, found[found.scores > args.threshold], metadata))
         name = Path(sample["file_name"]).stem
-        replace(folder / f"{name}.jpg", writer(pictures[-1]))
-    replace(folder / "sheet.jpg", writer(contact_sheet(pictures)))
+        save(folder / f"{name}.jpg", pictures[-1])
+    save(folder / "sheet.jpg", contact_sheet(pictures))
     print(f"written to {folder}: {len(pictures)} pictures and sheet.jpg")
 
 

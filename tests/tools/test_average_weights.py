@@ -86,4 +86,5 @@ def test_what_does_not_fit_is_refused_in_one_line(run: Any, capsys: Any) -> None
     for extra, said in (("MODEL.RETINANET.NUM_CONVS", "not of this config"), ("A.B", "A.B")):
         assert tool().main(command(run, extra, "2")) == 1
         assert said in capsys.readouterr().err
-    assert not (config.parent / "c.pth").exists()
+        assert tool().main(command(run, extra, "2", output="new/c.pth")) == 1
+    assert not (config.parent / "c.pth").exists() and not (config.parent / "new").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -25,9 +26,8 @@ def test_it_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     )
     (tmp_path / "run.yaml").write_text(cfg.dump())
     tool = runpy.run_path(str(TOOL), run_name="leakage")
-    launch.run(
-        tool["main"], "a test", [*tool["DEFAULT"], "--config-file", str(tmp_path / "run.yaml")]
-    )
+    argv = [*tool["DEFAULT"], "--config-file", str(tmp_path / "run.yaml")]
+    launch.run(tool["main"], "a test", argv)
     table = (tmp_path / "out" / "leakage.md").read_text()
     assert table in capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
@@ -45,3 +45,16 @@ def test_it_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ]
     name = "roi_heads.box_head.conv1.weight"
     assert list(saved[0]) == list(saved[1]) and not torch.equal(saved[0][name], saved[1][name])
+    # a run that has trained already: nothing but the evaluation is done again
+    times = [path.stat().st_mtime_ns for path in tmp_path.glob("out/*/model_final.pth")]
+    launch.run(tool["main"], "a test", [*argv[:2], "--resume", *argv[2:]])
+    assert (tmp_path / "out" / "leakage.md").read_text() == table
+    assert [path.stat().st_mtime_ns for path in tmp_path.glob("out/*/model_final.pth")] == times
+
+
+def test_eval_only_is_refused() -> None:
+    with (
+        mock.patch("sys.argv", ["leakage.py", "--eval-only"]),
+        pytest.raises(SystemExit, match="error: --eval-only"),
+    ):
+        runpy.run_path(str(TOOL), run_name="__main__")

@@ -17,6 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 
 from rethinking_bn import get_config_file  # noqa: E402
+from tests.engine.tiny import register_data, write_data  # noqa: E402
 
 TOOL = Path(__file__).parents[2] / "tools" / "visualize.py"
 
@@ -38,12 +39,10 @@ def found_in(sample: dict[str, Any], boxes: list[list[float]]) -> Instances:
     return found
 
 
-def test_predictions_are_on_the_left_and_truth_on_the_right(
-    tool: Any, tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    sample = DatasetCatalog.get("shapes_val")[0]
-    metadata = MetadataCatalog.get("shapes_val")
+def test_predictions_are_on_the_left_and_truth_on_the_right(tool: Any, tmp_path: Path) -> None:
+    write_data(tmp_path, images=1)
+    name = register_data(tmp_path)
+    sample, metadata = DatasetCatalog.get(name)[0], MetadataCatalog.get(name)
     nothing = tool.draw(sample, found_in(sample, []), metadata)
     one = tool.draw(sample, found_in(sample, [[10.0, 10.0, 60.0, 60.0]]), metadata)
     assert one.shape == nothing.shape and one.dtype == np.uint8
@@ -58,6 +57,12 @@ def test_the_sheet_holds_every_picture(tool: Any) -> None:
     sheet = tool.contact_sheet(pictures)
     assert sheet.shape[0] == 3 * (320 + 8)  # two columns
     assert {10 * i for i in range(5)} <= set(np.unique(sheet).tolist())
+
+
+def test_no_image_is_refused(tool: Any, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        tool.run(tool.main, "draw", ["--images", "0"], add_options=tool.add_options)
+    assert "--images: must be at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow

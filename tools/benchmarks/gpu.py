@@ -296,9 +296,7 @@ def _nccl(result: Result, options: Options) -> None:
             dist.all_reduce(payload)
             for i, kind in enumerate(("outputs", "gradients")):
                 label = f"one rank of NCCL = no group, {kind}"
-                result.checks[label] = require_equal(
-                    label, synced.step()[i], plain.step()[i], 0.0
-                )
+                result.checks[label] = require_equal(label, synced.step()[i], plain.step()[i], 0.0)
             waits = synchronizes_host(synced.step)
             result.notes.append(f"NCCL, one rank: the host {'waits' if waits else 'never waits'}")
         finally:
