@@ -85,8 +85,7 @@ def columns(cfg: CfgNode, results: dict[str, Any]) -> dict[str, float]:
     names = cfg.DATASETS.TEST
     sets = {names[0]: results} if len(names) == 1 else results
     found = {f"{name} {task}": aps["AP"] for name, r in sets.items() for task, aps in r.items()}
-    # without a single detection detectron2 says NaN
-    return {column: 0.0 if math.isnan(ap) else ap for column, ap in found.items()}
+    return {column: 0.0 if math.isnan(ap) else ap for column, ap in found.items()}  # none found
 
 
 def as_text(table: Table) -> str:
@@ -104,14 +103,15 @@ def plot(path: Path, table: Table) -> None:
     from matplotlib.figure import Figure
 
     heads = list(next(iter(table.values())))
-    axes = Figure(figsize=(3 + 2 * len(heads), 3.6), layout="constrained").subplots()
+    figure = Figure(figsize=(3 + 2 * len(heads), 3.6), layout="constrained")
+    axes = figure.subplots()
     width = 0.8 / len(table)
     for i, (title, row) in enumerate(table.items()):
         axes.bar([x + i * width for x in range(len(heads))], list(row.values()), width, label=title)
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(heads))], heads)
     axes.set_ylabel("AP")
     axes.legend(fontsize="small")
-    replace(path, lambda aside: axes.figure.savefig(aside, dpi=150, format="png"))
+    replace(path, lambda aside: figure.savefig(aside, dpi=150, format="png"))
 
 
 if __name__ == "__main__":
