@@ -18,8 +18,17 @@ import torch.distributed as dist
 
 # The server imports torch and the package once and forks a clean process per rank: much quicker
 # than "spawn", and without the threads and locks a fork of the test process itself would inherit.
+# What needs detectron2 it does without where that is missing.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "rethinking_bn.layers"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed",
+        "rethinking_bn.layers",
+        "rethinking_bn.modeling",
+        "rethinking_bn.engine",
+    ]
+)
 
 
 def _dump(value: Any) -> bytes:
