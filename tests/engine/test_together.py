@@ -1,14 +1,17 @@
-"""Accumulation, mixed precision, freezing, averaging and population training in one run."""
+"""Accumulation, mixed precision, freezing, averaging and population training in one killed run."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine.test_weight_average import interrupted_and_not
-from tests.engine.tiny import write_data
+from tests.engine.test_resume import Interruption
+from tests.engine.test_weight_average import record, train
+from tests.engine.tiny import register_data, tiny_config, write_data
 from tests.helpers import run_distributed
 
 EVERYTHING = {
@@ -22,19 +25,47 @@ EVERYTHING = {
 }
 
 
-def on_rank(rank: int, folder: Path, overrides: dict[str, str]) -> tuple[Any, Any]:
-    return interrupted_and_not(folder, overrides)
+class Kill(Interruption):
+    """SIGKILL to every rank, which nothing can catch."""
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def on_rank(
+    rank: int, folder: Path, start: str, *, resume: bool = False, kill_at: int | None = None
+) -> dict[str, Any]:
+    overrides = {**EVERYTHING, "SOLVER__FREEZE_BN__START": start}
+    cfg = tiny_config(register_data(folder), folder / "out", **overrides)
+    kill = None if kill_at is None else Kill(kill_at)
+    return record(train(cfg, resume=resume, interruption=kill))
+
+
+def killed(rank: int, folder: Path, start: str) -> None:
+    on_rank(rank, folder, start, kill_at=4)
+
+
+def resumed(rank: int, folder: Path, start: str) -> dict[str, Any]:
+    return on_rank(rank, folder, start, resume=True)
 
 
 # frozen after the checkpoint that is resumed, and before it
 @pytest.mark.parametrize("start", ["4", pytest.param("2", marks=pytest.mark.slow)])
-def test_resumed_on_two_processes(tmp_path: Path, start: str) -> None:
-    write_data(tmp_path)
-    overrides = {**EVERYTHING, "SOLVER__FREEZE_BN__START": start}
-    first, second = run_distributed(on_rank, 2, tmp_path, overrides, timeout=280)
-    for whole, resumed in (first, second):
-        assert whole == resumed
-    for key in ("state", "average", "updates"):
-        assert first[0][key] == second[0][key], key
-    assert first[0]["updates"] == 6 and first[0]["losses"] != second[0]["losses"]
-    assert first[0]["state"] != first[0]["average"]
+def test_killed_and_resumed_on_two_processes(tmp_path: Path, start: str) -> None:
+    """Six iterations, and again with all ranks killed in the fifth; checkpoint after 3."""
+    for folder in (tmp_path / "whole", tmp_path / "killed"):
+        folder.mkdir()
+        write_data(folder)
+    whole = run_distributed(on_rank, 2, tmp_path / "whole", start, timeout=140)
+    with pytest.raises(RuntimeError, match="ended without an answer"):
+        run_distributed(killed, 2, tmp_path / "killed", start, timeout=140)
+    assert not (tmp_path / "killed" / "out" / "model_final.pth").exists()
+    again = run_distributed(resumed, 2, tmp_path / "killed", start, timeout=140)
+    for before, after in zip(whole, again, strict=True):
+        assert sorted(after["losses"]) == [3, 4, 5]
+        assert all(after["losses"][i] == before["losses"][i] for i in (3, 4, 5))
+        for key in ("state", "average", "updates"):
+            assert before[key] == after[key] == whole[0][key], key
+    assert whole[0]["updates"] == 6 and whole[0]["losses"] != whole[1]["losses"]
+    assert whole[0]["state"] != whole[0]["average"]
