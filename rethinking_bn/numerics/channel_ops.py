@@ -105,6 +105,8 @@ def scale_and_shift(xs: Sequence[Tensor], scale: Tensor, shift: Tensor) -> tuple
     Args:
         scale, shift: (1, C) for all, or (L, C).
     """
+    if len(xs) == 1:  # a list of one costs more than its tensor
+        return (torch.addcmul(_views(shift, xs)[0], xs[0], _views(scale, xs)[0]),)
     return torch._foreach_addcmul(_views(shift, xs), list(xs), _views(scale, xs))
 
 
@@ -123,7 +125,10 @@ def combine_each(
     """
     if all(needed) and are_few(xs, a.dtype):
         out = scale_and_shift(xs, b, c)
-        torch._foreach_addcmul_(out, list(dys), _views(a, xs))
+        if len(xs) == 1:
+            out[0].addcmul_(dys[0], _views(a, xs)[0])
+        else:
+            torch._foreach_addcmul_(out, list(dys), _views(a, xs))
         return tuple(out)
     rows = [r.unbind() if len(r) == len(xs) else [r[0]] * len(xs) for r in (a, b, c)]
     return tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -9,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from rethinking_bn.layers.mabn import by_kernels
-from rethinking_bn.layers.mabn.functional import Statistics, mabn_normalize, mean_square
 from rethinking_bn.layers.mabn.official import convert_official
 from rethinking_bn.layers.mabn.replay import ForwardRecords
 from rethinking_bn.layers.mabn.ring import FullPrecisionBuffers, ValueRing, window
@@ -18,6 +17,14 @@ from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.layers.symbolic import as_leaf
 from rethinking_bn.numerics.channel_ops import affine_normalize, exported_normalize
 from rethinking_bn.numerics.moments import Moments
+from rethinking_bn.numerics.moving_average import (
+    Statistics,
+    Truth,
+    choose,
+    mabn_normalize,
+    mean_square,
+)
+from rethinking_bn.numerics.triton.choice import takes_triton
 from rethinking_bn.recomputation import is_recomputing
 
 
@@ -213,7 +220,7 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
         return self._train_forward(xs)
 
     def _train_forward(self, xs: list[Tensor]) -> list[Tensor]:
-        if getattr(self, "_is_replica", False):
+        if "_is_replica" in vars(self):
             raise RuntimeError("MABN2d does not work in nn.DataParallel: use one process per GPU")
         present = [x for x in xs if x.numel() > 0]
         if self._observer is not None:
@@ -221,26 +228,33 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
         if not present:
             return self._empty(xs)
         self._know_batch_size(len(present[0]))
-        fused = by_kernels.takes_kernels(self, xs)
-        statistics, known = None, False
-        if is_recomputing():
-            with torch.no_grad():
+        kernels, statistics = self._kernels(xs), None
+        with torch.no_grad():
+            if is_recomputing():
                 statistics = self._records.recall(mean_square(present)[1])
             known = statistics is not None
-        if statistics is None and fused:
-            statistics = by_kernels.advance(self, xs)
-        elif statistics is None:
-            with torch.no_grad():
-                statistics = self._advance(mean_square(present)[1])
-        if fused:
-            outputs = by_kernels.normalize(self, xs, statistics, count=not known)
+            if statistics is None:
+                statistics = self._advance(xs, present, kernels)
+        affine, p_ring = (self.weight, self.bias), self.gradient_ring
+        if kernels is None:
+            average = self._average_gradient
+            outputs = mabn_normalize(xs, *affine, statistics, self.eps, average)
         else:
-            outputs = mabn_normalize(
-                xs, self.weight, self.bias, statistics, self.eps, self._average_gradient
-            )
+            state = (None if known else self.mean_square_ring.count, p_ring.values, p_ring.count)
+            outputs = kernels.normalize(xs, *affine, statistics, self.eps, *state)
         if not (known or torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             self._records.remember(statistics, hold=not outputs[0].requires_grad)
         return outputs
+
+    def _kernels(self, xs: list[Tensor]) -> Any:
+        """Return the module of the Triton kernels, or None where they do not run."""
+        affine = ([self.weight], [self.bias]) if self.affine else (None, None)
+        # the type of R is that of the rings
+        if takes_triton(xs, *affine) and self.running_mean_square.dtype == torch.float32:
+            from rethinking_bn.numerics.triton import mabn  # imports Triton
+
+            return mabn
+        return None
 
     def _observed_forward(self, xs: list[Tensor], present: list[Tensor]) -> list[Tensor]:
         """Normalise by the input itself with r = 1, report it to an observer, leave state alone."""
@@ -254,7 +268,7 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
                 self._observer(Moments(count, mean, torch.zeros_like(mean)))
         if not present:
             return self._empty(xs)
-        statistics = Statistics(own, own, torch.ones_like(own), moving=torch.tensor(False))
+        statistics = Statistics(own, own, torch.ones_like(own), moving=False)
         return mabn_normalize(xs, self.weight, self.bias, statistics, self.eps, lambda p, moving: p)
 
     def _empty(self, xs: list[Tensor]) -> list[Tensor]:
@@ -273,28 +287,38 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             for ring in (self.mean_square_ring, self.gradient_ring):
                 ring.set_length(length, self.running_mean_square)
 
-    def _advance(self, own: Tensor) -> Statistics:
-        """Make one iteration of the state from the input's mean square (C,)."""
+    def _advance(self, xs: list[Tensor], present: list[Tensor], kernels: Any) -> Statistics:
+        """Make one iteration of the state; the kernels leave its count to their normalisation."""
         ring, running = self.mean_square_ring, self.running_mean_square
-        ring.push(own)
-        t, m = ring.count, len(ring.values)
-        moving = t >= max(m + 1, self.warmup_iters)
-        smoothed = torch.where(moving, ring.mean(), own)
-        ratio = ((smoothed + self.eps) / (running + self.eps)).sqrt()
-        ratio = ratio.clamp_(1 / self.r_max, self.r_max)
-        correction = torch.where(t > max(self.correction_start, self.warmup_iters), ratio, 1.0)
+        first_moving = max(len(ring.values) + 1, self.warmup_iters)
+        last_uncorrected = max(self.correction_start, self.warmup_iters)
+        if kernels is not None:
+            options = {"eps": self.eps, "momentum": self.momentum, "r_max": self.r_max}
+            options |= {"first_moving": first_moving, "last_uncorrected": last_uncorrected}
+            return Statistics(*kernels.advance(xs, running, ring.values, ring.count, **options))
+        own = mean_square(present)[1]
+        t = ring.push(own)
+        moving = t >= first_moving
+        smoothed = choose(moving, lambda: ring.mean(t).to(own.dtype), own)
+
+        def ratio() -> Tensor:
+            r = ((smoothed + self.eps) / (running + self.eps)).sqrt_()
+            return r.clamp_(1 / self.r_max, self.r_max)
+
+        correction = choose(t > last_uncorrected, ratio, 1.0)
         if torch.compiler.is_compiling():
             # A compiler recomputes in the backward what is cheap, here from an R that has moved on.
             correction = correction.flip(0).flip(0)
         moved = running.lerp(smoothed.to(running.dtype), self.momentum)
-        zero = moved - moved  # or NaN
-        running.copy_(torch.where(zero == zero, moved, running))
+        # NaN is not less either
+        torch.where(moved < math.inf, moved, running, out=running)
         return Statistics(own, smoothed, correction, moving)
 
-    def _average_gradient(self, p: Tensor, moving: Tensor) -> Tensor:
+    def _average_gradient(self, p: Tensor, moving: Truth) -> Tensor:
         """Take in p (C,) of one backward pass and return P (C,)."""
-        self.gradient_ring.push(p)
-        return torch.where(moving, self.gradient_ring.mean(), p)
+        ring = self.gradient_ring
+        t = ring.push(p)
+        return choose(moving, lambda: ring.mean(t), p)
 
     def read_population(self) -> tuple[Tensor, Tensor]:
         """Return copies of R (1, C), and zeros in place of a variance."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rethinking_bn.layers.mabn.functional import Statistics
+from rethinking_bn.numerics.moving_average import Statistics
 
 _HELD = 64
 
@@ -59,9 +59,11 @@ def _nearest(records: Sequence[Statistics], own: Tensor) -> Statistics:
     for record, times in zip(records, replays.unbind(), strict=True):
         record.replays = times
 
-    def pick(values: list[Tensor]) -> Tensor:
+    def pick(name: str) -> Tensor:
+        like = owns if name != "moving" else replays > 0
+        values = [torch.as_tensor(getattr(record, name)).to(like) for record in records]
         # index_select, because indexing by a tensor of no dimension would wait for the device
-        return torch.stack(values).index_select(0, index.view(1))[0]
+        stacked = torch.stack([value.expand(like.shape[1:]) for value in values])
+        return stacked.index_select(0, index.view(1))[0]
 
-    names = ("smoothed", "correction", "moving")
-    return Statistics(own, *(pick([getattr(record, name) for record in records]) for name in names))
+    return Statistics(own, pick("smoothed"), pick("correction"), pick("moving"))

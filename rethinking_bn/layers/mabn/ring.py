@@ -36,8 +36,8 @@ class ValueRing(FullPrecisionBuffers):
     share no key with different shapes, which some checkpointers would drop unseen. Loading
     another m keeps the newest values; a longer ring is filled up with their mean, so that its
     average starts where the shorter one's was. A checkpoint without ring keys leaves the ring
-    alone, one with a part of them empties it. How many values were pushed is known on the device
-    alone, so that nothing waits for it and a compiler sees one graph in every iteration.
+    alone, one with a part of them empties it. How many values were pushed is a buffer, which only
+    the CPU reads: a GPU never waits for it, and a compiler sees one graph in every iteration.
 
     Args:
         num_features: C.
@@ -91,23 +91,47 @@ class ValueRing(FullPrecisionBuffers):
         for buffer in self.buffers():
             buffer.zero_()
 
-    @torch.no_grad()
-    def push(self, value: Tensor) -> None:
-        """Append a value (C,), without gradient.
+    def clock(self) -> int | Tensor:
+        """Return how many values were pushed: a number where nobody waits for it, else ``count``.
+
+        A number spares the operators that let a device choose for itself.
+        """
+        if self.count.device.type != "cpu" or type(self.count) is not Tensor:
+            return self.count
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.count
+        return int(self.count)
+
+    def push(self, value: Tensor) -> int | Tensor:
+        """Append a value (C,) that needs no gradient; return the clock after it.
 
         Channels in which it is not finite (an overflow under a gradient scaler) repeat the value
         before, so that one such step does not outlive itself in m averages.
         """
-        values, m = self.values, len(self.values)
-        newest = (self.count - 1).remainder_(m).view(1)
+        values, m, t = self.values, self.length, self.clock()
+        assert m is not None  # there are values
         zero = value - value  # or NaN
-        value = torch.where(zero == zero, value.to(values.dtype), values.index_select(0, newest))
-        values.index_copy_(0, self.count.remainder(m).view(1), value)
-        self.count.add_(1)
+        finite, value = zero == zero, value.to(values.dtype)
+        if isinstance(t, int):
+            torch.where(finite, value, values[(t - 1) % m], out=values[t % m])
+            self.count.add_(1)
+            return t + 1
+        newest = (t - 1).remainder_(m).view(1)
+        value = torch.where(finite, value, values.index_select(0, newest))
+        values.index_copy_(0, t.remainder(m).view(1), value)
+        return self.count.add_(1)
 
-    def mean(self) -> Tensor:
-        """Return (C,), the mean of the last m values or of the fewer there are."""
-        return self.values.sum(0) / self.count.clamp(1, len(self.values))
+    def mean(self, clock: int | Tensor | None = None) -> Tensor:
+        """Return (C,), the mean of the last m values or of the fewer there are.
+
+        Args:
+            clock: as :meth:`push` has returned it; None: asked for.
+        """
+        values, t = self.values, self.clock() if clock is None else clock
+        if not isinstance(t, int):
+            return values.sum(0) / t.clamp(1, len(values))
+        m: int = self.length  # type: ignore[assignment]
+        return values.mean(0) if t >= m else values.sum(0) / max(t, 1)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

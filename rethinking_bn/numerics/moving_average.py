@@ -17,10 +17,11 @@ from rethinking_bn.numerics.channel_ops import (
     gradient_sums,
     scale_and_shift,
 )
-from rethinking_bn.numerics.local_moments import mean_variance
 from rethinking_bn.numerics.moments import statistics_dtype
 
-Average = Callable[[Tensor, Tensor], Tensor]
+#: a truth that the host knows, or the device alone
+Truth = bool | Tensor
+Average = Callable[[Tensor, Truth], Tensor]
 
 
 @dataclass(eq=False)
@@ -30,43 +31,40 @@ class Statistics:
     Attributes:
         own: (C,) s, the mean square of the input itself.
         smoothed: (C,) S, what it was normalised by.
-        correction: (C,) r, constant in the backward.
+        correction: (C,) r, constant in the backward; a number where it is the same for all.
         moving: () whether the backward uses the moving average of p in place of p itself.
         replays: () how often activation checkpointing has recomputed this forward.
     """
 
     own: Tensor
     smoothed: Tensor
-    correction: Tensor
-    moving: Tensor
+    correction: Tensor | float
+    moving: Truth
     replays: Tensor | None = None
+
+
+def choose(condition: Truth, value: Callable[[], Tensor], otherwise: Any) -> Any:
+    """Return the one or the other; where the host knows which, the other is not computed."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, value(), otherwise)
+    return value() if condition else otherwise
 
 
 def mean_square(xs: Sequence[Tensor]) -> tuple[int, Tensor]:
     """Return the number of values per channel and their mean square, pooled over the tensors.
 
     Args:
-        xs: tensors (N_l, C, H_l, W_l), some but not all of them empty.
+        xs: tensors (N_l, C, H_l, W_l), none of them empty.
 
     Returns:
         n and (C,), without gradient; half types are accumulated in float32.
     """
-    if len(xs) == 1 and are_few(xs, statistics_dtype(xs[0].dtype)):
-        mean, variance = mean_variance(xs[0].detach())
-        return xs[0].numel() // xs[0].shape[1], torch.addcmul(variance, mean, mean)
-    count, total = 0, None
-    for x in xs:
-        if x.numel() == 0:
-            continue
-        x = x.detach()
-        zero = torch.zeros(x.shape[1], dtype=statistics_dtype(x.dtype), device=x.device)
-        # Σ x·x is the weight gradient of an affine with input x and output gradient x.
-        _, squares = gradient_sums(x, x, zero, torch.ones_like(zero), 0.0)
-        count += x.numel() // x.shape[1]
-        total = squares if total is None else total + squares
-    if total is None:
-        raise ValueError("mean_square needs a tensor that is not empty")
-    return count, total / count
+    channels, dtype = xs[0].shape[1], statistics_dtype(xs[0].dtype)
+    count = sum(x.numel() for x in xs) // channels
+    zero = torch.zeros(channels, dtype=dtype, device=xs[0].device)
+    # Σ x·x/n is the weight gradient of an affine with input x and output gradient x, whose σ is n
+    squares = [gradient_sums(x.detach(), x.detach(), zero, zero, count * count)[1] for x in xs]
+    return count, squares[0] if len(squares) == 1 else torch.stack(squares).sum(0)
 
 
 def mabn_normalize(
@@ -108,14 +106,16 @@ class _MovingAverageNormalize(torch.autograd.Function):
         # The statistics travel outside the saved tensors: they keep those of the first pass when
         # activation checkpointing replaces the saved tensors by recomputed ones.
         ctx.save_for_backward(weight, *xs)
+        smoothed = statistics.smoothed
+        spread = smoothed + eps
+        factor = torch.ones_like(spread) if weight is None else weight.to(spread.dtype)
+        scale = factor * statistics.correction
+        a = spread.rsqrt().mul_(scale)
         ctx.statistics, ctx.eps, ctx.average = statistics, eps, average
-        smoothed, scale = statistics.smoothed, statistics.correction
-        if weight is not None:
-            scale = scale * weight
+        ctx.spread, ctx.scale, ctx.a = spread, scale, a
+        if bias is not None and are_few(xs, a.dtype):
+            return scale_and_shift(xs, a[None], bias[None])
         zero = torch.zeros_like(smoothed)
-        if bias is not None and are_few(xs, scale.dtype):
-            a = ((smoothed + eps).rsqrt_() * scale)[None]
-            return scale_and_shift(xs, a, bias[None])
         return tuple(affine_normalize(x, zero, smoothed, scale, bias, eps) for x in xs)
 
     @staticmethod
@@ -123,7 +123,7 @@ class _MovingAverageNormalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         weight, *xs = ctx.saved_tensors
         statistics: Statistics = ctx.statistics
-        smoothed, r = statistics.smoothed, statistics.correction
+        smoothed = statistics.smoothed
         zero = torch.zeros_like(smoothed)
         sums = [
             gradient_sums(dy, x, zero, smoothed, ctx.eps) for dy, x in zip(grads, xs, strict=True)
@@ -133,17 +133,15 @@ class _MovingAverageNormalize(torch.autograd.Function):
             sum_dy, sum_dy_z = (
                 torch.stack(list(values)).sum(0) for values in zip(*sums, strict=True)
             )
-        scale = r if weight is None else r * weight
         count = sum(x.numel() for x in xs) // max(1, smoothed.numel())
-        p = scale * sum_dy_z / max(1, count)
+        p = torch.addcmul(zero, ctx.scale, sum_dy_z, value=1 / max(1, count))
         averaged = ctx.average(p, statistics.moving).to(smoothed.dtype)
         # dx = a·dy + b·x per channel
-        inverse = (smoothed + ctx.eps).rsqrt()
-        a, b = scale * inverse, -averaged * inverse.square()
+        b = torch.addcdiv(zero, averaged, ctx.spread, value=-1)
         needed = ctx.needs_input_grad[-len(xs) :]
-        grad_x = combine_each(grads, xs, a[None], b[None], zero[None], needed)
+        grad_x = combine_each(grads, xs, ctx.a[None], b[None], zero[None], needed)
         grad_weight = grad_bias = None
         if weight is not None:
-            grad_weight = (r * sum_dy_z).to(weight.dtype)
+            grad_weight = (sum_dy_z * statistics.correction).to(weight.dtype)
             grad_bias = sum_dy.to(weight.dtype)
         return grad_weight, grad_bias, None, None, None, *grad_x
