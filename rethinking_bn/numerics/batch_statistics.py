@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -79,13 +80,22 @@ def pool_parts(parts: BatchStatistics) -> BatchStatistics:
     counts, values, _ = parts
     if len(counts) == 1:
         return parts
-    total = sum(counts)
     largest = counts.index(max(counts))
     mean, variance = values.unbind()
     reference = mean[largest]
-    share = on_device([[n / max(total, 1)] for n in counts], values)
+    # of fake tensors, whose mode ends, nothing is kept
+    shares = _shares if type(values) is Tensor else _shares.__wrapped__
+    share = shares(counts, values.dtype, values.device)
     centred = mean - reference
     shift = (centred * share).sum(0)
     centred.sub_(shift)
     pooled = (torch.addcmul(variance, centred, centred) * share).sum(0)
-    return BatchStatistics((total,), torch.stack([reference + shift, pooled])[:, None], False)
+    return BatchStatistics((sum(counts),), torch.stack([reference + shift, pooled])[:, None], False)
+
+
+@lru_cache(maxsize=256)
+def _shares(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return (K, 1), each part's share of all values; made once for a set of image sizes."""
+    with torch.inference_mode(False):
+        like = torch.empty((), dtype=dtype, device=device)
+        return on_device([[n / max(sum(counts), 1)] for n in counts], like)

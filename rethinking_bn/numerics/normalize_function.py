@@ -90,7 +90,7 @@ class Normalize(torch.autograd.Function):
         sums = torch.stack([value for pair in pairs for value in pair]).view(len(xs), 2, -1)
         if on_cuda:
             sums[:, 1] *= invstd
-        one_pool = len(mean) < len(xs)
+        one_pool = mean.shape[0] < len(xs)
         shared = any(layout is not None and layout[0] for layout in ctx.affine)
         total = sums.sum(0, keepdim=True) if len(xs) > 1 and (one_pool or shared) else sums
         # A weight that the whole pool shares is left out of its sums, and multiplied in later.
@@ -123,7 +123,7 @@ class Normalize(torch.autograd.Function):
             c = torch.addcmul(scaled[:, 0], b, mean, value=-1)
             grad_x = combine_each(dys, xs, a, b, c, needed)
         own = sums.unbind(1)
-        over_all = total.view(2, -1).unbind() if shared and len(total) == 1 else own
+        over_all = total.view(2, -1).unbind() if shared and total.shape[0] == 1 else own
         of_weight, of_bias = (
             (over_all if layout[0] else own)[i].to(layout[1]) if layout and need else None
             for layout, i, need in zip(ctx.affine, (1, 0), ctx.needs_input_grad[:2], strict=True)

@@ -119,7 +119,8 @@ def _triton() -> tuple[str | None, bool]:
         import triton
     except ImportError as error:
         return f"triton cannot be imported: {error}", False
-    del triton
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 3):
+        return f"triton {triton.__version__} takes no tuples of tensors, 3.3 does", False
     from rethinking_bn.numerics.triton.tiles import pick
 
     return None, type(pick).__name__ == "InterpretedFunction"
