@@ -47,32 +47,23 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
     not the derivative of the forward, on purpose. In evaluation mode y is one affine per channel,
     weight · x / sqrt(R + eps) + bias.
 
-    **What one iteration is.** One call in training mode. A layer cannot see where a forward of
-    the model begins, and a guess (after every backward, say) would make the statistics depend on
-    the training loop, so a layer called L times per forward counts L iterations, as
-    ``nn.BatchNorm2d`` moves its statistics L times. To count one, pass all inputs in one call:
-    ``forward([x_1, ..., x_L])`` pools them into one s, one S and one p, and returns a list. The
-    mean over the last m values of p counts backward passes: a forward without one (under
-    ``torch.no_grad``) is an iteration, and its p is simply absent. A call whose inputs are all
-    empty returns empty and is no iteration.
+    **What one iteration is.** One call in training mode: a layer cannot see where a forward of the
+    model begins, so a layer called L times per forward counts L iterations, as ``nn.BatchNorm2d``
+    moves its statistics L times. ``forward([x_1, ..., x_L])`` counts one: it pools all inputs into
+    one s, one S and one p, and returns a list. A forward without a backward is an iteration whose
+    p is absent. A call whose inputs are all empty is none. Nor is a training forward inside a
+    backward pass: it is taken for activation checkpointing's recomputation, writes nothing, and
+    normalises by what its first pass used.
 
-    **Activation checkpointing.** A training forward inside a backward pass is taken for a
-    recomputation: it counts nothing, writes nothing and normalises by what its first pass used.
+    **Types.** Half types come back as they went in; statistics and state are float32 (float64 in
+    a float64 module), also after ``.half()``. A value that is not finite enters no statistic. The
+    p of a gradient scaler's scaled gradients are averaged as they come, so for m backward passes
+    after the scale changed their average is a little off.
 
-    **Several processes.** Statistics are those of this rank; nothing is exchanged. Population
-    training (``rethinking_bn.population``) makes ``running_mean_square`` equal on all ranks.
-
-    **Mixed precision.** Half types come back as they went in; statistics and state are float32
-    (float64 in a float64 module), also after ``.half()``. A value that is not finite enters no
-    statistic. The p of a gradient scaler's scaled gradients are averaged as they come, so for m
-    backward passes after the scale changed their average is a little off.
-
-    **Freezing.** ``eval()`` stops every update until the next ``train()``; :meth:`freeze` stops
-    them until :meth:`unfreeze`.
-
-    Checkpoints load whatever m was: the averages keep their newest values. Without the values (an
-    inference-only checkpoint) t starts at 0 again with the R of the checkpoint. What the official
-    code saved (``running_var`` of shape (1, C, 1, 1), ``buffer_x2``, ...) is recognised.
+    Statistics are those of this rank; population training (``rethinking_bn.population``) makes
+    ``running_mean_square`` equal on all ranks. Checkpoints load whatever m was: the averages keep
+    their newest values. Without the values (an inference-only checkpoint) t starts at 0 again with
+    the R of the checkpoint. What the official code saved is recognised.
 
     Args:
         num_features: C.
@@ -124,11 +115,9 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             raise ValueError(f"momentum must be in (0, 1], got {momentum}")
         if r_max < 1:
             raise ValueError(f"r_max must be at least 1, got {r_max}")
-        if warmup_iters < 0 or correction_start < 0:
-            raise ValueError(
-                "warmup_iters and correction_start must not be negative, "
-                f"got {warmup_iters} and {correction_start}"
-            )
+        for name, value in (("warmup_iters", warmup_iters), ("correction_start", correction_start)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
         self.num_features = num_features
         self.simulated_batch_size = simulated_batch_size
         self.batch_size = batch_size
@@ -226,35 +215,31 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
         if self._observer is not None:
             return self._observed_forward(xs, present)
         if not present:
-            return self._empty(xs)
+            one = torch.ones_like(self.running_mean_square)
+            return [affine_normalize(x, one, one, self.weight, self.bias, self.eps) for x in xs]
         self._know_batch_size(len(present[0]))
-        kernels, statistics = self._kernels(xs), None
+        affine = ([self.weight], [self.bias]) if self.affine else (None, None)
+        kernels: Any = None
+        # the type of R is that of the rings
+        if takes_triton(xs, *affine) and self.running_mean_square.dtype == torch.float32:
+            from rethinking_bn.numerics.triton import mabn as kernels  # imports Triton
         with torch.no_grad():
+            statistics = None
             if is_recomputing():
                 statistics = self._records.recall(mean_square(present)[1])
             known = statistics is not None
             if statistics is None:
                 statistics = self._advance(xs, present, kernels)
-        affine, p_ring = (self.weight, self.bias), self.gradient_ring
+        arguments = (xs, self.weight, self.bias, statistics, self.eps)
         if kernels is None:
-            average = self._average_gradient
-            outputs = mabn_normalize(xs, *affine, statistics, self.eps, average)
+            outputs = mabn_normalize(*arguments, self._average_gradient)
         else:
-            state = (None if known else self.mean_square_ring.count, p_ring.values, p_ring.count)
-            outputs = kernels.normalize(xs, *affine, statistics, self.eps, *state)
+            counter, gradients = self.mean_square_ring.count, self.gradient_ring
+            state = (None if known else counter, gradients.values, gradients.count)
+            outputs = kernels.normalize(*arguments, *state)
         if not (known or torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             self._records.remember(statistics, hold=not outputs[0].requires_grad)
         return outputs
-
-    def _kernels(self, xs: list[Tensor]) -> Any:
-        """Return the module of the Triton kernels, or None where they do not run."""
-        affine = ([self.weight], [self.bias]) if self.affine else (None, None)
-        # the type of R is that of the rings
-        if takes_triton(xs, *affine) and self.running_mean_square.dtype == torch.float32:
-            from rethinking_bn.numerics.triton import mabn  # imports Triton
-
-            return mabn
-        return None
 
     def _observed_forward(self, xs: list[Tensor], present: list[Tensor]) -> list[Tensor]:
         """Normalise by the input itself with r = 1, report it to an observer, leave state alone."""
@@ -262,25 +247,14 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             nothing = (0, torch.zeros_like(self.running_mean_square))
             n, own = mean_square(present) if present else nothing
             if self.training and self._observer is not None and not is_recomputing():
-                mean = own[None]
-                count = mean.new_full((1,), float(n))
                 # A population of mean squares: its mean is what R estimates, without a spread.
-                self._observer(Moments(count, mean, torch.zeros_like(mean)))
-        if not present:
-            return self._empty(xs)
-        statistics = Statistics(own, own, torch.ones_like(own), moving=False)
+                count = own.new_full((1,), float(n))
+                self._observer(Moments(count, own[None], torch.zeros_like(own[None])))
+        statistics = Statistics(own, own, 1.0, moving=False)
         return mabn_normalize(xs, self.weight, self.bias, statistics, self.eps, lambda p, moving: p)
 
-    def _empty(self, xs: list[Tensor]) -> list[Tensor]:
-        one = torch.ones_like(self.running_mean_square)
-        return [affine_normalize(x, one, one, self.weight, self.bias, self.eps) for x in xs]
-
     def _know_batch_size(self, images: int) -> None:
-        """Take the batch size from the first input's N, unless it was given.
-
-        Raises:
-            ValueError: as :func:`window`; nothing has changed then.
-        """
+        """Take the batch size from the first input's N, unless it was given."""
         if self.batch_size is None:
             length = window(self.simulated_batch_size, images)
             self.batch_size = images

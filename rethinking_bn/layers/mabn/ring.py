@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -136,20 +135,16 @@ class ValueRing(FullPrecisionBuffers):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        stored = {}
-        for key in list(state_dict):
-            match = re.fullmatch(re.escape(prefix) + r"last_(\d+)", key)
-            if match:
-                stored[int(match[1])] = state_dict.pop(key)
+        keys = [key for key in state_dict if key.startswith(prefix + "last_")]
+        stored = [state_dict.pop(key) for key in keys]
         count = state_dict.get(prefix + "count")
-        if self.length is None and stored:
-            length, values = next(iter(stored.items()))
-            self.set_length(length, values.new_empty(0, device=self.count.device))
-        if self.length is not None and stored and count is not None:
-            values = stored.get(self.length, next(iter(stored.values())))
-            state_dict[prefix + _buffer_name(self.length)] = resize_ring(
-                values, int(count), self.length
-            )
+        if stored and count is not None:
+            values = stored[0]
+            if self.length is None:
+                self.set_length(len(values), values.new_empty(0, device=self.count.device))
+            assert self.length is not None  # by now
+            name = prefix + _buffer_name(self.length)
+            state_dict[name] = resize_ring(values, int(count), self.length)
         elif stored or count is not None:
             self.clear()  # a count alone would promise values
             state_dict.pop(prefix + "count", None)
