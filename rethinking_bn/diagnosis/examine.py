@@ -51,8 +51,9 @@ def diagnose(
     **A finding needs both significance and effect.** Standard errors come from the scatter of
     whole batches, never from counts of pixels. A channel counts when it is more than 5 standard
     errors off (Student's t over batches, turned into a z), or all channels together when the root
-    mean square of their z is more than 4 (3 for dependent-samples). Among the channels that count,
-    the root mean square of the effect gives the severity:
+    mean square of their z is more than 4 (for dependent-samples, when the mean of their F is 4
+    standard errors above 1). Among the channels that count, the root mean square of the effect
+    gives the severity:
 
     ====================  ==============================================  =====  =======  ======
     kind                  effect                                           note  warning  severe
@@ -63,8 +64,8 @@ def diagnose(
     domain-shift          second for the moving average's own error
     repeated-use          the same between one use's and all uses'         0.05    0.15     0.4
                           moments, tests paired over batches
-    dependent-samples     batch means' scatter beyond N independent        0.05    0.1      0.3
-                          images', F > 2, in standard deviations
+    dependent-samples     batch means' scatter beyond N independent        0.02    0.1      0.3
+                          images', in standard deviations of the values
     small-batch           independent samples in a normalisation batch     < 64    < 16     < 4
     dead-channels         variance below eps / 1000: share of channels,    any     25 %,    0.5 and
                           or offset of what inference makes of them                0.15     5 %

@@ -18,11 +18,12 @@ from rethinking_bn.diagnosis.findings import Finding, make, severity_of
 from rethinking_bn.diagnosis.layers import DiagnosedLayer
 from rethinking_bn.diagnosis.record import Record
 from rethinking_bn.diagnosis.statistics import (
-    SCATTER_LIMIT,
+    TOGETHER_LIMIT,
     Verdict,
     f_to_z,
     judge,
     ratio,
+    rms,
     to_z,
 )
 from rethinking_bn.numerics.moments import merge_moments
@@ -30,7 +31,7 @@ from rethinking_bn.numerics.moments import merge_moments
 # note, warning, severe; what they count is said in diagnose's docstring
 DISTANCE = (0.05, 0.15, 0.5)
 USES = (0.05, 0.15, 0.4)
-DEPENDENCE = (0.05, 0.1, 0.3)
+DEPENDENCE = (0.02, 0.1, 0.3)
 SAMPLES = (64, 16, 4)
 _FOLDED = -0.5  # correlation below which an affine holds the statistics
 
@@ -160,31 +161,19 @@ def _repeated_use(layer: DiagnosedLayer, record: Record) -> Finding:
 
 def _dependent_samples(layer: DiagnosedLayer, record: Record) -> Finding:
     """Do batch means scatter more than means of as many independent images would?"""
-    worst, most, least_f = Verdict(0.0, torch.zeros(0, dtype=torch.long), 0.0), 0.0, 1.0
-    for use in range(record.uses):
-        batches = float(record["mean"].count[use])
-        df2 = float(record["within"].count[use])
-        images = float(record["images"].mean[use])
-        within = record["within"].mean[use]
-        if batches < 2 or df2 < 1 or images < 2:
-            continue
-        between = record.scatter("mean")[use]
-        f = torch.where(within > 0, images * between / within.clamp(min=1e-30), 1.0)
-        z = torch.where(f > 2, f_to_z(f, batches - 1, df2), 0.0)
-        var = record.exact().variance()[use] + layer.eps
-        excess = (between - within / images).clamp(min=0) / var
-        chance = within / images / var * (2 / (batches - 1)) ** 0.5
-        verdict = judge(excess.sqrt(), z, chance.sqrt(), SCATTER_LIMIT)
-        if verdict.effect > worst.effect or verdict.z > worst.z and worst.effect == 0:
-            worst, most, least_f = verdict, float(use), float(f.max())
+    nothing = Verdict(0.0, torch.zeros(0, dtype=torch.long), 0.0)
+    judged = [(_scatter(layer, record, use), use) for use in range(record.uses)]
+    known = [(verdict, use) for verdict, use in judged if verdict is not None]
+    worst, use = max(known, key=lambda pair: (pair[0].effect, pair[0].z), default=(nothing, 0))
     severity = severity_of(worst.effect, DEPENDENCE)
     evidence = {
         "excess": worst.effect,
-        "variance_ratio": least_f,
+        "variance_ratio": float(record["ratio"].mean[use]) if known else 1.0,
         "z": worst.z,
         "channels": len(worst.channels),
         "of": layer.channels,
-        **({"use": int(most)} if record.uses > 1 else {}),
+        "together": worst.together,
+        **({"use": use} if record.uses > 1 else {}),
     }
     what = (
         f"batch means scatter {worst.effect:.2f} standard deviations more than independent samples "
@@ -194,6 +183,34 @@ def _dependent_samples(layer: DiagnosedLayer, record: Record) -> Finding:
     if severity == "ok":
         what = f"batch means scatter no more than independent samples' (largest z {worst.z:.1f})"
     return make("dependent-samples", layer.name, severity, what, worst.effect, **evidence)
+
+
+def _scatter(layer: DiagnosedLayer, record: Record, use: int) -> Verdict | None:
+    """Judge the scatter of one use's batch means, channel by channel and all together.
+
+    Channels are judged by F against the normal law; all together by the scatter over batches of
+    their mean F, which knows how they are correlated. None where that cannot be known.
+    """
+    batches = float(record["mean"].count[use])
+    df2 = float(record["within"].count[use])
+    images = float(record["images"].mean[use])
+    within = record["within"].mean[use]
+    if batches < 2 or df2 < 1 or images < 2:
+        return None
+    between = record.scatter("mean")[use]
+    f = torch.where(within > 0, images * between / within.clamp(min=1e-30), 1.0)
+    z = torch.where(f > 2, f_to_z(f, batches - 1, df2), 0.0)
+    var = record.exact().variance()[use] + layer.eps
+    excess = ((between - within / images).clamp(min=0) / var).sqrt()
+    verdict = judge(excess, z)
+    if len(verdict.channels):
+        return verdict
+    seen = float(record["ratio"].count[use])
+    beyond = (record["ratio"].mean[use] - 1).clamp(min=0)
+    z = to_z(ratio(beyond, (record.scatter("ratio")[use] / max(seen, 1)).sqrt()), max(seen - 1, 1))
+    if float(z) > TOGETHER_LIMIT:
+        return Verdict(rms(excess), torch.arange(layer.channels), float(z), True)
+    return verdict._replace(z=max(verdict.z, float(z)))
 
 
 def _small_batch(layer: DiagnosedLayer, record: Record) -> Finding:

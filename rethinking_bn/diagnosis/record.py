@@ -51,7 +51,8 @@ class Record:
 
     Attributes:
         sums: by name, U rows. In "even" and "odd" (forwards) the samples are activations, and
-            images in "within"; in "mean", "var", "apart_mean", "apart_var" and "images", forwards.
+            images in "within"; in "mean", "var", "apart_mean", "apart_var", "images" and "ratio",
+        forwards.
         not_finite: (C,) forwards with such values.
         groups: of rows that are normalised apart.
     """
@@ -157,6 +158,7 @@ class Record:
             "apart_var": Moments(seen, var - pooled.variance(unbiased=True)[:, None], nothing),
             "within": Moments((images - 1).clamp(min=0), within, nothing),
             "images": Moments(seen, images[..., None], nothing[..., :1]),
+            "ratio": _variance_ratio(images, mean, within),
         }
         for name, block in rows.items():
             merged = merge_moments(*block)
@@ -208,6 +210,29 @@ def _variance(mean: Tensor) -> Tensor:
     if len(mean) < 2:
         return mean.new_zeros(mean.shape[1])
     return (mean - mean.mean(0)).square_().sum(0) / (len(mean) - 1)
+
+
+def _variance_ratio(images: Tensor, mean: Tensor, within: Tensor) -> Moments:
+    """Return the moments (U, 1) of each forward's N · (mean - all forwards')² / within.
+
+    That is averaged over the channels, whose correlation the scatter over forwards thus includes,
+    and scaled so that independent normal images are expected to give 1.
+
+    Args:
+        images: (K, U), 0 where there is no such use.
+        mean, within: (K, U, C).
+    """
+    used = images > 1
+    forwards, freedom = used.sum(0), (images - 1).clamp(min=0).sum(0)
+    weight = used.double()[..., None]
+    centre = (weight * mean).sum(0) / forwards.clamp(min=1)[:, None]
+    spread = ((images - 1).clamp(min=0)[..., None] * within).sum(0) / freedom.clamp(min=1)[:, None]
+    sound = spread > 1e-12 * centre.square()  # a constant's rounding says nothing
+    ratio = images[..., None] * (mean - centre).square() / spread.clamp(min=1e-300) * sound
+    scale = forwards / (forwards - 1).clamp(min=1) * (1 - 2 / freedom.clamp(min=3))
+    each = ratio.sum(2) / sound.sum(1).clamp(min=1) * scale
+    known = used & (forwards > 1) & (freedom > 4) & sound.any(1)
+    return Moments(known.double(), each[..., None], torch.zeros_like(each)[..., None])
 
 
 def _stack(values: Sequence[Tensor]) -> Tensor:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 Z_LIMIT = 5.0  # a channel counts when it is this many standard errors off (p = 6e-7)
-RMS_LIMIT = 4.0  # or all channels of a layer together, when their z have this root mean square
-SCATTER_LIMIT = 3.0  # the same for variance ratios, whose z are one-sided
+TOGETHER_LIMIT = 4.0  # or all of a layer together, by the root mean square of their z
 _FEWEST = 8  # channels that such a root mean square needs
 
 
@@ -47,9 +46,7 @@ class Verdict(NamedTuple):
     together: bool = False
 
 
-def judge(
-    size: Tensor, z: Tensor, chance: Tensor | None = None, limit: float = RMS_LIMIT
-) -> Verdict:
+def judge(size: Tensor, z: Tensor, chance: Tensor | None = None) -> Verdict:
     """Decide which channels are off by more than chance, and by how much on average.
 
     Args:
@@ -57,13 +54,12 @@ def judge(
         z: (C,).
         chance: (C,) the size that chance alone gives; taken off where no single channel is
             certain. None: there is no judging together.
-        limit: of the root mean square of z that makes all channels count together.
     """
     counts = z > Z_LIMIT
     worst = float(z.max()) if len(z) else 0.0
     if counts.any():
         return Verdict(rms(size[counts]), counts.nonzero()[:, 0], worst)
-    if chance is not None and len(z) >= _FEWEST and rms(z) > limit:
+    if chance is not None and len(z) >= _FEWEST and rms(z) > TOGETHER_LIMIT:
         excess = size.square().mean() - chance.square().mean()
         return Verdict(math.sqrt(max(0.0, float(excess))), torch.arange(len(z)), worst, True)
     return Verdict(0.0, z.new_zeros(0, dtype=torch.long), worst)

@@ -37,6 +37,7 @@ class Case:
         collate: makes a batch of samples.
         darken: (sample, strength) -> the sample as another domain shows it.
         size: images in a batch, enough for a healthy one.
+        count, many: batches of a diagnosis, and of one for dependent samples.
         forward: as ``diagnose`` takes it.
     """
 
@@ -46,6 +47,8 @@ class Case:
     collate: Callable[[Sequence[Sample]], Any]
     darken: Callable[[Sample, float], Sample]
     size: int
+    count: int = 16
+    many: int = 96
     forward: Callable[[Any, Any], Any] | None = None
 
     def batches(self, seed: int, count: int, size: int = 0) -> list[Any]:
@@ -125,15 +128,15 @@ def _detector(seed: int, build: Callable[..., nn.Module], **options: Any) -> Cas
     model = build(_Backbone(), classes, **sizes)
     train, test = _shapes("shapes_train", 160), _shapes("shapes_val", 80)
     collate: Any = lambda samples: tuple(zip(*samples, strict=True))  # noqa: E731
-    case = Case(model, train, test, collate, _darken, 16, run_detector)
+    case = Case(model, train, test, collate, _darken, 16, 10, 20, run_detector)
     return _estimated(case, seed)
 
 
 def _estimated(case: Case, seed: int) -> Case:
     """Let the statistics fit: the weights are random, which is no defect."""
-    batches = case.batches(seed, 10)
+    batches = case.batches(seed, case.count)
     model = case.model.train()
-    estimate_population_statistics(model, batches, 10, forward=case.forward, progress=False)
+    estimate_population_statistics(model, batches, case.count, forward=case.forward, progress=False)
     return case
 
 
@@ -180,7 +183,7 @@ def _detectron2(seed: int, config: str, *opts: Any) -> Case:
     mapper = DatasetMapper(cfg, is_train=True)
     train = [mapper(record) for record in DatasetCatalog.get("shapes_train")[:160]]
     test = [mapper(record) for record in DatasetCatalog.get("shapes_val")[:80]]
-    return _estimated(Case(model, train, test, list, _darken_dict, 16), seed)
+    return _estimated(Case(model, train, test, list, _darken_dict, 16, 10, 20), seed)
 
 
 def _darken_dict(sample: Sample, strength: float) -> Sample:
@@ -190,14 +193,22 @@ def _darken_dict(sample: Sample, strength: float) -> Sample:
 _SMALL = (
     *("MODEL.RESNETS.NORM", "BN", "MODEL.RESNETS.STEM_OUT_CHANNELS", 16),
     *("MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 16),
+    *("MODEL.FPN.OUT_CHANNELS", 32),
 )
 
 
 def detectron2_retinanet(seed: int) -> Case:
     """detectron2's RetinaNet with BN in the backbone, in training mode, on shapes."""
-    return _detectron2(seed, "shapes/retinanet_no_norm.yaml", *_SMALL)
+    return _detectron2(
+        seed, "shapes/retinanet_no_norm.yaml", *_SMALL, "MODEL.RETINANET.NUM_CONVS", 1
+    )
 
 
 def detectron2_mask_rcnn(seed: int) -> Case:
     """detectron2's Mask R-CNN with BN in the backbone, in training mode, on shapes."""
-    return _detectron2(seed, "shapes/mask_rcnn_no_norm.yaml", *_SMALL)
+    heads = (
+        *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 100, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 30),
+        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 64),
+        *("MODEL.ROI_BOX_HEAD.CONV_DIM", 16, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
+    )
+    return _detectron2(seed, "shapes/mask_rcnn_no_norm.yaml", *_SMALL, *heads)

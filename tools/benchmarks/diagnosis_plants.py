@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.diagnosis_cases import Case, Sample, others
 
-BATCHES = 16
-
-# By strength in (0, 1]; the others are there or not, or follow a grid of their own.
+# By strength; the others are there or not.
 GRADED = (
     "stale-statistics",
     "repeated-use",
@@ -21,11 +20,15 @@ GRADED = (
     "dead-channels",
     "domain-shift",
     "output-effect",
+    "dependent-samples",
+    "small-batch",
 )
 ONCE = ("identity-statistics", "non-finite", "impossible-variance")
-FRACTIONS = (0.25, 0.5, 1.0)  # of a batch that is of one kind: dependent-samples
-SIZES = (32, 8, 2)  # images in a batch: small-batch
-KINDS = (*GRADED, *ONCE, "dependent-samples", "small-batch")
+KINDS = (*GRADED, *ONCE)
+_OF_BATCHES = ("dependent-samples", "small-batch")
+# strengths between which that of a given change of the output lies
+_RANGE = {"dead-channels": (1e-4, 1.0), "domain-shift": (1e-4, 1.0)}
+_RANGE |= {"dependent-samples": (0.02, 1.0), "small-batch": (1.0, 32.0)}
 
 
 @dataclass
@@ -74,7 +77,7 @@ def plant(kind: str, case: Case, strength: float, seed: int) -> Planted:
     Args:
         kind: one of ``KINDS``.
         strength: for dependent-samples the fraction of a batch that is of one kind, for small-batch
-            the images in a batch; else how far off, in about standard deviations.
+            how many times smaller a batch is; else how far off, in about standard deviations.
         seed: chooses the layer and the batches.
     """
     model = copy.deepcopy(case.model)
@@ -110,17 +113,18 @@ def plant(kind: str, case: Case, strength: float, seed: int) -> Planted:
         layer.running_var[0] = -0.1
     elif kind == "domain-shift":
         dark = [case.darken(sample, strength) for sample in case.target]
-        target = replace(case, samples=dark).batches(seed, BATCHES)
+        target = replace(case, samples=dark).batches(seed, case.count)
         name = ""
     elif kind == "small-batch":
-        batches = case.batches(seed, max(BATCHES, 64 // int(strength)), int(strength))
+        size = max(2, round(case.size / strength))
+        batches = case.batches(seed, max(case.count, 4 * case.size // size), size)
         name = ""
     elif kind == "dependent-samples":
         batches = grouped(case, strength, seed)
         name = ""
     else:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-    return Planted(model, batches or case.batches(seed, BATCHES), target, name, seed)
+    return Planted(model, batches or case.batches(seed, case.count), target, name, seed)
 
 
 def grouped(case: Case, fraction: float, seed: int) -> list[Any]:
@@ -134,7 +138,7 @@ def grouped(case: Case, fraction: float, seed: int) -> list[Any]:
     alike = sorted(case.samples, key=key)
     own = round(fraction * case.size)
     batches = []
-    for _ in range(2 * BATCHES):  # the scatter of few batches says little
+    for _ in range(case.many):  # the scatter of few batches says little
         start = int(torch.randint(len(alike) - own + 1, (), generator=g))
         rest = torch.randint(len(alike), (case.size - own,), generator=g).tolist()
         batches.append(case.collate([*alike[start : start + own], *(alike[i] for i in rest)]))
@@ -165,17 +169,16 @@ def _conv_before(model: nn.Module, name: str) -> nn.Conv2d:
 def output_change(kind: str, case: Case, planted: Planted) -> float:
     """Return how much a defect changes the output of a classifier, in its standard deviations.
 
-    For "domain-shift", between the same images of both domains; for what batches do, from
-    population to mini-batch statistics beyond what healthy batches do; else at inference.
+    For "domain-shift", between the same images of both domains; for what batches do, how much more
+    it changes from population to mini-batch statistics than with healthy batches; else at
+    inference.
     """
     inputs = case.batches(1, 4)
     healthy, model = case.model, copy.deepcopy(planted.model).eval()
     clean = torch.cat([healthy(x) for x, _ in inputs])
-    if kind in ("dependent-samples", "small-batch"):
-        batches = planted.batches[:16]
-        exact = torch.cat([healthy(x) for x, _ in batches])
-        other = torch.cat([copy.deepcopy(healthy).train()(x) for x, _ in batches])
-        return float((other - exact).square().mean().sqrt() / exact.std())
+    if kind in _OF_BATCHES:
+        usual = case.batches(planted.seed, case.count)
+        return _batch_effect(healthy, planted.batches) - _batch_effect(healthy, usual)
     if kind == "domain-shift":
         assert planted.target is not None
         dark = torch.cat([model(x) for x, _ in planted.target[:4]])
@@ -186,11 +189,24 @@ def output_change(kind: str, case: Case, planted: Planted) -> float:
     return change if change == change else float("inf")
 
 
-def strength_for(kind: str, case: Case, change: float, seed: int) -> float:
-    """Return the strength at which the output changes that much, by bisection; 8 steps."""
-    low, high = 1e-4, 4.0 if kind not in ("dead-channels", "domain-shift") else 1.0
-    for _ in range(8):
-        middle = (low * high) ** 0.5
-        got = output_change(kind, case, plant(kind, case, middle, seed))
-        low, high = (middle, high) if got < change else (low, middle)
-    return high
+def _batch_effect(model: nn.Module, batches: list[Any]) -> float:
+    batches, training = batches[:32], copy.deepcopy(model).train()
+    exact = torch.cat([model(x) for x, _ in batches])
+    other = torch.cat([training(x) for x, _ in batches])
+    return float((other - exact).square().mean().sqrt() / exact.std())
+
+
+def strengths_for(
+    kind: str, case: Case, changes: Sequence[float], seed: int, steps: int = 7
+) -> list[float]:
+    """Return the strengths at which the output changes by ascending amounts, by bisection."""
+    found: list[float] = []
+    for change in changes:
+        low, high = _RANGE.get(kind, (1e-4, 4.0))
+        low = found[-1] if found else low
+        for _ in range(steps - len(found)):
+            middle = (low * high) ** 0.5
+            got = output_change(kind, case, plant(kind, case, middle, seed))
+            low, high = (middle, high) if got < change else (low, middle)
+        found.append(high)
+    return found

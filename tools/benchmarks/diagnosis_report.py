@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -25,8 +26,8 @@ def write_table(trials: Sequence[Trial], path: Path) -> str:
             continue
         found = [t for t in group if t["found"] != "ok"]
         severe = sum(t["found"] == "severe" for t in group)
-        change = median(t["change"] for t in group)
-        told = "" if change != change else f"{change:.2f}"
+        changes = [t["change"] for t in group if "change" in t]
+        told = f"{median(changes):.2f}" if changes else ""
         strength = f"{median(t['strength'] for t in group):.2g}"
         lines.append(
             f"| {model} | {kind} | {strength} | {told} | {len(found)} of {len(group)} | {severe} |"
@@ -38,7 +39,11 @@ def write_table(trials: Sequence[Trial], path: Path) -> str:
 
 def _level(trial: Trial) -> float:
     """What puts trials of different seeds into one row."""
-    return trial["strength"] if trial["at"] != trial["at"] else trial["at"]
+    return trial.get("strength", 0.0) if math.isnan(_at(trial)) else _at(trial)
+
+
+def _at(trial: Trial) -> float:
+    return float(trial.get("at", math.nan))
 
 
 def write_curve(trials: Sequence[Trial], path: Path) -> None:
@@ -49,7 +54,7 @@ def write_curve(trials: Sequence[Trial], path: Path) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
-    chosen = [t for t in trials if t["model"] == "classifier" and t["at"] == t["at"]]
+    chosen = [t for t in trials if t["model"] == "classifier" and not math.isnan(_at(t))]
     for ax, title, severities in (
         (axes[0], "found", ("note", "warning", "severe")),
         (axes[1], "called severe", ("severe",)),
