@@ -226,11 +226,12 @@ def images_per_pass(cfg: CfgNode, ranks: int) -> int:
 
 
 def needs_population_loader(cfg: CfgNode, *, training: bool = True) -> bool:
-    """Return whether a run estimates population statistics from TEST.PRECISE_BN's images."""
+    """Return whether a run reads TEST.PRECISE_BN's images, to estimate statistics or diagnose."""
     average = cfg.SOLVER.AVERAGE
     estimates = bool(average.KIND) and average.STATISTICS == "estimate"
     return cfg.TEST.PRECISE_BN.ENABLED or (
-        training and (estimates or cfg.SOLVER.FREEZE_BN.START >= 0)
+        training
+        and (estimates or cfg.SOLVER.FREEZE_BN.START >= 0 or cfg.TEST.DIAGNOSE.PERIOD > 0)
     )
 
 

@@ -45,6 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="exit 1 on a severe finding")
     parser.add_argument("--batches", type=int, default=50, help="per process (default: 50)")
     parser.add_argument("--target", default="", help="a data set of another domain")
+    parser.set_defaults(eval_only=True, diagnosing=True)  # OUTPUT_DIR stays free for a training
 
 
 def diagnose(args: argparse.Namespace) -> int:

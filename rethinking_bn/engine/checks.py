@@ -49,7 +49,9 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
     OUTPUT_DIR is made and probed when everything else is right; before, nothing is written.
 
     Args:
-        args: as :func:`rethinking_bn.engine.launch.argument_parser` reads them.
+        args: as :func:`rethinking_bn.engine.launch.argument_parser` reads them. ``diagnosing``
+            True: the run reads the images of population training and of the data set ``target``
+            ("": none), and no test set.
         local_ranks: processes on this machine.
         ranks: processes on all machines.
 
@@ -69,10 +71,15 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
             f"SOLVER.CHECKPOINT_PERIOD must be at least 1, got {cfg.SOLVER.CHECKPOINT_PERIOD}"
         )
     training = not args.eval_only
+    if getattr(args, "diagnosing", False):
+        cfg.TEST.PRECISE_BN.ENABLED, cfg.TEST.PRECISE_BN.NUM_ITER = True, args.batches
+        cfg.DATASETS.TEST = (args.target,) if args.target else ()
     if needs_population_loader(cfg, training=training) and cfg.TEST.PRECISE_BN.NUM_ITER < 1:
         raise ValueError(
             f"TEST.PRECISE_BN.NUM_ITER must be at least 1, got {cfg.TEST.PRECISE_BN.NUM_ITER}"
         )
+    if training:
+        _check_diagnosis(cfg)
     check_statistics(cfg)
     if cfg.SOLVER.MAX_ITER < 1 and training:
         raise ValueError(
@@ -100,6 +107,17 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
             check_unlocked(cfg.OUTPUT_DIR, "OUTPUT_DIR")
         probe_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")  # last: it makes the folder
     return cfg
+
+
+def _check_diagnosis(cfg: CfgNode) -> None:
+    period, batches = cfg.TEST.DIAGNOSE.PERIOD, cfg.TEST.PRECISE_BN.NUM_ITER
+    if period < 0:
+        raise ValueError(f"TEST.DIAGNOSE.PERIOD must be at least 1, or 0 (never), got {period}")
+    if period and batches < 2:
+        raise ValueError(
+            f"TEST.DIAGNOSE.PERIOD {period} needs at least 2 batches, but TEST.PRECISE_BN.NUM_ITER "
+            f"is {batches}"
+        )
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.utils import comm
 from torch import nn
 
 from rethinking_bn.diagnosis import Diagnosis, diagnose
@@ -59,7 +60,8 @@ def run_diagnosis(
     """Diagnose a loaded model on the batches of its training, in training mode; modes come back.
 
     Args:
-        cfg: the loader is that of population training, :func:`build_population_loader`.
+        cfg: the loader is that of population training, :func:`build_population_loader`, for as
+            many processes as there are (SOLVER.REFERENCE_WORLD_SIZE).
         num_batches: per rank.
         target: a registered data set of another domain; "": none.
         data_loader: takes the place of the config's.
@@ -67,6 +69,7 @@ def run_diagnosis(
     Raises:
         ValueError: as ``build_population_loader`` and ``diagnose``.
     """
+    cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
     loader = build_together(cfg) if data_loader is None else data_loader
     target_batches = None
     if target:

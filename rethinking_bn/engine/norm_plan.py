@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
+from detectron2.engine import DefaultTrainer
 from torch import Tensor, nn
 
+from rethinking_bn.config import images_per_pass
 from rethinking_bn.diagnosis.layers import DiagnosedLayer, find_layers
+from rethinking_bn.engine.checks import check_batch_size, check_model
 from rethinking_bn.layers import BatchStatNorm2d, MultiDomainBatchNorm2d
 from rethinking_bn.shuffle.layers import ShuffledLayers
 
@@ -78,27 +80,21 @@ class Plan:
 def make_plan(cfg: CfgNode, ranks: int = 1) -> Plan:
     """Return what the norm layers of a config will do in training with ``ranks`` processes.
 
-    The model is built on torch's meta device, without memory or initialisation, and its backbone
+    With SOLVER.REFERENCE_WORLD_SIZE the batch is scaled to them, as detectron2's trainer does. The
+    model is built on torch's meta device, without memory or initialisation, and its backbone
     and heads run there once.
 
     Raises:
-        ValueError: when the config makes no model, or the images do not divide among the ranks.
+        ValueError: when the config makes no model, or as :func:`check_batch_size`.
     """
-    images, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, max(1, ranks))
-    steps = max(1, cfg.SOLVER.get("ACCUMULATION_STEPS", 1))
-    if ranks < 1 or rest or images < 1 or images % steps:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be divided among {ranks} "
-            f"process(es) and {steps} pass(es)"
-        )
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "meta"
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = build_model(cfg)
-    except (ValueError, KeyError) as error:
-        raise ValueError(" ".join(str(error.args[0] if error.args else error).split())) from error
+    if ranks < 1:
+        raise ValueError(f"a plan needs at least one process, got {ranks}")
+    check_batch_size(cfg, ranks)
+    cfg = DefaultTrainer.auto_scale_workers(cfg, ranks)
+    images = images_per_pass(cfg, ranks)
+    model = check_model(cfg, ranks, training=False)
+    if model is None:
+        raise ValueError(f"{cfg.MODEL.META_ARCHITECTURE} cannot be built without data")
     model.train()
     like_bn = {layer.name: layer for layer in find_layers(model)}
     others = {
@@ -111,9 +107,7 @@ def make_plan(cfg: CfgNode, ranks: int = 1) -> Plan:
     plans: list[NormPlan] = []
     for name, _ in model.named_modules():
         if name in like_bn:
-            together = images // steps
-            if name in shuffled:
-                together *= ranks
+            together = images * (ranks if name in shuffled else 1)
             plan = _plan(cfg, like_bn[name], calls, together, ranks)
             plans.append(replace(plan, pools="shuffled rows") if name in shuffled else plan)
         elif name in others:

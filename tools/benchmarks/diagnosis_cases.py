@@ -128,7 +128,7 @@ def _detector(seed: int, build: Callable[..., nn.Module], **options: Any) -> Cas
     model = build(_Backbone(), classes, **sizes)
     train, test = _shapes("shapes_train", 160), _shapes("shapes_val", 80)
     collate: Any = lambda samples: tuple(zip(*samples, strict=True))  # noqa: E731
-    case = Case(model, train, test, collate, _darken, 16, 10, 20, run_detector)
+    case = Case(model, train, test, collate, _darken, 16, 8, 16, run_detector)
     return _estimated(case, seed)
 
 
@@ -183,7 +183,7 @@ def _detectron2(seed: int, config: str, *opts: Any) -> Case:
     mapper = DatasetMapper(cfg, is_train=True)
     train = [mapper(record) for record in DatasetCatalog.get("shapes_train")[:160]]
     test = [mapper(record) for record in DatasetCatalog.get("shapes_val")[:80]]
-    return _estimated(Case(model, train, test, list, _darken_dict, 16, 10, 20), seed)
+    return _estimated(Case(model, train, test, list, _darken_dict, 16, 8, 16), seed)
 
 
 def _darken_dict(sample: Sample, strength: float) -> Sample:

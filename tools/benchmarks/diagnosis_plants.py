@@ -173,33 +173,34 @@ def output_change(kind: str, case: Case, planted: Planted) -> float:
     it changes from population to mini-batch statistics than with healthy batches; else at
     inference.
     """
-    inputs = case.batches(1, 4)
-    healthy, model = case.model, copy.deepcopy(planted.model).eval()
-    clean = torch.cat([healthy(x) for x, _ in inputs])
     if kind in _OF_BATCHES:
         usual = case.batches(planted.seed, case.count)
-        return _batch_effect(healthy, planted.batches) - _batch_effect(healthy, usual)
+        return _batch_effect(case.model, planted.batches) - _batch_effect(case.model, usual)
+    model = copy.deepcopy(planted.model).eval()
     if kind == "domain-shift":
         assert planted.target is not None
         dark = torch.cat([model(x) for x, _ in planted.target[:4]])
         clean = torch.cat([model(x) for x, _ in others(case).batches(planted.seed, 4)])
         return float((dark - clean).square().mean().sqrt() / clean.std())
+    inputs = case.batches(1, 4)
+    clean = torch.cat([case.model(x) for x, _ in inputs])
     changed = torch.cat([model(x) for x, _ in inputs])
     change = float((changed - clean).square().mean().sqrt() / clean.std())
     return change if change == change else float("inf")
 
 
 def _batch_effect(model: nn.Module, batches: list[Any]) -> float:
-    batches, training = batches[:32], copy.deepcopy(model).train()
+    batches, training = batches[:16], copy.deepcopy(model).train()
     exact = torch.cat([model(x) for x, _ in batches])
     other = torch.cat([training(x) for x, _ in batches])
     return float((other - exact).square().mean().sqrt() / exact.std())
 
 
 def strengths_for(
-    kind: str, case: Case, changes: Sequence[float], seed: int, steps: int = 7
+    kind: str, case: Case, changes: Sequence[float], seed: int, steps: int = 6
 ) -> list[float]:
     """Return the strengths at which the output changes by ascending amounts, by bisection."""
+    case = replace(case, many=case.count)
     found: list[float] = []
     for change in changes:
         low, high = _RANGE.get(kind, (1e-4, 4.0))
