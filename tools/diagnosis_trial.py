@@ -49,14 +49,6 @@ STRONG_OF = {
 }
 
 
-def plants(case: diagnosis_cases.Case, kind: str, seed: int, graded: bool) -> list[dict[str, Any]]:
-    """Return the strengths at which a kind is planted, and what they do to the output."""
-    if not graded or kind not in GRADED:
-        return [{"strength": STRONG_OF.get(kind, STRONG), "at": math.nan}]
-    strengths = diagnosis_plants.strengths_for(kind, case, CHANGES, seed)
-    return [{"strength": s, "at": at} for s, at in zip(strengths, CHANGES, strict=True)]
-
-
 def trial(case: diagnosis_cases.Case, kind: str, planted: Planted) -> dict[str, Any]:
     """Diagnose one model; return what was found, and all that was reported."""
     diagnosis = diagnose(
@@ -71,22 +63,29 @@ def trial(case: diagnosis_cases.Case, kind: str, planted: Planted) -> dict[str, 
     return {"found": found, "reported": reported}
 
 
-def run(model: str, seed: int, kinds: list[str]) -> list[dict[str, Any]]:
-    """Return the trials of one healthy model, "healthy" itself being a kind."""
+def run(model: str, seed: int, plan: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Return the trials of one healthy model, by kind ("healthy" is one) and change of the output.
+
+    Where no change is asked for (NaN), a defect is planted as in detectors, or is there or not.
+    """
     case = getattr(diagnosis_cases, model)(seed)
     trials = []
-    for kind in kinds:
+    for kind, at in plan:
+        about: dict[str, Any] = {"model": model, "seed": seed, "kind": kind, "at": at}
         if kind == "healthy":
             target = diagnosis_cases.others(case).batches(seed, case.count)
             planted = Planted(case.model, case.batches(seed, case.count), target, "", seed)
-            trials.append({"kind": kind, **trial(case, kind, planted)})
-            continue
-        for plan in plants(case, kind, seed, model == "classifier"):
-            planted = diagnosis_plants.plant(kind, case, plan["strength"], seed)
+        else:
+            graded = not math.isnan(at)
+            strength = STRONG_OF.get(kind, STRONG)
+            if graded:
+                strength = diagnosis_plants.strength_for(kind, case, at, seed)
+            planted = diagnosis_plants.plant(kind, case, strength, seed)
+            about["strength"] = strength
             if model == "classifier":
-                plan["change"] = diagnosis_plants.output_change(kind, case, planted)
-            trials.append({"kind": kind, **plan, **trial(case, kind, planted)})
-    return [{"model": model, "seed": seed, **t} for t in trials]
+                about["change"] = diagnosis_plants.output_change(kind, case, planted)
+        trials.append(about | trial(case, kind, planted))
+    return trials
 
 
 def main() -> None:
@@ -96,6 +95,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=MODELS, default="classifier")
     parser.add_argument("--seeds", default="100:120", help="first:end (default: 100:120)")
+    parser.add_argument("--changes", nargs="+", type=float, default=CHANGES, help="of the output")
     parser.add_argument("--kinds", nargs="+", choices=("healthy", *KINDS), default=None)
     parser.add_argument("--trials", type=Path, default=Path("output/diagnosis_trial.jsonl"))
     parser.add_argument("--report", type=Path, help="write the table (.md) and the curve (.png)")
@@ -108,14 +108,21 @@ def main() -> None:
         write_curve(done, args.report.with_suffix(".png"))
         return
     args.trials.parent.mkdir(parents=True, exist_ok=True)
+    graded = args.changes if args.model == "classifier" else ()
+    plan = [
+        (kind, change)
+        for kind in args.kinds or ("healthy", *KINDS)
+        for change in ((graded or (math.nan,)) if kind in GRADED else (math.nan,))
+    ]
     for seed in range(*map(int, args.seeds.split(":"))):
-        had = {t["kind"] for t in done if (t["model"], t["seed"]) == (args.model, seed)}
-        kinds = [k for k in args.kinds or ("healthy", *KINDS) if k not in had]
-        trials = run(args.model, seed, kinds) if kinds else []
+        had = {(t["kind"], str(t["at"])) for t in done
+               if (t["model"], t["seed"]) == (args.model, seed)}  # fmt: skip
+        wanted = [each for each in plan if (each[0], str(each[1])) not in had]
+        trials = run(args.model, seed, wanted) if wanted else []
         with args.trials.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(trial) + "\n" for trial in trials)
         for each in trials:
-            print(each)
+            print(each, flush=True)
 
 
 if __name__ == "__main__":

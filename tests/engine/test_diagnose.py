@@ -14,7 +14,9 @@ from detectron2.utils.events import EventStorage
 from rethinking_bn.diagnosis import diagnose
 from rethinking_bn.engine import DiagnoseBN, Trainer, run_diagnosis, with_rethinking_bn
 from rethinking_bn.engine.diagnose_bn import CONFIG_KEYS
+from rethinking_bn.engine.launch import argument_parser, check_arguments
 from rethinking_bn.engine.precise_bn import PreciseBN
+from rethinking_bn.files import locked_folder
 from tests.engine.tiny import register_data, tiny_config, write_data
 
 TOOL = Path(__file__).parents[2] / "tools" / "diagnose.py"
@@ -110,6 +112,24 @@ def test_row_3_is_told_by_name_and_remedy(row: int, data: str, tmp_path: Path) -
             assert finding.severity == "ok" and finding.remedy == ""
 
 
+@pytest.mark.parametrize(
+    ("opts", "said"),
+    [
+        (("TEST.DIAGNOSE.PERIOD", "-1"), "PERIOD must be at least 1, or 0 .never., got -1"),
+        (("TEST.PRECISE_BN.NUM_ITER", "1"), "needs at least 2 batches"),
+        (("TEST.PRECISE_BN.DATASETS", "('nowhere',)"), "registered as 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_diagnosed_is_refused_before_the_run(
+    opts: tuple[str, ...], said: str, data: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(tiny_config(data, tmp_path, TEST__DIAGNOSE__PERIOD=5).dump())
+    parser = argument_parser("")
+    check_arguments(parser.parse_args(["--config-file", str(tmp_path / "run.yaml")]))
+    with pytest.raises(ValueError, match=said):
+        check_arguments(parser.parse_args(["--config-file", str(tmp_path / "run.yaml"), *opts]))
+
+
 def call_tool(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
     monkeypatch.setattr(sys, "argv", ["diagnose.py", *argv])
     try:
@@ -127,7 +147,9 @@ def test_the_tool_prints_and_writes(
     config = ("--config-file", str(tmp_path / "run.yaml"))
     torch.save({"model": Trainer.build_model(cfg).state_dict()}, tmp_path / "w.pth")
     weights = ("MODEL.WEIGHTS", str(tmp_path / "w.pth"))
-    assert call_tool(monkeypatch, *config, "--batches", "2", *weights) == 0
+    (tmp_path / "out").mkdir()
+    with locked_folder(str(tmp_path / "out"), "OUTPUT_DIR"):  # by a training, which goes on
+        assert call_tool(monkeypatch, *config, "--batches", "2", *weights) == 0
     out = capsys.readouterr().out
     assert out.index("severe") < out.index("identity-statistics") and "do: load the" in out
     written = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
@@ -138,6 +160,8 @@ def test_the_tool_prints_and_writes(
     assert call_tool(monkeypatch, *config, "--plan", "--strict", *weights) == 1
     assert call_tool(monkeypatch, *config, "--batches", "1") == 1
     assert "--batches must be at least 2, got 1" in capsys.readouterr().err
+    assert call_tool(monkeypatch, *config, "--target", "nowhere", *weights) == 1
+    assert "no data set is registered as 'nowhere'" in capsys.readouterr().err
 
 
 def test_detectron2s_frozen_layers_are_seen() -> None:

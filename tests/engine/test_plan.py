@@ -65,6 +65,13 @@ def test_mistakes_are_warned_of() -> None:
         plan(row1, 3)
 
 
+def test_the_batch_is_scaled_to_the_processes_as_in_training() -> None:
+    opts = ("SOLVER.REFERENCE_WORLD_SIZE", "8")
+    for ranks in (8, 4):
+        made = plan("retinanet_bn_row1.yaml", ranks, *opts)
+        assert {layer.nbs for layer in made.layers if layer.name.startswith("head.")} == {2 * ranks}
+
+
 def test_weights_without_statistics_are_warned_of(tmp_path: Path) -> None:
     weights = tmp_path / "w.pth"
     name = "shapes/mask_rcnn_bn_head.yaml"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,18 +195,12 @@ def _batch_effect(model: nn.Module, batches: list[Any]) -> float:
     return float((other - exact).square().mean().sqrt() / exact.std())
 
 
-def strengths_for(
-    kind: str, case: Case, changes: Sequence[float], seed: int, steps: int = 6
-) -> list[float]:
-    """Return the strengths at which the output changes by ascending amounts, by bisection."""
+def strength_for(kind: str, case: Case, change: float, seed: int, steps: int = 7) -> float:
+    """Return the strength at which the output changes that much, by bisection."""
     case = replace(case, many=case.count)
-    found: list[float] = []
-    for change in changes:
-        low, high = _RANGE.get(kind, (1e-4, 4.0))
-        low = found[-1] if found else low
-        for _ in range(steps - len(found)):
-            middle = (low * high) ** 0.5
-            got = output_change(kind, case, plant(kind, case, middle, seed))
-            low, high = (middle, high) if got < change else (low, middle)
-        found.append(high)
-    return found
+    low, high = _RANGE.get(kind, (1e-3, 4.0))
+    for _ in range(steps):
+        middle = (low * high) ** 0.5
+        got = output_change(kind, case, plant(kind, case, middle, seed))
+        low, high = (middle, high) if got < change else (low, middle)
+    return high
