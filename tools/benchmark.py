@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = {"quick": args.quick, "environment": environment}
     name = f"benchmark_{args.comparison}_{args.device}"
     print(f"written to {write_report(args.output, name, report, results)}")
-    return 0
+    return 1 if any(result.failures for result in results) else 0
 
 
 if __name__ == "__main__":

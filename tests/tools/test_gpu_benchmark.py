@@ -32,6 +32,24 @@ def test_one_line_without_a_gpu() -> None:
     assert "Traceback" not in process.stderr
 
 
+def test_what_fails_is_recorded_and_the_rest_goes_on(monkeypatch, capsys) -> None:
+    from benchmarks import Options, gpu
+    from benchmarks.report import as_markdown
+
+    def broken(result, options) -> None:
+        raise RuntimeError("no kernel image\nand more")
+
+    names = ("_equality", "_waiting", "_kernels", "_wall", "_block_sizes", "time_models")
+    for name in (*names, "check_nccl"):
+        monkeypatch.setattr(gpu, name, lambda result, options: result.notes.append("ran"))
+    broken.__name__ = "_waiting"
+    monkeypatch.setattr(gpu, "_waiting", broken)
+    result = gpu.run(Options(quick=True))
+    assert result.failures == ["waiting: RuntimeError: no kernel image"]
+    assert result.notes.count("ran") == 6
+    assert "**failed**: waiting" in as_markdown(result) and "Traceback" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed"

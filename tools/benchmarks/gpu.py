@@ -1,21 +1,19 @@
 """What only a GPU can show of the kernels and of the training steps around them.
 
-In this order: equality, waiting, kernels, wall time, block sizes, whole models, NCCL.
+In this order: equality, waiting, kernels, wall time, block sizes, whole models, NCCL. What fails
+is recorded, and the rest goes on: a GPU is not at hand every day.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.comparators.batch_norm import NormPerLevel
@@ -28,10 +26,10 @@ from benchmarks.contenders import (
     make_levels,
     multi_domain,
     per_level,
-    randomize_affine,
 )
 from benchmarks.equality import require_equal, tolerance_of
 from benchmarks.gpu_models import heads_in_training, time_models
+from benchmarks.gpu_nccl import check_nccl
 from benchmarks.memory import peak_bytes
 from benchmarks.options import Options
 from benchmarks.result import Cell, Result, Table
@@ -61,13 +59,13 @@ _VARIANTS = list(itertools.product((torch.float32, torch.bfloat16), (False, True
 
 
 def run(options: Options) -> Result:
-    """Run every part; a part that fails is named in the notes, unless results differ."""
+    """Run every part; what fails, differs or waits is among the failures."""
     result = Result("gpu")
-    for part in (_equality, _waiting, _kernels, _wall, _block_sizes, time_models, _nccl):
-        start = time.perf_counter()
-        part(result, options)
-        seconds = time.perf_counter() - start
-        result.notes.append(f"{part.__name__.strip('_').replace('_', ' ')}: {seconds:.0f} s")
+    for part in (_equality, _waiting, _kernels, _wall, _block_sizes, time_models, check_nccl):
+        name, start = part.__name__.strip("_").replace("_", " "), time.perf_counter()
+        with result.attempt(name):
+            part(result, options)
+        result.notes.append(f"{name}: {time.perf_counter() - start:.0f} s")
     return result
 
 
@@ -108,28 +106,36 @@ def _row(name: str, levels: Levels) -> Contender:
 
 def _equality(result: Result, options: Options) -> None:
     """Kernels, eager path and float64 on the same data, values and gradients and buffers."""
-    variants = _VARIANTS[:1] if options.quick else _VARIANTS
-    names = ["row 1", "row 5"] if options.quick else list(ROWS)
-    for (dtype, last), name in itertools.product(variants, names):
-        levels = _levels(options, dtype, last)
-        exact = Levels(*([t.detach().double() for t in ts] for ts in (levels.xs, levels.dys)))
-        for x in exact.xs:
-            x.requires_grad_()
-        sides = [_row(name, levels), _row(name, levels), _row(name, exact)]
-        sides[2].module.double()
-        outcomes = []
-        for side, choice in zip(sides, ("triton", "eager", "eager"), strict=True):
-            with kernels(choice):
-                outputs, grads = side.step()
-            buffers = [b for b in side.module.buffers() if b.is_floating_point()]
-            outcomes.append((outputs, grads, buffers))
-        for other, what in ((1, "eager"), (2, "float64")):
-            for i, kind in enumerate(("outputs", "gradients", "buffers")):
-                last_word = "channels-last" if last else "contiguous"
-                label = f"kernels = {what}, {name}, {str(dtype)[6:]} {last_word}, {kind}"
-                result.checks[label] = require_equal(
-                    label, outcomes[0][i], outcomes[other][i], tolerance_of(dtype)
-                )
+    few = ["row 1", "row 5"]
+    every = few if options.quick else list(ROWS)
+    cases = [(_VARIANTS[0], name) for name in every]
+    if not options.quick:
+        cases += itertools.product(_VARIANTS[1:], few)  # a kernel takes a second to compile
+    for (dtype, last), name in cases:
+        case = f"{name}, {str(dtype)[6:]} {'channels-last' if last else 'contiguous'}"
+        with result.attempt(f"equality, {case}"):
+            _equality_of(name, case, _levels(options, dtype, last), result)
+
+
+def _equality_of(name: str, case: str, levels: Levels, result: Result) -> None:
+    exact = Levels(*([t.detach().double() for t in ts] for ts in (levels.xs, levels.dys)))
+    for x in exact.xs:
+        x.requires_grad_()
+    sides = [_row(name, levels), _row(name, levels), _row(name, exact)]
+    sides[2].module.double()
+    outcomes = []
+    for side, choice in zip(sides, ("triton", "eager", "eager"), strict=True):
+        with kernels(choice):
+            outputs, grads = side.step()
+        buffers = [b for b in side.module.buffers() if b.is_floating_point()]
+        outcomes.append((outputs, grads, buffers))
+    tolerance = tolerance_of(levels.xs[0].dtype)
+    for other, what in ((1, "eager"), (2, "float64")):
+        for i, kind in enumerate(("outputs", "gradients", "buffers")):
+            label = f"kernels = {what}, {case}, {kind}"
+            result.checks[label] = require_equal(
+                label, outcomes[0][i], outcomes[other][i], tolerance
+            )
 
 
 def _layers(levels: Levels) -> Iterator[tuple[str, Step]]:
@@ -174,8 +180,12 @@ def _waiting(result: Result, options: Options) -> None:
     for name, step in steps:
         for choice in ("triton", "eager"):
             chosen = by("auto" if choice == "triton" else choice, step)
-            chosen()
-            rows.append((name, choice, "waits" if synchronizes_host(chosen) else "never"))
+            with result.attempt(f"waiting, {name}, {choice}"):
+                chosen()
+                waits = synchronizes_host(chosen)
+                rows.append((name, choice, "waits" if waits else "never"))
+                if waits:
+                    result.failures.append(f"{name}, {choice}: the host waits in a step")
     result.tables.append(Table("Does the host wait in a step?", ("step", "kernels", "host"), rows))
 
 
@@ -190,9 +200,10 @@ def _kernels(result: Result, options: Options) -> None:
         steps[f"{name}, eager"] = by("eager", _row(name, levels).step)
     steps |= {side.name: side.step for side in _beside(levels)}
     for name, step in steps.items():
-        number, seconds = kernel_time(step)
-        peak = peak_bytes(step, options.device) / 2**20
-        rows.append((name, number, seconds * 1e3, peak))
+        with result.attempt(f"kernels, {name}"):
+            number, seconds = kernel_time(step)
+            peak = peak_bytes(step, options.device) / 2**20
+            rows.append((name, number, seconds * 1e3, peak))
     columns = ("step", "kernels", "their ms", "peak MiB")
     result.tables.append(Table("On the device, float32 contiguous", columns, rows))
 
@@ -212,40 +223,43 @@ def _beside(levels: Levels) -> list[Contender]:
 
 
 def _wall(result: Result, options: Options) -> None:
-    variants = _VARIANTS[:1] if options.quick else _VARIANTS
-    for dtype, last in variants:
+    for dtype, last in _VARIANTS[:1] if options.quick else _VARIANTS:
         case = f"{str(dtype)[6:]} {'channels-last' if last else 'contiguous'}"
-        levels = _levels(options, dtype, last)
-        others = _beside(levels)
-        if options.device.type != "cuda":
-            others.pop()  # torch's SyncBatchNorm refuses the CPU
-        steps = {side.name: side.step for side in others}
-        for name in ("row 1", "row 4", "row 6"):
-            steps[f"{name}, triton"] = by("triton", _row(name, levels).step)
-        steps["row 1, eager"] = by("eager", _row("row 1", levels).step)
-        times = alternate(steps, options.device, options.plan(4.0))
-        one_affine = others[2].name
-        for ours, other in (
-            ("row 1, triton", "concatenate/split"),
-            ("row 1, triton", "row 1, eager"),
-            ("row 1, triton", "five nn.BatchNorm2d"),
-            ("row 4, triton", one_affine),
-            ("row 6, triton", "five nn.BatchNorm2d"),
-            *(("row 1, triton", s.name) for s in others[3:]),
-        ):
-            result.measure(case, (ours, times[ours]), (other, times[other]))
-        x, dy = levels.xs[0], levels.dys[0]
-        channels = x.shape[1]
-        singles: dict[str, nn.Module] = {
-            "BatchNorm2d": BatchNorm2d(channels, device=x.device),
-            "MABN2d": _mabn(channels, x.device),
-            "nn.BatchNorm2d": nn.BatchNorm2d(channels, device=x.device),
-        }
-        single = {name: by("auto", _one_tensor(m, x, dy)) for name, m in singles.items()}
-        times = alternate(single, options.device, options.plan(2.0))
-        for name in ("BatchNorm2d", "MABN2d"):
-            other = "nn.BatchNorm2d"
-            result.measure(f"p3 alone, {case}", (name, times[name]), (other, times[other]))
+        with result.attempt(f"wall, {case}"):
+            _wall_of(case, _levels(options, dtype, last), result, options)
+
+
+def _wall_of(case: str, levels: Levels, result: Result, options: Options) -> None:
+    others = _beside(levels)
+    if options.device.type != "cuda":
+        others.pop()  # torch's SyncBatchNorm refuses the CPU
+    steps = {side.name: side.step for side in others}
+    for name in ("row 1", "row 4", "row 6"):
+        steps[f"{name}, triton"] = by("triton", _row(name, levels).step)
+    steps["row 1, eager"] = by("eager", _row("row 1", levels).step)
+    times = alternate(steps, options.device, options.plan(4.0))
+    one_affine = others[2].name
+    for ours, other in (
+        ("row 1, triton", "concatenate/split"),
+        ("row 1, triton", "row 1, eager"),
+        ("row 1, triton", "five nn.BatchNorm2d"),
+        ("row 4, triton", one_affine),
+        ("row 6, triton", "five nn.BatchNorm2d"),
+        *(("row 1, triton", s.name) for s in others[3:]),
+    ):
+        result.measure(case, (ours, times[ours]), (other, times[other]))
+    x, dy = levels.xs[0], levels.dys[0]
+    channels = x.shape[1]
+    singles: dict[str, nn.Module] = {
+        "BatchNorm2d": BatchNorm2d(channels, device=x.device),
+        "MABN2d": _mabn(channels, x.device),
+        "nn.BatchNorm2d": nn.BatchNorm2d(channels, device=x.device),
+    }
+    single = {name: by("auto", _one_tensor(m, x, dy)) for name, m in singles.items()}
+    times = alternate(single, options.device, options.plan(2.0))
+    for name in ("BatchNorm2d", "MABN2d"):
+        other = "nn.BatchNorm2d"
+        result.measure(f"p3 alone, {case}", (name, times[name]), (other, times[other]))
 
 
 def _block_sizes(result: Result, options: Options) -> None:
@@ -269,35 +283,3 @@ def _block_sizes(result: Result, options: Options) -> None:
         plan.make_plan.cache_clear()
     columns = ("type", "values a block", "ms, 4 warps", "8", "16")
     result.tables.append(Table("Block sizes, a step of row 1", columns, rows))
-
-
-def _nccl(result: Result, options: Options) -> None:
-    """The synchronised layers in an NCCL group of one rank; more ranks need more GPUs."""
-    if options.device.type != "cuda":
-        return result.skip("NCCL", "needs CUDA")
-    if dist.is_initialized():
-        return result.skip("NCCL", "a process group exists already")
-    levels = _levels(options)
-    plain = _row("row 1", levels)
-    synced = _row("row 1", levels)
-    module: Any = synced.module
-    module.sync = True
-    randomize_affine(synced.module)
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group(
-            "nccl",
-            init_method=f"file://{folder}/init",
-            rank=0,
-            world_size=1,
-            timeout=timedelta(seconds=60),
-        )
-        try:
-            payload = torch.ones(5, 4, 256, device=options.device)
-            dist.all_reduce(payload)
-            for i, kind in enumerate(("outputs", "gradients")):
-                label = f"one rank of NCCL = no group, {kind}"
-                result.checks[label] = require_equal(label, synced.step()[i], plain.step()[i], 0.0)
-            waits = synchronizes_host(synced.step)
-            result.notes.append(f"NCCL, one rank: the host {'waits' if waits else 'never waits'}")
-        finally:
-            dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -81,15 +82,16 @@ def _time_models(result: Result, options: Options, names: list[str]) -> None:
     rows: list[tuple[Cell, ...]] = []
     times: dict[str, list[float]] = {}
     for name in names:
-        step = _training_step(name, options)
-        # one model at a time: eight of them would not share the memory of a small GPU
-        times[name] = alternate({name: step}, options.device, options.plan(3.0))[name]
-        del step
+        with result.attempt(f"training step, {name}"):
+            step = _training_step(name, options)
+            # one model at a time: eight of them would not share the memory of a small GPU
+            times[name] = alternate({name: step}, options.device, options.plan(3.0))[name]
+            del step
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
-    base = spread(times[names[0]]).median
-    for name in names:
-        median = spread(times[name]).median
+    base = spread(times.get(names[0], [math.nan])).median
+    for name, measured in times.items():
+        median = spread(measured).median
         rows.append((name, median * 1e3, median / base))
     columns = ("config", "ms a step", "beside no norm")
     result.tables.append(Table("Training steps, 2 images", columns, rows))

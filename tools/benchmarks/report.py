@@ -28,6 +28,7 @@ def as_markdown(result: Result) -> str:
             f"error {worst[1]:.1e}: {worst[0]})."
         )
     parts += [f"- {note}" for note in result.notes]
+    parts += [f"- **failed**: {failure}" for failure in result.failures]
     return "\n\n".join(parts) + "\n"
 
 

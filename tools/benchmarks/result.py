@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -60,6 +62,17 @@ class Result:
     measurements: list[Measurement] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Record a failure of what is inside, with its traceback on stderr, and go on."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            line = (str(error).strip() or "no message").splitlines()[0]
+            self.failures.append(f"{what}: {type(error).__name__}: {line}")
 
     def measure(
         self,
@@ -98,4 +111,5 @@ class Result:
             "measurements": [measurement.to_json() for measurement in self.measurements],
             "tables": [asdict(table) for table in self.tables],
             "notes": self.notes,
+            "failures": self.failures,
         }

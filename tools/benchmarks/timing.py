@@ -134,7 +134,7 @@ def kernel_time(step: Step) -> tuple[int, float]:
     kernels = [
         event
         for event in profile.events() or ()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
     return len(kernels), sum(event.time_range.elapsed_us() for event in kernels) * 1e-6
 

@@ -29,23 +29,29 @@ def run(*arguments: str, **environment: str) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=590,
     )
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 
 
-def cases(**environment: str) -> str:
+def cases(*arguments: str, **environment: str) -> str:
     files = [str(FOLDER / "cases" / name) for name in ("rows.py", "layers.py")]
-    return run("-m", "pytest", "-q", *files, **environment)
+    return run("-m", "pytest", "-q", *arguments, *files, **environment)
 
 
 @needs_triton
 def test_in_the_interpreter() -> None:
     """Equal to float64 for every row, layout and type; prints the worst errors."""
-    printed = cases(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    printed = cases("-m", "not slow", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     print(printed)
     assert " passed" in printed
+
+
+@needs_triton
+@pytest.mark.slow
+def test_all_combinations_in_the_interpreter() -> None:
+    print(cases("-m", "slow", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""))
 
 
 @pytest.mark.gpu
