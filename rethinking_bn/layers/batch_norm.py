@@ -16,7 +16,8 @@ from rethinking_bn.distributed import get_world_size
 from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.layers.symbolic import as_leaf
 from rethinking_bn.numerics.channel_ops import affine_normalize, exported_normalize
-from rethinking_bn.numerics.moments import Moments, merge_moments
+from rethinking_bn.numerics.merge import merge_moments
+from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.numerics.normalize import normalize
 from rethinking_bn.numerics.row_groups import check_row_groups, normalize_row_groups
 from rethinking_bn.numerics.running import write_statistics

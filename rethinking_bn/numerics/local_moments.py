@@ -13,7 +13,8 @@ from rethinking_bn.numerics.blocks import (
     planes,
     worth_blocks,
 )
-from rethinking_bn.numerics.moments import Moments, merge_moments, stack_moments, statistics_dtype
+from rethinking_bn.numerics.merge import merge_moments, stack_moments
+from rethinking_bn.numerics.moments import Moments, statistics_dtype
 
 # The CPU's channels-last kernels add up in float32, one value after the other, which loses digits
 # over many values. Moments of blocks this long are merged instead, in the same time.

@@ -24,7 +24,8 @@ from rethinking_bn.numerics.batch_statistics import (
 )
 from rethinking_bn.numerics.channel_ops import broadcast
 from rethinking_bn.numerics.local_moments import local_moments, plain_moments
-from rethinking_bn.numerics.moments import Moments, merge_moments, stack_moments
+from rethinking_bn.numerics.merge import merge_moments, stack_moments
+from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.numerics.native import (
     moves_natively,
     normalize_and_move,

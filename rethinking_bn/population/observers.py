@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 
 from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.numerics.local_moments import local_moments
-from rethinking_bn.numerics.moments import Moments, merge_moments
+from rethinking_bn.numerics.merge import merge_moments
+from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.numerics.normalize import normalize
 
 _BLOCK = 32  # forwards between two merges in float64

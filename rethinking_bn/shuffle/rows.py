@@ -21,18 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from rethinking_bn.distributed import (
-    all_gather_object,
-    gather_numbers,
-    get_rank,
-)
-from rethinking_bn.shuffle.exchange import (
-    Exchange,
-    exchange_rows,
-    layout_vote,
-    plan_exchange,
-    stable_hash,
-)
+from rethinking_bn.distributed import all_gather_object, gather_numbers, get_rank
+from rethinking_bn.shuffle.exchange import exchange_rows, layout_vote
+from rethinking_bn.shuffle.permutation import Exchange, plan_exchange, stable_hash
 
 _NO_ROWS = "missing (0-dimensional tensor)"
 

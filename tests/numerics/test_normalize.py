@@ -6,7 +6,7 @@ import torch
 from rethinking_bn.layers import Moments, local_moments, merge_moments, mix_statistics
 from rethinking_bn.numerics.channel_ops import _plain_gradient_sums, combine, gradient_sums
 from rethinking_bn.numerics.local_moments import _plain_mean_variance
-from rethinking_bn.numerics.moments import stack_moments
+from rethinking_bn.numerics.merge import stack_moments
 from rethinking_bn.numerics.normalize import normalize
 from tests import reference
 

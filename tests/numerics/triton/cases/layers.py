@@ -29,8 +29,16 @@ from tests.numerics.triton.cases.harness import (
 )
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (3, 0, 1, 2)], ids=str)
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize(
+    ("sizes", "last"),
+    [
+        ((2, 2, 2), True),
+        ((3, 0, 1, 2), False),
+        pytest.param((2, 2, 2), False, marks=pytest.mark.slow),
+        pytest.param((3, 0, 1, 2), True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_row_groups(sizes: tuple[int, ...], last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     CASES[0] += 1
     layer = BatchNorm2d(C, device=DEVICE)

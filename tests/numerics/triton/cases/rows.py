@@ -6,6 +6,7 @@ Collected by test_kernels.py, in a process under Triton's interpreter or on a GP
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -79,20 +80,24 @@ def check_row(
         assert holder.num_batches_tracked == steps
 
 
-LAUNCHES = ["moments", "normalize", "gradient_sums", "input_gradient"]
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+FOLDS = {4: plan.FOLD, 6: 0}  # launches of a step -> up to how many tiles programs merge themselves
 
 
-def covering() -> Iterator[tuple[tuple[str, ...], bool, torch.dtype, list[tuple[int, ...]]]]:
-    """Every row in both layouts; in float32 with all shapes in one, in a half type in the other.
+def covering() -> Iterator[Any]:
+    """Every row in both layouts, and with its moments merged by 4 launches and by 6.
 
-    Both layouts meet every type, and so do both values of each of a row's three choices.
+    In float32 with all shapes once, in a half type once; both layouts and both numbers of launches
+    meet every type.
     """
     for i, choices in enumerate(ROWS):
-        flipped = (i // 4 + i // 2 + i) % 2 == 1
-        half = TYPES[1 + (i // 2) % 2]
-        yield choices, flipped, torch.float32, SHAPES
-        yield choices, not flipped, half, SHAPES[::2]
+        flipped, half = (i // 4 + i // 2 + i) % 2 == 1, TYPES[1 + (i // 2) % 2]
+        launches = (4, 6) if i % 4 in (0, 3) else (6, 4)
+        for last, dtype, number in zip(
+            (flipped, not flipped), (torch.float32, half), launches, strict=True
+        ):
+            label = f"{name(choices)}-{name(last)}-{name(dtype)}-{number}"
+            yield pytest.param(choices, last, dtype, number, id=label)
 
 
 def name(value: object) -> str:
@@ -101,37 +106,41 @@ def name(value: object) -> str:
     return "-".join(value) if isinstance(value, tuple) else str(value).removeprefix("torch.")
 
 
-@pytest.mark.parametrize(("choices", "last", "dtype", "shapes"), covering(), ids=name)
+def check_launches(monkeypatch: pytest.MonkeyPatch, launches: int, *case: Any) -> None:
+    monkeypatch.setattr(plan, "FOLD", FOLDS[launches])
+    plan.make_plan.cache_clear()
+    with counted(monkeypatch) as launched:
+        check_row(*case, 0.0, 0.1)
+    merges = launches == 6
+    expected = ["moments", "merge", "normalize", "gradient_sums", "merge_sums", "input_gradient"]
+    assert launched == [k for k in expected if merges or not k.startswith("merge")]
+
+
+@pytest.mark.parametrize(("choices", "last", "dtype", "launches"), covering())
 def test_every_row_layout_and_type(
     choices: tuple[str, ...],
     last: bool,
     dtype: torch.dtype,
-    shapes: list[tuple[int, ...]],
+    launches: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with counted(monkeypatch) as launched:
-        check_row(choices, shapes, dtype, last, 0.0, 0.1)
-    assert launched == LAUNCHES
+    shapes = SHAPES if dtype == torch.float32 else SHAPES[::2]
+    check_launches(monkeypatch, launches, choices, shapes, dtype, last)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("launches", FOLDS)
+@pytest.mark.parametrize("dtype", TYPES, ids=name)
 @pytest.mark.parametrize("last", [False, True], ids=name)
 @pytest.mark.parametrize("choices", ROWS, ids=name)
-@pytest.mark.parametrize("momentum", [0.1, None])
 def test_all_combinations(
     choices: tuple[str, ...],
     last: bool,
     dtype: torch.dtype,
-    momentum: float | None,
+    launches: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for fold, launches in ((plan.FOLD, 4), (0, 6)):
-        monkeypatch.setattr(plan, "FOLD", fold)
-        plan.make_plan.cache_clear()
-        with counted(monkeypatch) as launched:
-            check_row(choices, SHAPES, dtype, last, 0.0, momentum)
-        assert len(launched) == launches
+    check_launches(monkeypatch, launches, choices, SHAPES, dtype, last)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=name)
@@ -140,12 +149,3 @@ def test_large_mean_in_many_blocks(choices: tuple[str, ...], last: bool, small_b
     """Data at 1000 ± 1 comes out as exactly as data around 0."""
     shapes = [(1, C, 5, 4), (1, C, 2, 3)]
     check_row(choices, shapes, torch.float32, last, 1000.0, None)
-
-
-@pytest.mark.parametrize("choices", ROWS[::2], ids=name)
-def test_merged_apart(choices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too many tiles for every program to merge them: a launch merges, and six are enough."""
-    monkeypatch.setattr(plan, "FOLD", 0)
-    with counted(monkeypatch) as launched:
-        check_row(choices, SHAPES[::2], torch.float32, False, 0.0, 0.1)
-    assert len(launched) == 6
