@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ def shuffle_rows(
     back = there.reversed()
     # A node needs an input that requires grad, or this rank would miss the backward.
     anchor = x.new_empty(0, requires_grad=True) if requires_grad and len(rows) > 1 else None
-    result, link = _apply(x, anchor, there, back, channels_last, group)
+    result, link = _apply(x, anchor, _Way(there, back, channels_last, group))
     return result, ShuffleState(there, back, link, channels_last, group)
 
 
@@ -124,7 +124,7 @@ def unshuffle_rows(rows: Tensor, state: ShuffleState) -> Tensor:
     # The format on the wire must not depend on what this rank alone knows.
     alone = len(state.there.sent) == 1
     channels_last = layout_vote(rows) == 2 if alone else state.channels_last
-    return _apply(rows, state.link, state.back, state.there, channels_last, state.group)[0]
+    return _apply(rows, state.link, _Way(state.back, state.there, channels_last, state.group))[0]
 
 
 def _agree(x: Tensor, seed: int, group: ProcessGroup | None) -> tuple[list[int], bool, bool]:
@@ -162,24 +162,30 @@ def _disagreement(described: Sequence[dict[str, Any]]) -> str:
     return f"shuffle_rows needs the same kind of rows on every rank: {'; '.join(complaints)}"
 
 
-def _apply(
-    x: Tensor,
-    anchor: Tensor | None,
-    exchange: Exchange,
-    inverse: Exchange,
-    channels_last: bool,
-    group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Run ``exchange``, with an autograd node if ``x`` or ``anchor``, an empty tensor, needs one;
+class _Way(NamedTuple):
+    """An exchange, the inverse that brings gradients back, and how the rows of both travel."""
+
+    exchange: Exchange
+    inverse: Exchange
+    channels_last: bool
+    group: ProcessGroup | None
+
+    def send(self, x: Tensor) -> Tensor:
+        return exchange_rows(x, self.exchange, self.channels_last, self.group)
+
+    def send_back(self, grad: Tensor) -> Tensor:
+        return exchange_rows(grad, self.inverse, self.channels_last, self.group)
+
+
+def _apply(x: Tensor, anchor: Tensor | None, way: _Way) -> tuple[Tensor, Tensor | None]:
+    """Exchange rows, with an autograd node if ``x`` or ``anchor``, an empty tensor, needs one;
     return the result and, with a node, its empty second output."""
     differentiable = x.is_floating_point() or x.is_complex()
     recorded = differentiable and (x.requires_grad or anchor is not None)
     if recorded and torch.is_grad_enabled():
-        outputs: tuple[Tensor, Tensor | None] = _ExchangeRows.apply(
-            x, anchor, exchange, inverse, channels_last, group
-        )
+        outputs: tuple[Tensor, Tensor | None] = _ExchangeRows.apply(x, anchor, way)
         return outputs
-    return exchange_rows(x.detach(), exchange, channels_last, group), None
+    return way.send(x.detach()), None
 
 
 class _ExchangeRows(torch.autograd.Function):
@@ -187,22 +193,16 @@ class _ExchangeRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        anchor: Tensor | None,
-        exchange: Exchange,
-        inverse: Exchange,
-        channels_last: bool,
-        group: ProcessGroup | None,
+        ctx: Any, x: Tensor, anchor: Tensor | None, way: _Way
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.arguments = inverse, channels_last, group
+        ctx.way = way
         link = None if anchor is None else x.new_empty(0)
-        return exchange_rows(x, exchange, channels_last, group), link
+        return way.send(x), link
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         # Also where x itself needs no gradient: the rows of other ranks may.
-        grad = exchange_rows(grad, *ctx.arguments)
+        grad = ctx.way.send_back(grad)
         of_anchor = grad.new_zeros(0) if ctx.needs_input_grad[1] else None
-        return grad if ctx.needs_input_grad[0] else None, of_anchor, None, None, None, None
+        return grad if ctx.needs_input_grad[0] else None, of_anchor, None

@@ -27,11 +27,9 @@ from benchmarks.result import Cell, Result, Table
 from benchmarks.stubbed import add_stubbed
 from benchmarks.timing import Plan, Step, alternate, spread
 from rethinking_bn.layers import BatchNorm2d, CycleBatchNorm2d, MABN2d, SyncBatchNorm2d
+from rethinking_bn.layers.multi_domain import TABLE_5
 from rethinking_bn.numerics.channel_ops import combine_each, gradient_sums, scale_and_shift
 
-#: the rows of Table 5 as train_stats, population_stats, affine; s shared, d domain-specific
-ROWS = {1: "sss", 2: "sds", 3: "dss", 4: "dds", 5: "dsd", 6: "ddd"}
-_CHOICE = {"s": "shared", "d": "domain_specific"}
 _CHANNELS = 8
 
 
@@ -111,16 +109,7 @@ def floor(name: str, levels: Levels, small: int) -> Contender:
 
 def rows(levels: Levels) -> dict[int, Contender]:
     """Return MultiDomainBatchNorm2d in every row of Table 5."""
-    return {
-        row: multi_domain(
-            f"row {row}",
-            levels,
-            train_stats=_CHOICE[choice[0]],
-            population_stats=_CHOICE[choice[1]],
-            affine=_CHOICE[choice[2]],
-        )
-        for row, choice in ROWS.items()
-    }
+    return {row: multi_domain(f"row {row}", levels, **choices) for row, choices in TABLE_5.items()}
 
 
 def mabn(channels: int) -> MABN2d:

@@ -41,19 +41,14 @@ from rethinking_bn.layers import (
     MABN2d,
     SyncBatchNorm2d,
 )
+from rethinking_bn.layers.multi_domain import TABLE_5
 from rethinking_bn.numerics.triton import plan
 
-# train_stats, population_stats, affine: the rows of Table 5, then the two other combinations
-_S, _D = "shared", "domain_specific"
+# the rows of Table 5, and the two other combinations
 ROWS = {
-    "row 1": (_S, _S, _S),
-    "row 2": (_S, _D, _S),
-    "row 3": (_D, _S, _S),
-    "row 4": (_D, _D, _S),
-    "row 5": (_D, _S, _D),
-    "row 6": (_D, _D, _D),
-    "shared, affine apart": (_S, _S, _D),
-    "shared, the rest apart": (_S, _D, _D),
+    **{f"row {row}": choices for row, choices in TABLE_5.items()},
+    "shared, affine apart": {**TABLE_5[1], "affine": "domain_specific"},
+    "shared, the rest apart": {**TABLE_5[6], "train_stats": "shared"},
 }
 _VARIANTS = list(itertools.product((torch.float32, torch.bfloat16), (False, True)))
 
@@ -100,8 +95,7 @@ def _levels(options: Options, dtype: torch.dtype = torch.float32, last: bool = F
 
 
 def _row(name: str, levels: Levels) -> Contender:
-    names = ("train_stats", "population_stats", "affine")
-    return multi_domain(name, levels, **dict(zip(names, ROWS[name], strict=True)))
+    return multi_domain(name, levels, **ROWS[name])
 
 
 def _equality(result: Result, options: Options) -> None:
