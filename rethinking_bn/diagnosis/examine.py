@@ -14,7 +14,8 @@ from torch.distributed import ProcessGroup
 
 from rethinking_bn.diagnosis.effects import Output, Variants
 from rethinking_bn.diagnosis.judge_layer import judge_layer
-from rethinking_bn.diagnosis.judge_together import domain_shift, mixed_blocks, output_effects
+from rethinking_bn.diagnosis.judge_output import output_effects
+from rethinking_bn.diagnosis.judge_together import domain_shift, mixed_blocks
 from rethinking_bn.diagnosis.layers import DiagnosedLayer, find_layers
 from rethinking_bn.diagnosis.record import Record
 from rethinking_bn.diagnosis.result import Diagnosis

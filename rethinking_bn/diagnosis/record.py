@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +21,17 @@ from rethinking_bn.population.observers import MomentsAccumulator, TorchLayer, l
 _BLOCK = 32  # forwards that are merged at once in float64
 
 
+@dataclass
 class _Call:
-    """One use: how many values and images, variance of the image means, mean and M2 (C,)."""
+    """One use: values per channel, images, the variance of their means, and (mean, M2), each (C,).
 
-    def __init__(self, count: int, images: int, within: Tensor, of: tuple[Tensor, Tensor] | None):
-        self.count, self.images, self.within, self.of = count, images, within, of
+    The last is None until the layer's forward has left it.
+    """
+
+    count: int
+    images: int
+    within: Tensor
+    of: Sequence[Tensor] | None
 
 
 class _CallByCall(MomentsAccumulator):
@@ -36,7 +44,7 @@ class _CallByCall(MomentsAccumulator):
     def merge(self, block: Moments) -> None:
         """Take in K calls: mean and m2 (K, 1, C)."""
         for mean, m2 in zip(block.mean[:, 0], block.m2[:, 0], strict=True):
-            self._calls.popleft().of = mean, m2
+            self._calls.popleft().of = (mean, m2)
 
 
 class Record:
@@ -78,37 +86,34 @@ class Record:
                 observed = TorchLayer(layer.name, layer.layer)
                 observed.moments = _CallByCall(self._to_come, layer.stored_on())
                 stack.enter_context(observed.observing())
-                stack.enter_context(layer.watching(self._see_beside))
+                stack.enter_context(layer.watching(partial(self._see, leaves=True)))
             else:
                 stack.enter_context(layer.state_untouched())
                 stack.enter_context(layer.watching(self._see))
             yield
 
-    def _see(self, tensors: Sequence[Tensor]) -> None:
-        """Take in one call of the layer: one use per tensor (N, C, *)."""
-        self.groups = max(self.groups, self.layer.groups)
-        for x in tensors:
-            rows, channels = x.shape[:2]
-            # as so many channels: the moments of every image in one pass
-            count, mean, m2 = local_moments(x.detach().flatten(0, 1)[None])
-            mean, m2 = mean.view(rows, channels), m2.view(rows, channels)
-            pooled = merge_moments(count.expand(rows), mean, m2)
-            images = rows if x.numel() else 0
-            of = pooled.mean, pooled.m2
-            self._now.append(_Call(x.numel() // channels, images, _variance(mean), of))
+    def _see(self, tensors: Sequence[Tensor], leaves: bool = False) -> None:
+        """Take in one call of the layer: one use per tensor (N, C, *).
 
-    def _see_beside(self, tensors: Sequence[Tensor]) -> None:
-        """Take in one call of a layer whose own forward finds the moments."""
-        if not self.layer.layer.training:  # the model itself has changed its mode
-            return self._see(tensors)
+        Args:
+            leaves: whether its forward leaves the moments, if it is in training mode by then.
+        """
+        leaves = leaves and self.layer.layer.training
         self.groups = max(self.groups, self.layer.groups)
         for x in tensors:
-            x, dtype = x.detach(), statistics_dtype(x.dtype)
-            mean = x.flatten(2).mean(2, dtype=dtype) if x.dim() > 2 else x.to(dtype)
-            images = len(x) if x.numel() else 0
-            call = _Call(x.numel() // x.shape[1], images, _variance(mean), None)
-            self._now.append(call)
-            self._to_come.append(call)
+            x, (rows, channels) = x.detach(), x.shape[:2]
+            of = None
+            if leaves:
+                dtype = statistics_dtype(x.dtype)
+                mean = x.flatten(2).mean(2, dtype=dtype) if x.dim() > 2 else x.to(dtype)
+            else:  # as so many channels: the moments of every image in one pass
+                count, mean, m2 = local_moments(x.flatten(0, 1)[None])
+                mean, m2 = mean.view(rows, channels), m2.view(rows, channels)
+                _, *of = merge_moments(count.expand(rows), mean, m2)
+            images = rows if x.numel() else 0
+            self._now.append(_Call(x.numel() // channels, images, _variance(mean), of))
+        if leaves:
+            self._to_come += self._now[-len(tensors) :]
 
     def end_of_forward(self) -> None:
         """Close a forward of the model: the next call is its first use again."""
