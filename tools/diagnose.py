@@ -85,7 +85,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"diagnose.py: error: {error}", file=sys.stderr)
         sys.exit(1)
-    print(plan)
+    print(plan if plan.warnings else f"{plan}\nno mistake found")
     if args.strict and plan.warnings:
         sys.exit(1)
 

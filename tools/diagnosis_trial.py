@@ -40,13 +40,6 @@ MODELS = (
     "detectron2_mask_rcnn",
 )
 CHANGES = (0.03, 0.1, 0.3)  # of the output, at which graded defects are planted
-STRONG = 1.5  # in detectors
-STRONG_OF = {
-    "dead-channels": 0.5,
-    "domain-shift": 1.0,
-    "dependent-samples": 1.0,
-    "small-batch": 8.0,
-}
 
 
 def trial(case: diagnosis_cases.Case, kind: str, planted: Planted) -> dict[str, Any]:
@@ -71,19 +64,13 @@ def run(model: str, seed: int, plan: list[tuple[str, float]]) -> list[dict[str, 
     case = getattr(diagnosis_cases, model)(seed)
     trials = []
     for kind, at in plan:
-        about: dict[str, Any] = {"model": model, "seed": seed, "kind": kind, "at": at}
-        if kind == "healthy":
-            target = diagnosis_cases.others(case).batches(seed, case.count)
-            planted = Planted(case.model, case.batches(seed, case.count), target, "", seed)
-        else:
-            graded = not math.isnan(at)
-            strength = STRONG_OF.get(kind, STRONG)
-            if graded:
-                strength = diagnosis_plants.strength_for(kind, case, at, seed)
-            planted = diagnosis_plants.plant(kind, case, strength, seed)
-            about["strength"] = strength
-            if model == "classifier":
-                about["change"] = diagnosis_plants.output_change(kind, case, planted)
+        strength = diagnosis_plants.STRONG.get(kind, 1.5)
+        if not math.isnan(at):
+            strength = diagnosis_plants.strength_for(kind, case, at, seed)
+        planted = diagnosis_plants.plant(kind, case, strength, seed)
+        about = {"model": model, "seed": seed, "kind": kind, "at": at, "strength": strength}
+        if model == "classifier":
+            about["change"] = diagnosis_plants.output_change(kind, case, planted)
         trials.append(about | trial(case, kind, planted))
     return trials
 
@@ -112,7 +99,7 @@ def main() -> None:
     plan = [
         (kind, change)
         for kind in args.kinds or ("healthy", *KINDS)
-        for change in ((graded or (math.nan,)) if kind in GRADED else (math.nan,))
+        for change in (graded if kind in GRADED and graded else (math.nan,))
     ]
     for seed in range(*map(int, args.seeds.split(":"))):
         had = {(t["kind"], str(t["at"])) for t in done

@@ -235,11 +235,20 @@ class _Session:
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
+    inputs = batch
     if isinstance(batch, (list, tuple)) and len(batch) == 2:
-        inputs, labels = batch
+        labels = batch[1]
         if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
-            return model(inputs)
-    return model(batch)
+            inputs = batch[0]
+    try:
+        return model(inputs)
+    except (TypeError, AssertionError, ValueError, AttributeError):
+        logger.error(
+            "the model cannot be called with a batch as it comes (%s): diagnose's forward= says "
+            "how, as forward=rethinking_bn.torchvision.run_detector for torchvision's detectors",
+            type(batch).__name__,
+        )
+        raise
 
 
 def _agree_on_layers(layers: Sequence[DiagnosedLayer], group: ProcessGroup | None) -> None:

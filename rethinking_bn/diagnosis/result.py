@@ -14,13 +14,16 @@ from rethinking_bn.diagnosis.findings import SEVERITIES, Finding
 from rethinking_bn.files import replace
 
 _WIDTH = 100
+_EXPLAINED = 8  # layers, the worst, whose numbers are printed; all whose kinds are new, too
+_FEW = 20  # batches
 
 
 @dataclass(frozen=True)
 class Diagnosis:
     """What :func:`rethinking_bn.diagnosis.diagnose` found.
 
-    ``print`` shows a table, the worst layer first; layers that are fine are counted only.
+    ``print`` shows a table, the worst layer first, with a sentence for every finding of the worst;
+    layers that are fine are counted only.
 
     Attributes:
         findings: the worst first; what is fine is there too, as "ok" with its numbers.
@@ -61,25 +64,31 @@ class Diagnosis:
         lines = [
             f"diagnosis of {len(self.layers)} BN-like layers on {self.batches} batches: {counts}"
         ]
+        if self.batches < _FEW:
+            lines.append(f'(few batches: what is "ok" may only be uncertain; take {_FEW} or more)')
         by_layer: dict[str, list[Finding]] = {}
         for finding in self.findings:
             if finding.severity != "ok":
                 by_layer.setdefault(finding.layer, []).append(finding)
         told: set[str] = set()  # a remedy is printed once, where its kind is worst
         width = max((len(name or _WHOLE) for name in by_layer), default=0)
-        for name, findings in by_layer.items():
-            kinds = ", ".join(dict.fromkeys(f.kind for f in findings))
-            lines.append(f"{findings[0].severity:8} {name or _WHOLE:{width}}  {kinds}")
+        for number, (name, findings) in enumerate(by_layer.items()):
+            kinds = list(dict.fromkeys(f.kind for f in findings))
+            lines.append(f"{findings[0].severity:8} {name or _WHOLE:{width}}  {', '.join(kinds)}")
+            if number >= _EXPLAINED and told.issuperset(kinds):
+                continue
             said = any("output_change" in f.evidence for f in findings)
             for finding in findings:
                 if said and finding.kind == "output-effect":
                     continue  # the other sentences say it
                 do = "as above" if finding.kind in told else finding.remedy
-                told.add(finding.kind)
                 text = f"{finding.kind}: {finding.what}; do: {do}"
                 lines += textwrap.wrap(
                     text, _WIDTH, initial_indent=" " * 9, subsequent_indent=" " * 11
                 )
+            told.update(kinds)
+        if len(by_layer) > _EXPLAINED:
+            lines.append("         (numbers of every layer: .findings, or the JSON file)")
         fine = len(self.layers) - len([name for name in by_layer if name])
         if fine:
             lines.append(f"ok       {fine} layers")

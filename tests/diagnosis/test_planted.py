@@ -208,6 +208,14 @@ def test_what_changes_nothing_in_the_output_is_not_severe() -> None:
     assert not diagnosis.severe
 
 
+def test_many_layers_are_listed_but_only_the_worst_explained() -> None:
+    torch.manual_seed(0)
+    layers = [m for _ in range(12) for m in (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())]
+    text = str(diagnose(nn.Sequential(*layers), batches(4), output_batches=0))
+    assert text.count("identity-statistics\n") > text.count("identity-statistics: ") == 8
+    assert "few batches" in text and "few batches" not in str(diagnose(healthy(), batches(20, 8)))
+
+
 def test_the_result_can_be_printed_saved_and_drawn(tmp_path: Path) -> None:
     net = healthy()
     set_nan(net)

@@ -143,6 +143,12 @@ def test_user_errors_are_named() -> None:
         diagnose(nn.Sequential(nn.LazyBatchNorm2d()), batches(3))
 
 
+def test_a_batch_that_the_model_cannot_take_is_explained(caplog) -> None:
+    with pytest.raises(TypeError):
+        diagnose(healthy(), [{"image": x} for x in batches(2)])
+    assert "forward=" in caplog.text and "(dict)" in caplog.text
+
+
 def test_a_model_without_batch_norm_has_an_empty_diagnosis(caplog) -> None:
     diagnosis = diagnose(nn.Sequential(nn.Conv2d(3, 2, 1), nn.GroupNorm(1, 2)), batches(2))
     assert not diagnosis.findings and "no BN-like layer" in caplog.text

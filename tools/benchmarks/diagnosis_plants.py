@@ -24,6 +24,12 @@ GRADED = (
 )
 ONCE = ("identity-statistics", "non-finite", "impossible-variance")
 KINDS = (*GRADED, *ONCE)
+STRONG = {
+    "dead-channels": 0.5,
+    "domain-shift": 1.0,
+    "dependent-samples": 1.0,
+    "small-batch": 8.0,
+}  # in detectors, where others are planted at 1.5
 _OF_BATCHES = ("dependent-samples", "small-batch")
 # strengths between which that of a given change of the output lies
 _RANGE = {"dead-channels": (1e-4, 1.0), "domain-shift": (1e-4, 1.0)}
@@ -71,10 +77,10 @@ def norms(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def plant(kind: str, case: Case, strength: float, seed: int) -> Planted:
-    """Plant one defect in a copy of a healthy model.
+    """Plant one defect in a copy of a healthy model, or none.
 
     Args:
-        kind: one of ``KINDS``.
+        kind: one of ``KINDS``, or "healthy".
         strength: for dependent-samples the fraction of a batch that is of one kind, for small-batch
             how many times smaller a batch is; else how far off, in about standard deviations.
         seed: chooses the layer and the batches.
@@ -110,6 +116,8 @@ def plant(kind: str, case: Case, strength: float, seed: int) -> Planted:
         layer.running_mean[0] = float("nan")
     elif kind == "impossible-variance":
         layer.running_var[0] = -0.1
+    elif kind == "healthy":
+        target, name = others(case).batches(seed, case.count), ""
     elif kind == "domain-shift":
         dark = [case.darken(sample, strength) for sample in case.target]
         target = replace(case, samples=dark).batches(seed, case.count)
