@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rethinking_bn.numerics.local_moments import mean_variance
+from rethinking_bn.numerics.channel_ops import are_few
+from rethinking_bn.numerics.local_moments import ROWS, mean_variance
 from rethinking_bn.numerics.moments import Moments, statistics_dtype
 
 
@@ -53,17 +54,20 @@ def on_device(values: Sequence[Sequence[float]], like: Tensor) -> Tensor:
     return rows if like.device.type == "cpu" else rows.to(like.device, non_blocking=True)
 
 
-@torch.no_grad()
 def batch_statistics(xs: Sequence[Tensor]) -> BatchStatistics:
     """Return the statistics of L tensors (N, C, *), each a part; the variances are biased.
 
-    Half types are accumulated in float32.
+    Half types are accumulated in float32. To be called within no_grad.
     """
-    counts = tuple(x.numel() // x.shape[1] for x in xs)
+    counts = tuple([x.numel() // x.shape[1] for x in xs])
+    # where calls cost more than memory, so does choosing the fastest for each tensor
+    few = max(counts) <= ROWS and are_few(xs, statistics_dtype(xs[0].dtype))
     pairs: list[tuple[Tensor, Tensor]] = []
     for x, n in zip(xs, counts, strict=True):
         if n:
-            pairs.append(mean_variance(x))
+            pairs.append(
+                torch.batch_norm_update_stats(x, None, None, 0.0) if few else mean_variance(x)
+            )
         else:
             zero = x.new_zeros(x.shape[1], dtype=statistics_dtype(x.dtype))
             pairs.append((zero, zero))

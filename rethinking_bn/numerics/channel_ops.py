@@ -181,6 +181,21 @@ def gradient_sums_on_cuda(
     return sums[0], sums[1]
 
 
+def gradient_sums_of_each(
+    dys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    index: Sequence[int],
+    eps: float,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return :func:`gradient_sums` of L pairs of tensors, by the statistics at each one's index."""
+    pairs = zip(dys, xs, index, strict=True)
+    if not are_few(xs, means[0].dtype) or not all([x.numel() for x in xs]):
+        return [gradient_sums(dy, x, means[p], variances[p], eps) for dy, x, p in pairs]
+    return [_gradient_sums_on_cpu(dy, x, means[p], variances[p], eps) for dy, x, p in pairs]
+
+
 def gradient_sums(
     dy: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -192,12 +207,7 @@ def gradient_sums(
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         if dtype != x.dtype and not (x.is_contiguous() or is_channels_last(x)):
             x = x.contiguous()  # of other strides the kernel rounds sums to the half type
-        dy = _match_memory_format(dy, x)
-        # the mean in place of a weight tells it the type to return
-        _, grad_weight, grad_bias = _native_backward(
-            dy, x, mean, mean, variance, None, None, False, eps, [False, True, True]
-        )
-        return grad_bias, grad_weight
+        return _gradient_sums_on_cpu(dy, x, mean, variance, eps)
     invstd = (variance + eps).rsqrt()
     if torch.compiler.is_compiling():
         return _plain_gradient_sums(dy, x, mean, invstd)
@@ -205,6 +215,15 @@ def gradient_sums(
         sum_dy, sum_dy_centred = gradient_sums_on_cuda(dy, x, mean, invstd)
         return sum_dy.to(dtype), sum_dy_centred.to(dtype) * invstd
     return _plain_gradient_sums(dy, x, mean, invstd)
+
+
+def _gradient_sums_on_cpu(
+    dy: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    # the mean in place of a weight tells it the type to return
+    args = (mean, mean, variance, None, None, False, eps, [False, True, True])
+    _, grad_weight, grad_bias = _native_backward(_match_memory_format(dy, x), x, *args)
+    return grad_bias, grad_weight
 
 
 def _plain_gradient_sums(

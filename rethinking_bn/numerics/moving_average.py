@@ -34,6 +34,7 @@ class Statistics:
         correction: (C,) r, constant in the backward; a number where it is the same for all.
         moving: () whether the backward uses the moving average of p in place of p itself.
         replays: () how often activation checkpointing has recomputed this forward.
+        spread: (C,) S + eps, where it is at hand.
     """
 
     own: Tensor
@@ -41,6 +42,7 @@ class Statistics:
     correction: Tensor | float
     moving: Truth
     replays: Tensor | None = None
+    spread: Tensor | None = None
 
 
 def choose(condition: Truth, value: Callable[[], Tensor], otherwise: Any) -> Any:
@@ -107,7 +109,7 @@ class _MovingAverageNormalize(torch.autograd.Function):
         # activation checkpointing replaces the saved tensors by recomputed ones.
         ctx.save_for_backward(weight, *xs)
         smoothed = statistics.smoothed
-        spread = smoothed + eps
+        spread = smoothed + eps if statistics.spread is None else statistics.spread
         factor = torch.ones_like(spread) if weight is None else weight.to(spread.dtype)
         scale = factor * statistics.correction
         a = spread.rsqrt().mul_(scale)

@@ -15,7 +15,7 @@ from rethinking_bn.numerics.channel_ops import (
     affine_normalize,
     are_few,
     combine_each,
-    gradient_sums,
+    gradient_sums_of_each,
     gradient_sums_on_cuda,
     input_gradient_on_cuda,
     scale_and_shift,
@@ -82,11 +82,7 @@ class Normalize(torch.autograd.Function):
                 for dy, x, p in zip(dys, xs, index, strict=True)
             ]
         else:
-            variances = variance.unbind()
-            pairs = [
-                gradient_sums(dy, x, means[p], variances[p], ctx.eps)
-                for dy, x, p in zip(dys, xs, index, strict=True)
-            ]
+            pairs = gradient_sums_of_each(dys, xs, means, variance.unbind(), index, ctx.eps)
         sums = torch.stack([value for pair in pairs for value in pair]).view(len(xs), 2, -1)
         if on_cuda:
             sums[:, 1] *= invstd

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.bare import floors
 from benchmarks.contenders import (
     TOY_SIZES,
     Contender,
@@ -28,7 +29,6 @@ from benchmarks.stubbed import add_stubbed
 from benchmarks.timing import Plan, Step, alternate, spread
 from rethinking_bn.layers import BatchNorm2d, CycleBatchNorm2d, MABN2d, SyncBatchNorm2d
 from rethinking_bn.layers.multi_domain import TABLE_5
-from rethinking_bn.numerics.channel_ops import combine_each, gradient_sums, scale_and_shift
 
 _CHANNELS = 8
 
@@ -64,47 +64,6 @@ class _OneTensor(nn.Module):
 
     def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
         return [self.layer(xs[0])]
-
-
-class _Floor(torch.autograd.Function):
-    """A layer's passes over its tensors, one autograd.Function, small operators, nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, small: int, weight: Tensor, bias: Tensor, *xs: Tensor) -> Any:
-        ctx.save_for_backward(weight, *xs)
-        ctx.small = small
-        for x in xs:
-            torch.batch_norm_update_stats(x, None, None, 0.0)
-        for _ in range(small // 2):
-            torch.mul(weight, bias)
-        return scale_and_shift(xs, weight[None], bias[None])
-
-    @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> Any:
-        weight, *xs = ctx.saved_tensors
-        for dy, x in zip(dys, xs, strict=True):
-            gradient_sums(dy, x, weight, weight, 1.0)
-        for _ in range(ctx.small - ctx.small // 2):
-            torch.mul(weight, weight)
-        row = weight[None]
-        return None, weight, weight, *combine_each(dys, xs, row, row, row, [True] * len(xs))
-
-
-class _FloorLayer(nn.Module):
-    def __init__(self, channels: int, small: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.small = small
-
-    def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
-        return list(_Floor.apply(self.small, self.weight, self.bias, *xs))
-
-
-def floor(name: str, levels: Levels, small: int) -> Contender:
-    """Return what a layer cannot go below whose formulas need ``small`` operators of (C,)."""
-    layer = _FloorLayer(levels.xs[0].shape[1], small).to(levels.xs[0].device)
-    return Contender(name, layer, levels)
 
 
 def rows(levels: Levels) -> dict[int, Contender]:
@@ -159,12 +118,10 @@ def _run(options: Options) -> Result:
     check_step(result, ours[6], five, tolerance_of(torch.float32))
     for name in ("BatchNorm2d", "SyncBatchNorm2d"):
         check_step(result, single[name], single["nn.BatchNorm2d"], tolerance_of(torch.float32))
-    # the small operators are those that MABN2d's and row 1's steps dispatch
-    first = Levels(levels.xs[:1], levels.dys[:1])
-    floors = [floor("floor of row 1", levels, 27), floor("floor of MABN2d", first, 27)]
+    of_row1, of_mabn = floors(levels, Levels(levels.xs[:1], levels.dys[:1]))
     groups = {
-        "five levels": [five, concat, *ours.values(), cycle, pooled_mabn, floors[0]],
-        "one tensor": [*single.values(), floors[1]],
+        "five levels": [five, concat, *ours.values(), cycle, pooled_mabn, of_row1],
+        "one tensor": [*single.values(), of_mabn],
     }
     for case, sides in groups.items():
         steps = {side.name: side.step for side in sides}
@@ -177,7 +134,7 @@ def _run(options: Options) -> Result:
         times = alternate(steps, device, plan, clock=time.process_time)
         base = sides[0]
         for side in sides[1:]:
-            beside = concat if side.name in ("row 1", "row 2", "floor of row 1") else base
+            beside = concat if side.name in ("row 1", "row 2", of_row1.name) else base
             pair = [(s.name, times[s.name]) for s in (side, beside)]
             result.measure(case, pair[0], pair[1], unit="µs", scale=1e6)
         counts = {name: count_operators(step) for name, step in steps.items()}

@@ -218,8 +218,9 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             one = torch.ones_like(self.running_mean_square)
             return [affine_normalize(x, one, one, self.weight, self.bias, self.eps) for x in xs]
         self._know_batch_size(len(present[0]))
-        affine = ([self.weight], [self.bias]) if self.affine else (None, None)
+        weight, bias = self.weight, self.bias
         kernels: Any = None
+        affine = ([weight], [bias]) if self.affine else (None, None)
         # the type of R is that of the rings
         if takes_triton(xs, *affine) and self.running_mean_square.dtype == torch.float32:
             from rethinking_bn.numerics.triton import mabn as kernels  # imports Triton
@@ -230,7 +231,7 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             known = statistics is not None
             if statistics is None:
                 statistics = self._advance(xs, present, kernels)
-        arguments = (xs, self.weight, self.bias, statistics, self.eps)
+        arguments = (xs, weight, bias, statistics, self.eps)
         if kernels is None:
             outputs = mabn_normalize(*arguments, self._average_gradient)
         else:
@@ -271,12 +272,14 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             options |= {"first_moving": first_moving, "last_uncorrected": last_uncorrected}
             return Statistics(*kernels.advance(xs, running, ring.values, ring.count, **options))
         own = mean_square(present)[1]
-        t = ring.push(own)
+        t = ring.push(own, own < math.inf)  # NaN is not less either
         moving = t >= first_moving
         smoothed = choose(moving, lambda: ring.mean(t).to(own.dtype), own)
 
+        spread = smoothed + self.eps
+
         def ratio() -> Tensor:
-            r = ((smoothed + self.eps) / (running + self.eps)).sqrt_()
+            r = (spread / (running + self.eps)).sqrt_()
             return r.clamp_(1 / self.r_max, self.r_max)
 
         correction = choose(t > last_uncorrected, ratio, 1.0)
@@ -284,9 +287,8 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             # A compiler recomputes in the backward what is cheap, here from an R that has moved on.
             correction = correction.flip(0).flip(0)
         moved = running.lerp(smoothed.to(running.dtype), self.momentum)
-        # NaN is not less either
         torch.where(moved < math.inf, moved, running, out=running)
-        return Statistics(own, smoothed, correction, moving)
+        return Statistics(own, smoothed, correction, moving, spread=spread)
 
     def _average_gradient(self, p: Tensor, moving: Truth) -> Tensor:
         """Take in p (C,) of one backward pass and return P (C,)."""

@@ -95,22 +95,28 @@ class ValueRing(FullPrecisionBuffers):
 
         A number spares the operators that let a device choose for itself.
         """
-        if self.count.device.type != "cpu" or type(self.count) is not Tensor:
-            return self.count
+        count = self.count
+        if count.device.type != "cpu" or type(count) is not Tensor:
+            return count
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.count
-        return int(self.count)
+            return count
+        return int(count)
 
-    def push(self, value: Tensor) -> int | Tensor:
+    def push(self, value: Tensor, finite: Tensor | None = None) -> int | Tensor:
         """Append a value (C,) that needs no gradient; return the clock after it.
 
         Channels in which it is not finite (an overflow under a gradient scaler) repeat the value
         before, so that one such step does not outlive itself in m averages.
+
+        Args:
+            finite: (C,) whether it is, where that is cheaper to tell than of any value.
         """
         values, m, t = self.values, self.length, self.clock()
         assert m is not None  # there are values
-        zero = value - value  # or NaN
-        finite, value = zero == zero, value.to(values.dtype)
+        if finite is None:
+            zero = value - value  # or NaN
+            finite = zero == zero
+        value = value.to(values.dtype)
         if isinstance(t, int):
             torch.where(finite, value, values[(t - 1) % m], out=values[t % m])
             self.count.add_(1)
