@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from rethinking_bn.layers import PopulationLayer
-from rethinking_bn.layers.freezing import freeze_layer, is_frozen, thaw_layer
+from rethinking_bn.layers.frozen import freeze_layer, is_frozen, thaw_layer
 
 _PLAIN = (bool, int, float, type(None))
 

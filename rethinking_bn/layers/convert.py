@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from rethinking_bn.layers.batch_norm import BatchNorm2d, SyncBatchNorm2d
 from rethinking_bn.layers.domain_state import DomainBatchNormBase
-from rethinking_bn.layers.freezing import freeze_layer, is_frozen
+from rethinking_bn.layers.frozen import freeze_layer, is_frozen
 from rethinking_bn.layers.mabn.centring import (
     centred_convolutions,
     norm_channels,

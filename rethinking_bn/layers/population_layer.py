@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from rethinking_bn.layers.freezing import freeze_layer, thaw_layer
+from rethinking_bn.layers.frozen import freeze_layer, thaw_layer
 from rethinking_bn.numerics.moments import Moments
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from rethinking_bn.layers import (
     norm_names,
 )
 from rethinking_bn.layers.convert import replace_norms
-from rethinking_bn.layers.freezing import freeze_layer
+from rethinking_bn.layers.frozen import freeze_layer
 from rethinking_bn.modeling.domains import check_architecture, domain_norm
 from rethinking_bn.modeling.norm_options import norm_options
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rethinking_bn.population.batch_at_inference import batch_statistics
 from rethinking_bn.population.estimate import estimate_population_statistics
-from rethinking_bn.population.freezing import freeze_batch_norm, unfreeze_batch_norm
+from rethinking_bn.population.freeze_model import freeze_batch_norm, unfreeze_batch_norm
 from rethinking_bn.population.report import LayerReport, PopulationReport
 from rethinking_bn.population.train_part import train_only
 

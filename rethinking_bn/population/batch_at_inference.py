@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rethinking_bn.layers.freezing import is_frozen
+from rethinking_bn.layers.frozen import is_frozen
 from rethinking_bn.numerics.normalize import normalize
 from rethinking_bn.population.observers import named_frozen_layers, named_population_layers
 

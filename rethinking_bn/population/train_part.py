@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from rethinking_bn.layers.freezing import freeze_layer
+from rethinking_bn.layers.frozen import freeze_layer
 from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.population.observers import named_population_layers
 

@@ -16,15 +16,15 @@ from rethinking_bn.studies import (
     leakage,
     population,
     resolution,
-    rows,
     small_batch,
+    table_5,
     train_test,
 )
 from rethinking_bn.studies.runner import Interrupted, run_study
 from rethinking_bn.studies.study import Study
 
 _MODULES = (
-    rows,
+    table_5,
     population,
     train_test,
     domain_shift,

@@ -23,7 +23,7 @@ from rethinking_bn.layers import (
     get_norm,
     norm_names,
 )
-from rethinking_bn.layers.freezing import freeze_layer, is_frozen
+from rethinking_bn.layers.frozen import freeze_layer, is_frozen
 
 BATCH_NORMS = {
     "BN": BatchNorm2d,

@@ -21,7 +21,7 @@ from rethinking_bn.engine.checks import check_data_sets, check_model
 from rethinking_bn.engine.population_loader import build_population_loader
 from rethinking_bn.engine.train_loader import build_train_loader
 from rethinking_bn.layers import SplitBatchNorm2d, row_domains
-from rethinking_bn.layers.freezing import is_frozen
+from rethinking_bn.layers.frozen import is_frozen
 from tests.engine.tiny import register_data, tiny_config, write_data
 from tests.modeling.models import training_batch
 

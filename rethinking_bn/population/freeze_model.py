@@ -6,7 +6,7 @@ import logging
 
 from torch import nn
 
-from rethinking_bn.layers.freezing import freeze_layer, is_frozen, thaw_layer
+from rethinking_bn.layers.frozen import freeze_layer, is_frozen, thaw_layer
 from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.population.observers import named_population_layers
 
