@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES, _get_builtin_metadata
 
+from rethinking_bn.engine import launch
 from tests.engine.tiny import tiny_config, write_data
 
 ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools" / "train_net.py")
 DATA = "coco_2017_val_100"  # registered by detectron2 wherever DETECTRON2_DATASETS points
+JSON, IMAGES = "coco/annotations/instances_val2017_100.json", "coco/val2017"
 
 
 def write_run(folder: Path, **overrides: Any) -> Path:
     """Write data and ``run.yaml``, for a tiny RetinaNet; return its OUTPUT_DIR."""
-    images, annotations = folder / "coco" / "val2017", folder / "coco" / "annotations"
-    images.mkdir(parents=True)
-    annotations.mkdir()
+    (folder / IMAGES).mkdir(parents=True)
+    (folder / JSON).parent.mkdir()
     categories = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
-    write_data(images, categories=categories)
-    (images / "tiny.json").rename(annotations / "instances_val2017_100.json")
+    write_data(folder / IMAGES, categories=categories)
+    (folder / IMAGES / "tiny.json").rename(folder / JSON)
     overrides = {"MODEL__RETINANET__NUM_CLASSES": 80, **overrides}
     cfg = tiny_config(DATA, folder / "out", **overrides)
     (folder / "run.yaml").write_text(cfg.dump())
@@ -49,85 +58,149 @@ def environment(folder: Path) -> dict[str, str]:
 
 @dataclass
 class Run:
-    """A run whose processes are known by a variable that only they have."""
+    """A run whose processes are known by the file that they print to."""
 
-    folder: Path
-    launcher: subprocess.Popen[Any]
-    mark: str
+    output: Path
+    launcher: subprocess.Popen[Any] | BaseProcess
 
     def processes(self) -> dict[int, str]:
         """Return process id -> command line of every process of the run that is alive."""
         found = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
-                try:
-                    if self.mark.encode() in (entry / "environ").read_bytes():
+                with contextlib.suppress(OSError):  # it ended, or is about to
+                    if os.readlink(entry / "fd" / "2") == str(self.output):
                         command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
                         found[int(entry.name)] = command.decode()
-                except OSError:  # it ended, or is about to
-                    continue
         return found
 
     def ranks(self) -> list[int]:
-        """Return the process ids of the spawned ranks."""
-        parent = str(self.launcher.pid)
-        return [
-            pid
-            for pid, command in self.processes().items()
-            if "spawn_main" in command and _parent(pid) == parent
-        ]
+        """Return the process ids of the ranks, those that are still importing included."""
+        found = []
+        for pid, command in self.processes().items():
+            with contextlib.suppress(OSError):
+                # a rank leads its process group, the guard a session
+                leads = os.getpgid(pid) == pid != os.getsid(pid)
+                if _parent(pid) == self.launcher.pid and (leads or "spawn_main" in command):
+                    found.append(pid)
+        return sorted(found)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the launcher."""
+        assert self.launcher.pid is not None
+        os.kill(self.launcher.pid, number)
+
+    def status(self, seconds: float | None = None) -> int | None:
+        """Wait for the launcher's end; return its exit status, None if it goes on."""
+        if isinstance(self.launcher, BaseProcess):
+            self.launcher.join(seconds)
+            return self.launcher.exitcode
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.launcher.wait(seconds)
+        return self.launcher.returncode
 
     def wait_for(self, text: str, seconds: float = 240) -> None:
         """Wait until the run's log contains a text."""
         deadline = time.monotonic() + seconds
         while text not in self.log():
-            assert self.launcher.poll() is None, self.log()
+            assert self.status(0.05) is None, self.log()
             assert time.monotonic() < deadline, self.log()
-            time.sleep(0.1)
 
     def wait_until_gone(self, seconds: float) -> dict[int, str]:
         """Wait until no process is left, but so long at most; return those that are left."""
         deadline = time.monotonic() + seconds
         while (left := self.processes()) and time.monotonic() < deadline:
-            self.launcher.poll()  # reaps it
-            time.sleep(0.2)
+            self.status(0.05)  # reaps it
         return left
 
     def log(self) -> str:
-        return (self.folder / "output.txt").read_text()
+        return self.output.read_text()
 
 
-def _parent(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-    except OSError:
-        return ""
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @contextmanager
-def started(
-    folder: Path, *argv: str, prefix: tuple[str, ...] = (), **options: Any
-) -> Iterator[Run]:
-    """Start the tool; whatever is left of it at the end is killed."""
-    mark = f"TEST_RUN={uuid.uuid4().hex}"
-    name, value = mark.split("=")
-    with (folder / "output.txt").open("wb") as output:
+def started(folder: Path, *argv: str, ignored: Iterable[int] = ()) -> Iterator[Run]:
+    """Start the tool as a shell does; whatever is left of it at the end is killed.
+
+    Args:
+        ignored: signals that the process is started with as ignored.
+    """
+
+    def ignore() -> None:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+    path = folder / f"{uuid.uuid4().hex}.txt"
+    with path.open("wb") as output:
         launcher = subprocess.Popen(
-            [*prefix, sys.executable, TOOL, "--config-file", "run.yaml", *argv],
+            [sys.executable, TOOL, "--config-file", "run.yaml", *argv],
             cwd=folder,
-            env={**environment(folder), name: value},
+            env=environment(folder),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            **options,
+            preexec_fn=ignore,
         )
-    run = Run(folder, launcher, mark)
+    with _killed_at_the_end(Run(path, launcher)) as run:
+        yield run
+
+
+@contextmanager
+def forked(
+    folder: Path, *argv: str, ignored: Iterable[int] = (), terminal: str | None = None
+) -> Iterator[Run]:
+    """Start the tool as :func:`started`, its processes forked from one that has imported it.
+
+    So that a start takes a second, not twenty. All else is the tool's own.
+
+    Args:
+        terminal: that is to control the launcher.
+    """
+    path = folder / f"{uuid.uuid4().hex}.txt"
+    path.touch()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["detectron2.evaluation", "rethinking_bn.engine.launch"])
+    arguments = (folder, path, argv, tuple(ignored), terminal)
+    launcher = context.Process(target=_run_tool, args=arguments)
+    launcher.start()
+    with _killed_at_the_end(Run(path, launcher)) as run:
+        yield run
+
+
+def _run_tool(
+    folder: Path, path: Path, argv: tuple[str, ...], ignored: tuple[int, ...], terminal: str | None
+) -> None:
+    """Be the launcher: in a process of its own, that has imported what the tool needs."""
+    os.environ.update(environment(folder))
+    os.chdir(folder)
+    for number in (1, 2):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    if terminal is not None:
+        os.setsid()
+        os.close(os.open(terminal, os.O_RDWR))  # becomes the controlling one
+    # what importing detectron2 does with DETECTRON2_DATASETS
+    DatasetCatalog.remove(DATA)
+    MetadataCatalog.remove(DATA)
+    register_coco_instances(
+        DATA, _get_builtin_metadata("coco"), str(folder / JSON), str(folder / IMAGES)
+    )
+    mp: Any = launch.ranks.mp
+    mp.start_processes = partial(mp.start_processes, start_method="fork")
+    sys.argv = [TOOL, "--config-file", "run.yaml", *argv]
+    runpy.run_path(TOOL, run_name="__main__")
+
+
+@contextmanager
+def _killed_at_the_end(run: Run) -> Iterator[Run]:
     try:
         yield run
     finally:
         for pid in run.processes():
-            try:
-                os.kill(pid, 9)
-            except ProcessLookupError:
-                continue
-        launcher.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        run.status()

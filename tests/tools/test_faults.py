@@ -6,119 +6,139 @@ import os
 import pty
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.tools.runs import TOOL, Run, environment, started, write_run
+from tests.tools.runs import Run, forked, started, write_run
 
 LONG = 15  # seconds after which no process of an ended run may be left
-ENDLESS = {
-    "SOLVER__MAX_ITER": 100000,
+KEYS = {
+    "SOLVER__MAX_ITER": 90,
     "SOLVER__CHECKPOINT_PERIOD": 5,
     "TEST__EVAL_PERIOD": 0,
     "DATALOADER__NUM_WORKERS": 1,
 }
+TWO = ("--num-gpus", "2", "OUTPUT_DIR")
 
 
-def interrupted(run: Run) -> None:
-    run.launcher.send_signal(signal.SIGINT)
+def preempted(run: Run) -> None:
+    run.signal(signal.SIGTERM)
 
 
 def killed(run: Run) -> None:
-    run.launcher.kill()
+    run.signal(signal.SIGKILL)
+
+
+def interrupted(run: Run) -> None:
+    run.signal(signal.SIGINT)
 
 
 def rank_killed(run: Run) -> None:
-    os.kill(max(run.ranks()), signal.SIGKILL)
+    os.kill(run.ranks()[-1], signal.SIGKILL)
 
 
-def as_a_background_shell_does() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def rank_preempted(run: Run) -> None:
+    os.kill(run.ranks()[-1], signal.SIGTERM)
 
 
-def as_nohup_does() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def hung_up(run: Run) -> None:
+    os.close(run.terminal)  # type: ignore[attr-defined]
+
+
+def preempted_twice(run: Run) -> None:
+    # stopped, so that the two come as two, but before an iteration ends
+    for process in (run.launcher.pid, *run.ranks()):
+        os.kill(process, signal.SIGSTOP)
+    preempted(run)
+    run.signal(signal.SIGCONT)
+    while not has_pending(run.ranks()[-1], signal.SIGTERM):  # until it is passed on
+        assert run.status(0.01) is None
+    preempted(run)
+
+
+def has_pending(process: int, number: int) -> bool:
+    """Return whether a process that is stopped has been sent a signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return bool(int(status.split("ShdPnd:")[1].split()[0], 16) >> (number - 1) & 1)
+
+
+# fault -> exit status of the launcher, and what it says
+FAULTS: dict[Callable[[Run], None], tuple[int, str]] = {
+    preempted: (143, "--resume goes on from there"),
+    killed: (-signal.SIGKILL, ""),
+    interrupted: (130, "train_net.py: interrupted"),
+    rank_killed: (1, "was ended by SIGKILL"),
+    hung_up: (-signal.SIGHUP, ""),
+    preempted_twice: (143, "second SIGTERM"),
+    rank_preempted: (143, "--resume goes on from there"),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fault", "seed"), [(interrupted, 0), (killed, 1), (killed, 2), (rank_killed, 3)]
-)
-def test_no_process_outlives_its_run(tmp_path: Path, fault: Callable[..., None], seed: int) -> None:
-    """Defect 28, started as a script in the background starts it, at random points."""
-    write_run(tmp_path, **ENDLESS)
-    out = random.Random(seed)
-    with started(tmp_path, "--num-gpus", "2", preexec_fn=as_a_background_shell_does) as run:
-        if fault is killed and seed % 2:  # while ranks are being started
-            while not run.ranks():
-                time.sleep(0.05)
-        else:
-            run.wait_for("Starting training")
-        time.sleep(out.uniform(0, 3))
-        assert run.ranks()
-        fault(run)
+def test_runs_end_and_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """Defect 28: one run meets every fault, each at a random point, and resumes after each.
+
+    BN without sync: the ranks differ. It ends as the one does that nothing happened to, but that
+    its terminal was closed (under nohup) and that a second run was started in its folder.
+    """
+    write_run(tmp_path, **KEYS)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    with in_a_terminal(tmp_path, *TWO, str(whole), ignored=[signal.SIGHUP]) as run:
+        run.wait_for("Starting training")
+        hung_up(run)
+        a_second_run_is_refused(tmp_path, run, whole)
+        assert run.status() == 0, run.log()
         assert run.wait_until_gone(LONG) == {}
-        assert run.launcher.wait() == {interrupted: 130, killed: -9, rank_killed: 1}[fault]
-        if fault is interrupted:
-            assert "train_net.py: interrupted" in run.log() and "Traceback" not in run.log()
-        if fault is rank_killed:
-            assert "was ended by SIGKILL" in run.log()
-
-
-@pytest.mark.slow
-def test_a_closed_terminal_ends_a_run_and_nohup_keeps_it(tmp_path: Path) -> None:
-    """Defect 28."""
-    write_run(tmp_path, **ENDLESS)
-    for nohup in (False, True):
-        master, slave = pty.openpty()
-
-        def in_the_terminal(nohup: bool = nohup, slave: int = slave) -> None:
-            if nohup:
-                as_nohup_does()
-            os.setsid()
-            os.close(os.open(os.ttyname(slave), os.O_RDWR))  # becomes the controlling one
-
-        with started(tmp_path, "--num-gpus", "2", preexec_fn=in_the_terminal) as run:
-            os.close(slave)
+    point = random.Random(0)
+    survivors = {}
+    for fault, (status, said) in FAULTS.items():
+        with in_a_terminal(
+            tmp_path, "--resume", *TWO, str(parts), ignored=[signal.SIGINT]
+        ) as run:  # as a background shell starts it
             run.wait_for("Starting training")
-            os.close(master)  # SIGHUP to the foreground group
-            left = run.wait_until_gone(LONG if not nohup else 3)
-            assert bool(left) == nohup
-
-
-@pytest.mark.slow
-def test_a_preempted_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """Defect 28: SIGTERM to the launcher, then to one rank; BN without sync: the ranks differ."""
-    whole = write_run(
-        tmp_path, **{**ENDLESS, "SOLVER__MAX_ITER": 40, "SOLVER__CHECKPOINT_PERIOD": 1000}
-    )
-    command = ["--num-gpus", "2", "OUTPUT_DIR"]
-    with started(tmp_path, *command, str(whole)) as run:
-        assert run.launcher.wait() == 0, run.log()
-    parts = tmp_path / "parts"
-    saved = []
-    for seed in (0, 1):
-        with started(tmp_path, "--resume", *command, str(parts)) as run:
-            run.wait_for("Starting training")
-            time.sleep(random.Random(seed).uniform(0, 1))
-            os.kill((run.launcher.pid, max(run.ranks()))[seed], signal.SIGTERM)
-            assert run.wait_until_gone(30 + 5) == {}
-            assert run.launcher.wait() == 143, run.log()
-            assert "Traceback" not in run.log()
-        saved.append((parts / "last_checkpoint").read_text())
-        assert sorted(path.name for path in parts.glob("model_*")) == sorted(saved)
-    with started(tmp_path, "--resume", *command, str(parts)) as run:
-        assert run.launcher.wait() == 0, run.log()
-    assert "model_final.pth" not in saved
+            time.sleep(point.uniform(0, 0.5))
+            began = time.monotonic()
+            fault(run)
+            survivors[fault.__name__] = len(run.wait_until_gone(LONG))
+            print(f"{fault.__name__}: {time.monotonic() - began:.1f} s")
+            assert run.status() == status, run.log()
+            assert said in run.log() and "Traceback" not in run.log()
+        if "preempted" == fault.__name__.removeprefix("rank_"):
+            last = (parts / "last_checkpoint").read_text()
+            assert f"saved as {last}" in run.log() and (parts / last).is_file()
+    print(f"survivors: {survivors}")
+    assert set(survivors.values()) == {0}
+    with forked(tmp_path, "--resume", *TWO, str(parts)) as run:
+        assert run.status() == 0, run.log()
     before, after = (torch.load(out / "model_final.pth") for out in (whole, parts))
     assert differences(before, after) == []
+
+
+@contextmanager
+def in_a_terminal(folder: Path, *argv: str, ignored: list[int]) -> Iterator[Run]:
+    """Start a run whose attribute ``terminal`` closes its terminal when it is closed."""
+    master, slave = pty.openpty()
+    with forked(folder, *argv, ignored=ignored, terminal=os.ttyname(slave)) as run:
+        run.terminal = master  # type: ignore[attr-defined]
+        run.wait_for("Starting training")
+        os.close(slave)
+        yield run
+
+
+def a_second_run_is_refused(folder: Path, first: Run, out: Path) -> None:
+    """Defect 29."""
+    before = (out / "log.txt").read_bytes()
+    with forked(folder, "OUTPUT_DIR", str(out)) as run:
+        assert run.status() == 1
+        (line,) = run.log().splitlines()
+    assert f"host {os.uname().nodename}, process {first.ranks()[0]} trains there" in line
+    assert str(out) in line and (out / "log.txt").read_bytes().startswith(before)
 
 
 def differences(a: Any, b: Any, name: str = "") -> list[str]:
@@ -137,29 +157,13 @@ def differences(a: Any, b: Any, name: str = "") -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_second_sigterm_ends_at_once_and_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
-    """Defects 28 and 29."""
-    out = write_run(tmp_path, **ENDLESS)
-    with started(tmp_path, "--num-gpus", "2") as run:
-        run.wait_for("Starting training")
-        (rank_0, *_) = sorted(run.ranks())
-        before = (out / "log.txt").read_bytes()
-        second = subprocess.run(
-            [sys.executable, TOOL, "--config-file", "run.yaml"],
-            cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True,
-        )  # fmt: skip
-        assert second.returncode == 1 and second.stdout == ""
-        (line,) = second.stderr.splitlines()
-        assert f"host {os.uname().nodename}, process {rank_0} trains there" in line
-        assert str(out) in line and (out / "log.txt").read_bytes().startswith(before)
-        os.kill(run.launcher.pid, signal.SIGSTOP)  # so that the two come as two, but both at once
-        for rank in run.ranks():
-            os.kill(rank, signal.SIGSTOP)
-        run.launcher.send_signal(signal.SIGTERM)
-        os.kill(run.launcher.pid, signal.SIGCONT)
-        time.sleep(1.5)
-        assert run.launcher.poll() is None
-        run.launcher.send_signal(signal.SIGTERM)
+def test_no_process_outlives_a_launcher_killed_while_its_ranks_import(tmp_path: Path) -> None:
+    """Defect 28, by the tool as a shell starts it."""
+    write_run(tmp_path, **KEYS)
+    with started(tmp_path, "--num-gpus", "2", ignored=[signal.SIGINT]) as run:
+        while len(run.ranks()) < 2:
+            assert run.status(0.05) is None, run.log()
+        time.sleep(random.Random(1).uniform(0, 1))
+        killed(run)
         assert run.wait_until_gone(LONG) == {}
-        assert run.launcher.wait() == 143
-        assert "second SIGTERM" in run.log()
+        assert run.status() == -signal.SIGKILL and "Starting training" not in run.log()
