@@ -70,7 +70,8 @@ def normalize(
     mean and the variance, over everything in the pool; the affine's gradient is this rank's sum.
     Synchronised, the forward and the backward take one collective each, however many tensors
     there are, and every rank takes both whatever it holds and whatever needs a gradient there.
-    Differentiable once; under a transform of torch.func as often as its plain operators are.
+    Differentiable once; under a transform of torch.func, and where torch.export makes a program of
+    a model in training mode, as often as its plain operators are.
 
     Args:
         xs: L tensors (N, C, *) of one type; any of them may be empty. Not copied.
@@ -84,7 +85,7 @@ def normalize(
             the pooled moments: see :func:`update_running_statistics`. None: they stay.
 
     Raises:
-        NotImplementedError: for more than one rank under a transform of torch.func.
+        NotImplementedError: for more than one rank under a transform of torch.func or torch.export.
     """
     sync = sync and get_world_size(group) > 1
     index, one_part, one_pool = _index(parts, pools)
@@ -113,7 +114,8 @@ def normalize(
             stacklevel=2,
         )
     weights, biases = _as_list(weight), _as_list(bias)
-    transformed = torch._C._are_functorch_transforms_active()
+    exported = torch.compiler.is_exporting()
+    transformed = exported or torch._C._are_functorch_transforms_active()
     needs_device = sync or transformed or torch.compiler.is_compiling()
     if len(xs) == len(holders) == 1 and not needs_device:
         if momentum is not None and moves_natively(xs[0], holders[0]):
@@ -124,7 +126,8 @@ def normalize(
     pooled: BatchStatistics | Moments
     if transformed:
         if sync:
-            raise NotImplementedError("torch.func cannot transform statistics pooled over ranks")
+            what = "torch.export" if exported else "torch.func"
+            raise NotImplementedError(f"{what} cannot transform statistics pooled over ranks")
         outputs, local = _in_plain_operators(call)
         pooled = local
     elif needs_device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def _update_on_device(holders: Sequence[Any], moments: Moments, momentum: float 
         new = old * remains[:, None, None] + (values * rate[..., None]).sum(1, keepdim=True)
     else:
         new = old.lerp(values, rate[..., None])
-    torch._foreach_copy_(buffers, list(new.flatten(0, 1)))
+    _each(torch._foreach_copy_, Tensor.copy_, buffers, new.flatten(0, 1))
     counted = seen[0].sum(0, keepdim=True) if sequential else seen[0].long()
     _count(counters, list(counted))
 
@@ -102,7 +102,15 @@ def _update_on_device(holders: Sequence[Any], moments: Moments, momentum: float 
 def _count(counters: list[Tensor | None], steps: list[Tensor]) -> None:
     pairs = [(c, s) for c, s in zip(counters, steps, strict=True) if c is not None]
     if pairs:
-        torch._foreach_add_([c for c, _ in pairs], [s for _, s in pairs])
+        _each(torch._foreach_add_, Tensor.add_, *zip(*pairs, strict=True))
+
+
+def _each(together: Any, one: Any, targets: Sequence[Tensor], sources: Iterable[Tensor]) -> None:
+    if torch.compiler.is_exporting():  # ONNX knows no operator over lists
+        for target, source in zip(targets, sources, strict=True):
+            one(target, source)
+    else:
+        together(list(targets), list(sources))
 
 
 def _sequential_rates(rate: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -177,3 +178,23 @@ def test_flops_are_those_of_torch_s_layer(kind: str) -> None:
     xs = x if isinstance(x, list) else [x]
     counted = fvcore.FlopCountAnalysis(model, (x,)).unsupported_ops_warnings(False).by_operator()
     assert counted["batch_norm"] == sum(x.numel() for x in xs) * (1 if kind == "SyncBN" else 2)
+
+
+@pytest.mark.parametrize("kind", ["BN", "cycle", "levels of BN", "shared/shared"])
+def test_a_program_of_a_model_in_training_mode(kind: str) -> None:
+    """Defect 23: torch.export refused its gradients, torch.onnx to decompose its graph."""
+    model = _model(kind).train()
+    x = torch.randn(2, C, 5, 7, requires_grad=True)
+    inputs = (x,) if kind == "BN" else ([x, x[:, :, :4]],)
+    program = torch.export.export(copy.deepcopy(model), inputs)
+    with torch.enable_grad():  # what torch.onnx decomposes, runs with gradients
+        program.run_decompositions()
+    exported = program.module()
+    outputs = [m(*inputs) for m in (model, exported)]
+    torch.testing.assert_close(*outputs)
+    losses = [
+        sum((y**3).sum() for y in (out if isinstance(out, list) else [out])) for out in outputs
+    ]
+    gradients = [torch.autograd.grad(loss, x)[0] for loss in losses]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(exported.named_buffers()))
