@@ -59,11 +59,12 @@ def diagnose(args: argparse.Namespace) -> int:
     if comm.is_main_process():
         print(diagnosis)
         diagnosis.to_json(os.path.join(cfg.OUTPUT_DIR, "diagnosis.json"))
+        picture = "diagnosis.png"
         try:
-            diagnosis.plot(os.path.join(cfg.OUTPUT_DIR, "diagnosis.png"))
+            diagnosis.plot(os.path.join(cfg.OUTPUT_DIR, picture))
         except ImportError:
-            print("no picture: matplotlib is not installed", file=sys.stderr)
-        print(f"written to {cfg.OUTPUT_DIR}: diagnosis.json, diagnosis.png")
+            picture = "no picture, as matplotlib is not installed"
+        print(f"written to {cfg.OUTPUT_DIR}: diagnosis.json, {picture}")
     if args.strict and diagnosis.severe:
         sys.exit(1)
     return len(diagnosis.severe)

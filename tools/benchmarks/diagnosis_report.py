@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.diagnosis_plants import ONCE
 from rethinking_bn.files import replace
 
 Trial = dict[str, Any]
@@ -28,7 +29,7 @@ def write_table(trials: Sequence[Trial], path: Path) -> str:
         severe = sum(t["found"] == "severe" for t in group)
         changes = [t["change"] for t in group if "change" in t]
         told = f"{median(changes):.2f}" if changes else ""
-        strength = f"{median(t['strength'] for t in group):.2g}"
+        strength = "" if kind in ONCE else f"{median(t['strength'] for t in group):.2g}"
         lines.append(
             f"| {model} | {kind} | {strength} | {told} | {len(found)} of {len(group)} | {severe} |"
         )
@@ -47,21 +48,26 @@ def _at(trial: Trial) -> float:
 
 
 def write_curve(trials: Sequence[Trial], path: Path) -> None:
-    """Draw the share found, and that called severe, over the change of the classifier's output."""
+    """Draw the share found, and that called severe, over the change of the classifier's output.
+
+    Nothing is drawn where defects were planted at one change alone.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    chosen = [t for t in trials if t["model"] == "classifier" and not math.isnan(_at(t))]
+    if len({_at(t) for t in chosen}) < 2:
+        return
     figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
-    chosen = [t for t in trials if t["model"] == "classifier" and not math.isnan(_at(t))]
     for ax, title, severities in (
         (axes[0], "found", ("note", "warning", "severe")),
         (axes[1], "called severe", ("severe",)),
     ):
         for kind in dict.fromkeys(t["kind"] for t in chosen):
             points = []
-            for at in sorted({t["at"] for t in chosen}):
+            for at in sorted({_at(t) for t in chosen}):
                 group = [t for t in chosen if t["kind"] == kind and t["at"] == at]
                 if group:
                     share = sum(t["found"] in severities for t in group) / len(group)
