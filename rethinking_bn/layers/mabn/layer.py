@@ -270,7 +270,7 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
         if kernels is not None:
             options = {"eps": self.eps, "momentum": self.momentum, "r_max": self.r_max}
             options |= {"first_moving": first_moving, "last_uncorrected": last_uncorrected}
-            return Statistics(*kernels.advance(xs, running, ring.values, ring.count, **options))
+            return kernels.advance(xs, running, ring.values, ring.count, **options)
         own = mean_square(present)[1]
         t = ring.push(own, own < math.inf)  # NaN is not less either
         moving = t >= first_moving

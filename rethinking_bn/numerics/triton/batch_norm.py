@@ -124,7 +124,7 @@ class _Normalize(torch.autograd.Function):
         with on_device(stats.device):
             if plan.tiles:
                 forward.moments[plan.grid](
-                    xs, plan.table, rows, plan.channels, L=len(xs), **block_of(plan)
+                    xs, plan.table, rows, plan.channels, L=len(xs), **plan.block
                 )
             if not folded:
                 rows, number = _merge(call, rows, parts), parts
@@ -137,7 +137,7 @@ class _Normalize(torch.autograd.Function):
                 xs, ys, plan.table, plan.listed, rows, number, parts, weights, biases, stats,
                 *buffers, call.momentum, call.eps, plan.channels, L=len(xs),
                 A=max(call.weights, call.biases), H=len(call.holders), POOLED=call.pooled,
-                ALL=call.one_part, FOLDED=folded, STEP=STEP, **block_of(plan),
+                ALL=call.one_part, FOLDED=folded, STEP=STEP, **plan.block,
             )  # fmt: skip
         if call.holders:
             mark_written([b for kind in buffers for b in kind or ()])
@@ -172,7 +172,7 @@ class _Normalize(torch.autograd.Function):
             if number:
                 backward.gradient_sums[plan.grid](
                     dys, xs, plan.table, stats, pools, rows, plan.channels, L=len(xs),
-                    POOLED=call.pooled, **block_of(plan),
+                    POOLED=call.pooled, **plan.block,
                 )  # fmt: skip
             if not folded:
                 sums = stats.new_empty((2, pools, plan.channels))
@@ -188,7 +188,7 @@ class _Normalize(torch.autograd.Function):
                 backward.input_gradient[plan.grid](
                     dys, xs, dxs, plan.table, plan.listed, rows, number, plan.groups, stats,
                     pools, weights, grad_weights, grad_biases, plan.channels, L=len(xs),
-                    FOLDED=folded, **choices, **block_of(plan),
+                    FOLDED=folded, **choices, **plan.block,
                 )  # fmt: skip
         return (
             None,
@@ -197,16 +197,6 @@ class _Normalize(torch.autograd.Function):
             *(grad_biases or [None] * call.biases),
             *(dxs or [None] * len(xs)),
         )
-
-
-def block_of(plan: Plan) -> dict[str, Any]:
-    return {
-        "LAST": plan.last,
-        "ALIGN": plan.align,
-        "ROWS": plan.rows,
-        "COLUMNS": plan.columns,
-        "num_warps": plan.warps,
-    }
 
 
 def _merge(call: _Call, rows: Tensor, parts: int) -> Tensor:

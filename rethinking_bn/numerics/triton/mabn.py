@@ -10,25 +10,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rethinking_bn.numerics.moving_average import Statistics
 from rethinking_bn.numerics.triton import backward, moving
 from rethinking_bn.numerics.triton.batch_norm import (
     COLUMNS,
     STEP,
-    block_of,
     mark_written,
     on_device,
 )
 from rethinking_bn.numerics.triton.choice import layout
 from rethinking_bn.numerics.triton.plan import Plan, make_plan, power_of_two
-
-
-class Iteration(NamedTuple):
-    """What a forward is normalised by: (C,) s, S and r, and () whether averages are in use."""
-
-    own: Tensor
-    smoothed: Tensor
-    correction: Tensor
-    moving: Tensor
 
 
 def _plan(xs: Sequence[Tensor]) -> Plan:
@@ -48,7 +39,7 @@ def _sums(dys: Sequence[Tensor], xs: Sequence[Tensor], plan: Plan, stats: Tensor
     rows = stats.new_empty((plan.tiles, 2, plan.channels))
     backward.gradient_sums[plan.grid](
         tuple(dys), tuple(xs), plan.table, stats, 1, rows, plan.channels, L=len(xs), POOLED=True,
-        **block_of(plan),
+        **plan.block,
     )  # fmt: skip
     return rows
 
@@ -70,7 +61,7 @@ def advance(
     r_max: float,
     first_moving: int,
     last_uncorrected: int,
-) -> Iteration:
+) -> Statistics:
     """Make one iteration of MABN's state from inputs of which one at least is not empty.
 
     Args:
@@ -92,14 +83,14 @@ def advance(
         )  # fmt: skip
     mark_written([running, ring])
     own, smoothed, correction = out.unbind()
-    return Iteration(own, smoothed, correction, moves)
+    return Statistics(own, smoothed, correction, moves)
 
 
 def normalize(
     xs: Sequence[Tensor],
     weight: Tensor | None,
     bias: Tensor | None,
-    by: Any,
+    by: Statistics,
     eps: float,
     counter: Tensor | None,
     gradient_ring: Tensor,
@@ -108,7 +99,7 @@ def normalize(
     """Normalise with MABN's backward, as the eager path's ``mabn_normalize`` does.
 
     Args:
-        by: what has the attributes of an :class:`Iteration`. The graph keeps this very object.
+        by: the iteration's. The graph keeps this very object.
         counter: () int64 to add the iteration to; None where it is counted already.
         gradient_ring: (m, C) the last p, which a backward moves; ``gradient_counter`` counts them.
     """
@@ -118,7 +109,7 @@ def normalize(
 
 class _Call(NamedTuple):
     plan: Plan
-    by: Any
+    by: Statistics
     eps: float
     counter: Tensor | None
     ring: Tensor
@@ -139,7 +130,7 @@ class _Normalize(torch.autograd.Function):
         with on_device(by.own.device):
             moving.scale_and_shift[plan.grid](
                 xs, ys, plan.table, by.smoothed, by.correction, weight, bias, call.eps,
-                call.counter, plan.channels, L=len(xs), **block_of(plan),
+                call.counter, plan.channels, L=len(xs), **plan.block,
             )  # fmt: skip
         if call.counter is not None:
             mark_written([call.counter])
@@ -169,7 +160,7 @@ class _Normalize(torch.autograd.Function):
             )  # fmt: skip
             moving.combine[plan.grid](
                 tuple(dys), tuple(xs), dxs, plan.table, coefficients, call.ring_counter, channels,
-                L=len(xs), **block_of(plan),
+                L=len(xs), **plan.block,
             )  # fmt: skip
         mark_written([call.ring, call.ring_counter])
         return (None, grad_weight, grad_bias, *dxs)

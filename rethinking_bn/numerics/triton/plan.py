@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,11 +31,11 @@ class Plan(NamedTuple):
             of a plane; then for every group its first tile and its number of tiles.
         listed: tiles in the table, one at least.
         last: whether tensors are channels-last.
-        align: a power of two that divides every offset a contiguous block can start at.
-        rows, columns: of a block: planes and positions, or in channels-last positions and channels.
         grid: programs of a launch that writes features.
         folded: whether consumers merge the tiles' rows themselves.
-        warps: of 32 threads that a program has.
+        block: what launches on features are told: LAST; ALIGN, a power of two that divides every
+            offset a contiguous block can start at; ROWS and COLUMNS of a block, planes and
+            positions, or in channels-last positions and channels; the warps of a program.
     """
 
     channels: int
@@ -44,12 +44,9 @@ class Plan(NamedTuple):
     table: Tensor
     listed: int
     last: bool
-    align: int
-    rows: int
-    columns: int
     grid: tuple[int, int]
     folded: bool
-    warps: int
+    block: dict[str, Any]
 
 
 def power_of_two(value: int) -> int:
@@ -106,12 +103,9 @@ def make_plan(
         _on_device(flat, device),
         len(tiles),
         last,
-        align,
-        rows,
-        columns,
         (len(tiles), -(-channels // columns) if last else channels),
         number <= FOLD,
-        WARPS,
+        {"LAST": last, "ALIGN": align, "ROWS": rows, "COLUMNS": columns, "num_warps": WARPS},
     )
 
 

@@ -190,15 +190,26 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     layer.double()([x.double() for x in xs])
 
 
+@pytest.mark.slow
 def test_compiled_code_keeps_the_plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = BatchNorm2d(C, device=DEVICE)
     (x,) = features([(2, C, 3, 2)], torch.float32, False)
     want = layer(x)
     with counted(monkeypatch) as launched:
         got = torch.compile(layer, backend="eager", fullgraph=True)(x)
-        torch.func.grad(lambda v: layer(v).square().sum())(x.detach())
     assert not launched
     torch.testing.assert_close(got, want)
+
+
+def test_transformed_code_keeps_the_plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = BatchNorm2d(C, device=DEVICE)
+    (x,) = features([(2, C, 3, 2)], torch.float32, False)
+    with counted(monkeypatch) as launched:
+        torch.func.grad(lambda v: layer(v).square().sum())(x.detach())
+        with monkeypatch.context() as patch:  # as a compiler says while it traces
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            layer(x)
+    assert not launched
 
 
 def test_in_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +225,7 @@ def test_in_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(y, z, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("levels", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_mabn(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the warm-up, moving averages and correction, beside the eager path in float64."""
     CASES[0] += 1
