@@ -230,8 +230,7 @@ def needs_population_loader(cfg: CfgNode, *, training: bool = True) -> bool:
     average = cfg.SOLVER.AVERAGE
     estimates = bool(average.KIND) and average.STATISTICS == "estimate"
     return cfg.TEST.PRECISE_BN.ENABLED or (
-        training
-        and (estimates or cfg.SOLVER.FREEZE_BN.START >= 0 or cfg.TEST.DIAGNOSE.PERIOD > 0)
+        training and (estimates or cfg.SOLVER.FREEZE_BN.START >= 0 or cfg.TEST.DIAGNOSE.PERIOD > 0)
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from rethinking_bn.layers.domain_state import Choice
 from rethinking_bn.layers.multi_domain import MultiDomainBatchNorm2d
@@ -62,12 +61,7 @@ class SplitBatchNorm2d(MultiDomainBatchNorm2d):
         train_stats: Choice = "domain_specific",
         population_stats: Choice = "domain_specific",
         affine: Choice = "domain_specific",
-        sync: bool = False,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        process_group: ProcessGroup | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(
             num_features,
@@ -75,12 +69,7 @@ class SplitBatchNorm2d(MultiDomainBatchNorm2d):
             train_stats=train_stats,
             population_stats=population_stats,
             affine=affine,
-            sync=sync,
-            eps=eps,
-            momentum=momentum,
-            process_group=process_group,
-            device=device,
-            dtype=dtype,
+            **options,
         )
 
     def __prepare_scriptable__(self) -> Any:

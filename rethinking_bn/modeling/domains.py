@@ -132,15 +132,19 @@ def _forget(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         context.__exit__(None, None, None)
 
 
-@META_ARCH_REGISTRY.register()
-class DomainRCNN(GeneralizedRCNN):
-    """detectron2's GeneralizedRCNN whose backbone follows the domains of MODEL.DOMAIN_BN."""
+class FollowsDomains(nn.Module):
+    """What an architecture whose norms follow the images' domains has before detectron2's."""
 
     follows_domains = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         follow_domains(self)
+
+
+@META_ARCH_REGISTRY.register()
+class DomainRCNN(FollowsDomains, GeneralizedRCNN):
+    """detectron2's GeneralizedRCNN whose backbone follows the domains of MODEL.DOMAIN_BN."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import RetinaNet
 
 from rethinking_bn.config import check_has_keys
-from rethinking_bn.modeling.domains import check_norms, follow_domains
+from rethinking_bn.modeling.domains import FollowsDomains, check_norms
 from rethinking_bn.modeling.retinanet_head import build_retinanet_head
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ _OUR_NORMS = ("MABN", "BatchStatBN")  # names that detectron2 does not have
 
 
 @META_ARCH_REGISTRY.register()
-class ConfigurableHeadRetinaNet(RetinaNet):
+class ConfigurableHeadRetinaNet(FollowsDomains, RetinaNet):
     """detectron2's RetinaNet with the head that ``MODEL.RETINANET.HEAD_NAME`` names.
 
     With ``HEAD_NAME: RetinaNetHead``, detectron2's own, the model is detectron2's RetinaNet bit for
@@ -29,12 +29,6 @@ class ConfigurableHeadRetinaNet(RetinaNet):
     pass any head as ``head``. Images' domains are followed where norm layers know them
     (MODEL.DOMAIN_BN, see :func:`~rethinking_bn.modeling.domains.follow_domains`).
     """
-
-    follows_domains = True
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        follow_domains(self)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

@@ -53,19 +53,22 @@ def hung_up(run: Run) -> None:
 
 def preempted_twice(run: Run) -> None:
     # stopped, so that the two come as two, but before an iteration ends
-    for process in (run.launcher.pid, *run.ranks()):
+    processes = [run.launcher.pid, *run.ranks()]
+    for process in processes:
         os.kill(process, SIGSTOP)
+    while {said_of(process, "State") for process in processes} != {"T"}:
+        time.sleep(0.01)  # a signal that comes before that is handled
     preempted(run)
     run.signal(SIGCONT)
-    while not has_pending(run.ranks()[-1], SIGTERM):  # until it is passed on
+    while not int(said_of(processes[-1], "ShdPnd"), 16) >> (SIGTERM - 1) & 1:  # it is passed on
         assert run.status(0.01) is None
     preempted(run)
 
 
-def has_pending(process: int, number: int) -> bool:
-    """Return whether a process that is stopped has been sent a signal."""
+def said_of(process: int | None, field: str) -> str:
+    """Return what the kernel says of a process."""
     status = Path(f"/proc/{process}/status").read_text()
-    return bool(int(status.split("ShdPnd:")[1].split()[0], 16) >> (number - 1) & 1)
+    return status.split(f"{field}:")[1].split()[0]
 
 
 # fault -> exit status of the launcher, and what it says
