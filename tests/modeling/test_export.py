@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from rethinking_bn import add_rethinking_bn_config, get_config_file
+from rethinking_bn.config_files import list_config_files
 from rethinking_bn.modeling import (
     CycleBNRetinaNetHead,
     DomainBNRetinaNetHead,
@@ -114,6 +116,10 @@ FIELDS = {
 }
 
 
+# the paper's configs, each with its twin on shapes
+CONFIGS = [name for name in list_config_files() if "/" not in name and "Base" not in name]
+
+
 # TorchScript reads these annotations as they are: no forward references.
 class _RCNN(nn.Module):
     """As detectron2's export tool wraps a GeneralizedRCNN."""
@@ -146,12 +152,13 @@ def _fields(instances: Any, image: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["trace", "script"])
-@pytest.mark.parametrize("name", ["retinanet_bn_row6", "mask_rcnn_shuffle_bn_head"])
-def test_whole_models_as_detectron2_s_export_tool(name: str, method: str) -> None:
+@pytest.mark.parametrize("method", ["trace", "script", "onnx"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_whole_models_as_detectron2_s_export_tool(name: str, method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     cfg = get_cfg()
     add_rethinking_bn_config(cfg)
-    cfg.merge_from_file(get_config_file(f"shapes/{name}.yaml"))
+    cfg.merge_from_file(get_config_file(f"shapes/{name}"))
     cfg.MODEL.RESNETS.DEPTH = 18
     cfg.TEST.DETECTIONS_PER_IMAGE = 10
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
@@ -164,7 +171,22 @@ def test_whole_models_as_detectron2_s_export_tool(name: str, method: str) -> Non
 
     images = [torch.rand(3, *size) * 255 for size in ((64, 96), (96, 64))]
     expected = [_fields(infer(model, [{"image": i}])[0]["instances"], i) for i in images]
-    if method == "trace":
+    if method == "onnx":
+        runtime = pytest.importorskip("onnxruntime")
+        adapter = TracingAdapter(model, [{"image": images[0]}], infer).eval()
+        file = str(tmp_path / "model.onnx")
+        axes = {"image": {1: "height", 2: "width"}}
+        with tracer_warnings_ignored(), torch.no_grad():
+            torch.onnx.export(
+                adapter, (images[0],), file, dynamo=False, opset_version=17,
+                input_names=["image"], dynamic_axes=axes,
+            )  # fmt: skip
+        session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        found = []
+        for image in images:
+            outputs = tuple(map(torch.as_tensor, session.run(None, {"image": image.numpy()})))
+            found.append(_fields(adapter.outputs_schema(outputs)[0]["instances"], image))
+    elif method == "trace":
         adapter = TracingAdapter(model, [{"image": images[0]}], infer)
         with tracer_warnings_ignored(), torch.no_grad():
             traced = torch.jit.trace(adapter, (images[0],), check_trace=False)
