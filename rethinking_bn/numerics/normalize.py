@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rethinking_bn.distributed import all_gather, get_world_size
+from rethinking_bn.distributed import get_world_size
 from rethinking_bn.numerics.batch_statistics import (
     BatchStatistics,
     batch_statistics,
@@ -34,6 +34,7 @@ from rethinking_bn.numerics.native import (
 )
 from rethinking_bn.numerics.normalize_function import Normalize
 from rethinking_bn.numerics.running import update_running_statistics
+from rethinking_bn.numerics.sync import merge_over_ranks
 from rethinking_bn.numerics.triton.choice import takes_triton
 
 Rows = Tensor | Sequence[Tensor] | None
@@ -203,7 +204,7 @@ def _by_moments(
         compiling = torch.compiler.is_compiling()
         local = _each_moments(xs) if compiling else batch_statistics(xs).moments()
         local = _merged(local) if one_part else local
-        pooled = _merge_ranks(local, group) if sync else local
+        pooled = merge_over_ranks(local, group) if sync else local
         pool = _merged(pooled) if one_pool else pooled
         count, mean, variance = pool.count, pool.mean, pool.variance()
     if sync and torch.is_grad_enabled():
@@ -239,12 +240,3 @@ def _in_plain_operators(call: _Call) -> tuple[list[Tensor], Moments]:
 
 def _merged(rows: Moments) -> Moments:
     return rows if len(rows.count) == 1 else Moments(*(v[None] for v in merge_moments(*rows)))
-
-
-def _merge_ranks(rows: Moments, group: ProcessGroup | None) -> Moments:
-    packed = torch.cat([rows.count[:, None], rows.mean, rows.m2], dim=1)
-    gathered = all_gather(packed, group)
-    channels = rows.mean.shape[1]
-    return merge_moments(
-        gathered[..., 0], gathered[..., 1 : 1 + channels], gathered[..., 1 + channels :]
-    )
