@@ -110,7 +110,7 @@ def check_launches(monkeypatch: pytest.MonkeyPatch, launches: int, *case: Any) -
     monkeypatch.setattr(plan, "FOLD", FOLDS[launches])
     plan.make_plan.cache_clear()
     with counted(monkeypatch) as launched:
-        check_row(*case, 0.0, 0.1)
+        check_row(*case, offset=0.0, momentum=0.1)
     merges = launches == 6
     expected = ["moments", "merge", "normalize", "gradient_sums", "merge_sums", "input_gradient"]
     assert launched == [k for k in expected if merges or not k.startswith("merge")]
