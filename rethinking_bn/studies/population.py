@@ -134,7 +134,12 @@ STUDY = Study(
         Claim("trained at NBS 2, EMA is worse", low="NBS=2, B=1000", high="NBS=2, EMA"),
     ),
     settings=_SETTINGS,
-    quick={**_SETTINGS, "epochs": 1, "early": 0.5},
+    quick={
+        **_SETTINGS,
+        "epochs": 1,
+        "early": 0.5,
+        "conditions": {"copies": 1, "contrast": 0.1, "brightness": 2.0},
+    },
     parts=3,
     run=run,
 )

@@ -118,7 +118,11 @@ STUDY = Study(
         Claim("GN beats BN at 2", low="GN, 2", high="BN, 2"),
     ),
     settings=_SETTINGS,
-    quick={**_SETTINGS, "steps": 8},
+    quick={
+        **_SETTINGS,
+        "steps": 3,
+        "conditions": {"copies": 1, "contrast": 0.1, "brightness": 2.0},
+    },
     parts=3 * len(_SIZES) + len(_GROUPS),
     run=run,
     seeds=1,

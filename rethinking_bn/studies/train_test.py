@@ -115,7 +115,11 @@ STUDY = Study(
         ),
     ),
     settings=_SETTINGS,
-    quick={**_SETTINGS, "steps": 10},
+    quick={
+        **_SETTINGS,
+        "steps": 4,
+        "conditions": {"copies": 1, "contrast": 0.1, "brightness": 2.0},
+    },
     parts=2 * len(_NBS),
     run=run,
 )

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from rethinking_bn.data import ShapesDataset
-from rethinking_bn.studies import STUDIES, Study, report, rows
+from rethinking_bn.studies import STUDIES, Study, report, table_5
 from rethinking_bn.studies.data import (
     load_digits,
     patterned_indices,
@@ -350,9 +350,9 @@ def test_flipped_boxes_stay_on_their_objects(tmp_path: Path) -> None:
 )
 def test_rows_share_weights_but_not_statistics(trained: str, others: list[str]) -> None:
     torch.manual_seed(0)
-    model = make_detector("BN", **rows._choices(trained))
+    model = make_detector("BN", **table_5._choices(trained))
     for row in others:
-        other = make_detector("BN", **rows._choices(row))
+        other = make_detector("BN", **table_5._choices(row))
         other.load_state_dict(model.state_dict())
         for name, value in model.named_parameters():
             assert torch.equal(other.get_parameter(name), value)
