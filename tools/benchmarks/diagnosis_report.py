@@ -18,8 +18,9 @@ def write_table(trials: Sequence[Trial], path: Path) -> str:
     """Write and return the Markdown table: what was found, how often, how strong it was."""
     lines = ["| model | planted | strength | output changes by | found | of them severe |"]
     lines.append("|---|---|---|---|---|---|")
+    models = list(dict.fromkeys(t["model"] for t in trials))
     keys = dict.fromkeys((t["model"], t["kind"], _level(t)) for t in trials)
-    for model, kind, level in keys:
+    for model, kind, level in sorted(keys, key=lambda key: models.index(key[0])):
         group = [t for t in trials if (t["model"], t["kind"], _level(t)) == (model, kind, level)]
         if kind == "healthy":
             alarms = sum(bool(t["reported"]) for t in group)
@@ -40,6 +41,8 @@ def write_table(trials: Sequence[Trial], path: Path) -> str:
 
 def _level(trial: Trial) -> float:
     """What puts trials of different seeds into one row."""
+    if trial["kind"] == "healthy":
+        return 0.0
     return trial.get("strength", 0.0) if math.isnan(_at(trial)) else _at(trial)
 
 
