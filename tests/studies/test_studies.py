@@ -70,7 +70,12 @@ def count_and_yield(ran: list[int], stop_at: int | None = None) -> Any:
     return run
 
 
-@pytest.mark.parametrize("name", STUDIES)
+_LONG = ("leakage", "population")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in _LONG else []) for n in STUDIES]
+)
 def test_quick(name: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
     state = torch.get_rng_state()

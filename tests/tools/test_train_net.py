@@ -424,6 +424,7 @@ def test_the_tool_itself_prints_one_line(tmp_path: Path) -> None:
     assert "coco_2017_" in line and str(tmp_path) in line and "DETECTRON2_DATASETS" in line
 
 
+@pytest.mark.slow
 def test_train_on_two_processes_then_train_a_population_under_torchrun(tmp_path: Path) -> None:
     out = write_run(
         tmp_path,

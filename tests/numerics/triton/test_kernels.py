@@ -61,6 +61,7 @@ def test_on_a_gpu() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_two_processes_equal_one() -> None:
     printed = run(str(FOLDER / "synchronized.py"), TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert "equal" in printed
