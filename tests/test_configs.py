@@ -71,7 +71,10 @@ def batch(with_masks: bool) -> list[dict[str, Any]]:
     return images
 
 
-@pytest.mark.parametrize("name", FILES)
+# COCO's sizes take seconds each, and every one has a twin of the same layers
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in PAPER else []) for n in FILES]
+)
 def test_one_training_step_and_one_inference_step(name: str, tmp_path: Path) -> None:
     cfg = load(name)
     if cfg.MODEL.META_ARCHITECTURE == "DistilledRetinaNet":

@@ -51,7 +51,8 @@ def resumed(rank: int, folder: Path, start: str) -> dict[str, Any]:
 
 
 # frozen after the checkpoint that is resumed, and before it
-@pytest.mark.parametrize("start", ["4", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["4", "2"])
 def test_killed_and_resumed_on_two_processes(tmp_path: Path, start: str) -> None:
     """Six iterations, and again with all ranks killed in the fifth; checkpoint after 3."""
     for folder in (tmp_path / "whole", tmp_path / "killed"):
