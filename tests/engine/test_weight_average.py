@@ -159,7 +159,7 @@ def on_rank(rank: int, folder: Path, overrides: dict[str, str]) -> list[dict[str
     return interrupted_and_not(folder, overrides, SchedulersSignal(3))
 
 
-@pytest.mark.parametrize("statistics", ["average", "copy"])
+@pytest.mark.parametrize("statistics", ["average", pytest.param("copy", marks=pytest.mark.slow)])
 def test_two_processes(tmp_path: Path, statistics: str) -> None:
     """BN of each rank's own data: the ranks' statistics differ until they are merged."""
     write_data(tmp_path)

@@ -70,7 +70,7 @@ def count_and_yield(ran: list[int], stop_at: int | None = None) -> Any:
     return run
 
 
-_LONG = ("leakage", "population")
+_LONG = ("leakage", "population", "small-batch", "train-test")
 
 
 @pytest.mark.parametrize(
