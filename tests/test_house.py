@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "rethinking_bn"
@@ -23,17 +23,19 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 WITH_DETECTRON2 = {"config", "modeling", "engine"}
 
 
-def imports() -> Iterator[tuple[Path, str, str]]:
-    """Yield (file, room, imported module) for every import of the package."""
+@cache
+def imports() -> list[tuple[Path, str, str]]:
+    """Return (file, room, imported module) for every import of the package."""
+    found = []
     for file in sorted(PACKAGE.rglob("*.py")):
         room = file.relative_to(PACKAGE).with_suffix("").parts[0]
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 assert not node.level, f"{file} imports relatively; elsewhere imports are absolute"
-                yield file, room, node.module or ""
+                found.append((file, room, node.module or ""))
             elif isinstance(node, ast.Import):
-                for alias in node.names:
-                    yield file, room, alias.name
+                found += [(file, room, alias.name) for alias in node.names]
+    return found
 
 
 def test_no_arrow_runs_up() -> None:

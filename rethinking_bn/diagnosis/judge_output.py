@@ -12,9 +12,9 @@ from torch.distributed import ProcessGroup
 from rethinking_bn.diagnosis.distance import exact_statistics
 from rethinking_bn.diagnosis.effects import Choice, Variants, relative_change, squared_changes
 from rethinking_bn.diagnosis.findings import SEVERITIES, Finding, make, severity_of
-from rethinking_bn.diagnosis.layers import DiagnosedLayer
+from rethinking_bn.diagnosis.layers import DiagnosedLayer, Statistics
 from rethinking_bn.diagnosis.record import Record
-from rethinking_bn.distributed import all_gather_object
+from rethinking_bn.distributed import all_gather_object, raise_together
 
 CHANGE = (0.02, 0.1, 0.3)  # of the output, by one layer
 _TO_BATCH = (0.5, 1.0, math.inf)  # of the output, from exact to mini-batch statistics
@@ -22,6 +22,39 @@ _CHANCE = 3.0  # times what chance gives
 _FEWEST = 3  # layers whose effect is measured, however few batches there are
 _BY_BATCH = ("repeated-use", "dependent-samples", "small-batch")  # felt in mini-batches
 _UNGATED = ("non-finite", "impossible-variance", "output-effect")
+
+
+class _Changes:
+    """Changes of the output between choices of statistics, alike on all ranks.
+
+    Attributes:
+        forwards: made so far on each rank.
+        reference: the outputs whose spread is the unit.
+    """
+
+    def __init__(self, variants: Variants, group: ProcessGroup | None) -> None:
+        self.variants, self.group = variants, group
+        self.forwards = 0
+        self.reference: list[list[Tensor]] = []
+
+    def run(self, choice: Choice, batches: int) -> list[list[Tensor]]:
+        """Return the outputs of the first batches; a rank's failure is everybody's."""
+        self.forwards += batches
+        outputs, error = [], None
+        try:
+            outputs = self.variants(choice, batches)
+        except Exception as raised:
+            error = raised
+        raise_together(error, self.group)
+        return outputs
+
+    def all_finite(self, outputs: list[list[Tensor]]) -> bool:
+        finite = all(bool(tensor.isfinite().all()) for batch in outputs for tensor in batch)
+        return all(all_gather_object(finite, self.group))
+
+    def between(self, one: list[list[Tensor]], other: list[list[Tensor]]) -> float | None:
+        sums = squared_changes(one, other, self.reference)
+        return relative_change(all_gather_object(sums, self.group))
 
 
 def output_effects(
@@ -39,6 +72,9 @@ def output_effects(
         variants: runs the model.
         budget: about as many forwards are made, but at least those of three layers and, beyond
             it, those that decide about severe findings: for each layer one by kind of change.
+
+    Raises:
+        Exception: what the model or ``output`` raises; on the other ranks a RuntimeError.
     """
     used = [layer for layer in layers if layer.stored is not None and not layer.by_batch]
     used = [layer for layer in used if records[layer.name].uses]
@@ -48,66 +84,76 @@ def output_effects(
     }
     by_batch: Choice = {layer.name: "batch" for layer in layers if not layer.frozen}
     count = min(len(variants.batches), max(2, budget // 12))
-    outputs = [variants(c, count) for c in ({}, exact, half, {**exact, **by_batch})]
-    # the unit is the spread of what training sees, where frozen layers keep what they store
-    trained = variants(by_batch, count) if any(layer.frozen for layer in layers) else outputs[3]
-    reference = trained if _finite(trained) else outputs[1]
-
-    def change(one: list[list[Tensor]], other: list[list[Tensor]]) -> float | None:
-        sums = squared_changes(one, other, reference)
-        return relative_change(all_gather_object(sums, group))
-
-    to_exact, to_half, to_batch = (
-        change(outputs[0], outputs[1]),
-        change(outputs[1], outputs[2]),
-        change(outputs[1], outputs[3]),
+    changes = _Changes(variants, group)
+    as_stored, as_exact, as_half, mixed = (
+        changes.run(c, count) for c in ({}, exact, half, {**exact, **by_batch})
     )
+    # the unit is the spread of what training sees, where frozen layers keep what they store
+    trained = changes.run(by_batch, count) if any(layer.frozen for layer in layers) else mixed
+    changes.reference = trained if changes.all_finite(trained) else as_exact
+    to_exact = changes.between(as_stored, as_exact)
+    to_half = changes.between(as_exact, as_half)
+    to_batch = changes.between(as_exact, mixed)
     if to_exact is None or to_half is None or to_batch is None:
         return findings
     chance = to_half * _moving_average_factor(used, records)
-    findings = list(findings)
-    findings.append(_together(to_exact, to_batch, chance, count))
+    findings = [*findings, _together(to_exact, to_batch, chance, count)]
 
-    named = {layer.name: layer for layer in layers}
     by_layer = _worst_first(findings)
-    left = budget - (4 if trained is outputs[3] else 5) * count
-    each = min(count, max(1, left // (2 * max(1, len(by_layer)))))
+    each = min(count, max(1, (budget - changes.forwards) // (2 * max(1, len(by_layer)))))
     # where the stored statistics of all layers give nothing finite, from the exact ones instead
-    sound = math.isfinite(to_exact)
-    start = outputs[0 if sound else 1][:each]
+    stored = as_stored[:each] if math.isfinite(to_exact) else None
     singles: dict[str, dict[str, float | None]] = {}
     for name, found in by_layer.items():
         # whether a severe finding stays so is decided by its effect, whatever that costs
-        wanted = left > 0 or len(singles) < _FEWEST
+        wanted = changes.forwards < budget or len(singles) < _FEWEST
         asked = {_felt(f.kind) for f in found if wanted or f.severity == "severe"}
+        target = targets.get(name)
         if name not in exact:
             asked -= {"stored_to_exact", "stored_to_target"}
-        others: Choice = {} if sound else {k: v for k, v in exact.items() if k != name}
-        changes: dict[str, float | None] = {}
-        base = stored = start
-        if asked - {"exact_to_batch"} and not sound:
-            stored = variants(others, each)
-            left -= each
-        if "stored_to_exact" in asked and sound:
-            base = variants({name: exact[name]}, each)
-            left -= each
-        if "stored_to_exact" in asked:
-            changes["stored_to_exact"] = change(stored, base)
-        if "exact_to_batch" in asked:
-            changes["exact_to_batch"] = change(base, variants({**others, name: "batch"}, each))
-            left -= each
-        if "stored_to_target" in asked:
-            target = {**others, name: exact_statistics(named[name], targets[name])}
-            changes["stored_to_target"] = change(stored, variants(target, each))
-            left -= each
-        if changes:
-            singles[name] = changes
+            target = None
+        if asked:
+            layer = next(layer for layer in layers if layer.name == name)
+            shifted = None if target is None else exact_statistics(layer, target)
+            singles[name] = _of_one(changes, name, asked, exact, shifted, stored, as_exact[:each])
     findings = [_gated(f, singles, to_exact, to_batch) for f in findings]
-    return findings + [_single(name, changes, each) for name, changes in singles.items()]
+    return findings + [_single(name, found, each) for name, found in singles.items()]
 
 
-def _finite(outputs: list[list[Tensor]]) -> bool:
-    return all(bool(tensor.isfinite().all()) for of_batch in outputs for tensor in of_batch)
+def _of_one(
+    changes: _Changes,
+    name: str,
+    asked: set[str],
+    exact: Choice,
+    target: Statistics | None,
+    stored: list[list[Tensor]] | None,
+    as_exact: list[list[Tensor]],
+) -> dict[str, float | None]:
+    """Return the changes of the output by one layer's statistics that are asked for.
+
+    Args:
+        stored: the outputs with all layers' stored statistics; None where these are of no use: the
+            other layers then have exact ones.
+    """
+    others: Choice = {}
+    base = before = stored if stored is not None else as_exact
+    each = len(base)
+    if stored is None:
+        others = {key: value for key, value in exact.items() if key != name}
+        if asked - {"exact_to_batch"}:
+            before = changes.run(others, each)
+    found: dict[str, float | None] = {}
+    if "stored_to_exact" in asked:
+        if stored is not None:
+            base = changes.run({name: exact[name]}, each)
+        found["stored_to_exact"] = changes.between(before, base)
+    if "exact_to_batch" in asked:
+        by_batch = changes.run({**others, name: "batch"}, each)
+        found["exact_to_batch"] = changes.between(base, by_batch)
+    if "stored_to_target" in asked and target is not None:
+        shifted = changes.run({**others, name: target}, each)
+        found["stored_to_target"] = changes.between(before, shifted)
+    return found
 
 
 def _moving_average_factor(layers: Sequence[DiagnosedLayer], records: dict[str, Record]) -> float:

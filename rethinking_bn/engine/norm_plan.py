@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from torch import Tensor, nn
 
+from rethinking_bn.checkpoint import read_weights
 from rethinking_bn.config import images_per_pass
 from rethinking_bn.diagnosis.layers import DiagnosedLayer, find_layers
 from rethinking_bn.engine.checks import check_batch_size, check_model
@@ -251,18 +252,16 @@ def _identity(
     if not (path.endswith(".pth") and os.path.isfile(path)):
         return  # names are matched to weights in other formats only when they are loaded
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        what = type(error).__name__
-        raise ValueError(f"MODEL.WEIGHTS {path} is no checkpoint: {what}") from error
-    state = content.get("model", content)
+        state = read_weights(path)
+    except ValueError as error:
+        raise ValueError(f"MODEL.WEIGHTS: {error}") from error
     without = []
     for plan in plans:
         if plan.name not in layers or layers[plan.name].stored is None:
             continue
         keys = [key for key in state if key.startswith(f"{plan.name}.")]
-        means = [torch.as_tensor(state[k]) for k in keys if k.endswith("running_mean")]
-        squares = [torch.as_tensor(state[k]) for k in keys if k.endswith("running_mean_square")]
+        means = [state[k] for k in keys if k.endswith("running_mean")]
+        squares = [state[k] for k in keys if k.endswith("running_mean_square")]
         known = any(bool((m != 0).any()) for m in means) or any(
             bool((s != 1).any()) for s in squares
         )

@@ -19,32 +19,32 @@ class BatchStatistics(NamedTuple):
 
     Attributes:
         counts: K numbers of values per channel.
-        values: (2, K, C), the means and the variances; 0 for a part without values.
+        values: (2, K, C), the means and the variances, or a pair of the two; 0 for a part without
+            values.
         is_unbiased: whether the variances are those divided by count - 1 (0 for a count of 1).
     """
 
     counts: tuple[int, ...]
-    values: Tensor
+    values: Tensor | tuple[Tensor, Tensor]
     is_unbiased: bool
 
     def factors(self) -> list[float]:
         """Return what makes each biased variance an unbiased one."""
         return [n / max(n - 1, 1) for n in self.counts]
 
-    def unbiased(self) -> BatchStatistics:
-        """Return the same with unbiased variances."""
+    def unbiased(self) -> Tensor:
+        """Return the values (2, K, C) with unbiased variances."""
+        values = torch.stack(self.values) if isinstance(self.values, tuple) else self.values
         if self.is_unbiased:
-            return self
+            return values
         rows = [[1.0] * len(self.counts), self.factors()]
-        values = self.values * on_device(rows, self.values)[..., None]
-        return BatchStatistics(self.counts, values, True)
+        return values * on_device(rows, values)[..., None]
 
     def moments(self) -> Moments:
         """Return the same as moments, their counts on the device."""
-        counts = self.counts
+        counts, (mean, variance) = self.counts, self.values
         divisors = [max(n - 1, 0) for n in counts] if self.is_unbiased else counts
-        rows = on_device([counts, divisors], self.values)
-        mean, variance = self.values.unbind()
+        rows = on_device([counts, divisors], mean)
         return Moments(rows[0], mean, variance * rows[1, :, None])
 
 
@@ -81,20 +81,19 @@ def pool_parts(parts: BatchStatistics) -> BatchStatistics:
     With shares sᵢ = nᵢ/n, means relative to that of the largest part, so that they keep their
     digits: mean = Σ sᵢ meanᵢ and variance = Σ sᵢ (varianceᵢ + (meanᵢ - mean)²).
     """
-    counts, values, _ = parts
+    counts, (mean, variance), _ = parts
     if len(counts) == 1:
         return parts
     largest = counts.index(max(counts))
-    mean, variance = values.unbind()
     reference = mean[largest]
     # of fake tensors, whose mode ends, nothing is kept
-    shares = _shares if type(values) is Tensor else _shares.__wrapped__
-    share = shares(counts, values.dtype, values.device)
+    shares = _shares if type(mean) is Tensor else _shares.__wrapped__
+    share = shares(counts, mean.dtype, mean.device)
     centred = mean - reference
-    shift = (centred * share).sum(0)
+    shift = (centred * share).sum(0, keepdim=True)
     centred.sub_(shift)
-    pooled = (torch.addcmul(variance, centred, centred) * share).sum(0)
-    return BatchStatistics((sum(counts),), torch.stack([reference + shift, pooled])[:, None], False)
+    pooled = (torch.addcmul(variance, centred, centred) * share).sum(0, keepdim=True)
+    return BatchStatistics((sum(counts),), (shift.add_(reference), pooled), False)
 
 
 @lru_cache(maxsize=256)

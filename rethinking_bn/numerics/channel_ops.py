@@ -117,13 +117,15 @@ def combine_each(
     b: Tensor,
     c: Tensor,
     needed: Sequence[bool],
+    few: bool,
 ) -> tuple[Tensor | None, ...]:
     """Return :func:`combine` of those of L pairs of tensors that are ``needed``, None for others.
 
     Args:
         a, b, c: (1, C) for all, or (L, C).
+        few: what :func:`are_few` says of the tensors.
     """
-    if all(needed) and are_few(xs, a.dtype):
+    if few and all(needed):
         out = scale_and_shift(xs, b, c)
         if len(xs) == 1:
             out[0].addcmul_(dys[0], _views(a, xs)[0])
@@ -188,12 +190,17 @@ def gradient_sums_of_each(
     variances: Sequence[Tensor],
     index: Sequence[int],
     eps: float,
+    few: bool,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return :func:`gradient_sums` of L pairs of tensors, by the statistics at each one's index."""
+    """Return :func:`gradient_sums` of L pairs of tensors, by the statistics at each one's index.
+
+    Args:
+        few: what :func:`are_few` says of them.
+    """
+    few = few and all([x.numel() for x in xs])
+    sums = _gradient_sums_on_cpu if few else gradient_sums
     pairs = zip(dys, xs, index, strict=True)
-    if not are_few(xs, means[0].dtype) or not all([x.numel() for x in xs]):
-        return [gradient_sums(dy, x, means[p], variances[p], eps) for dy, x, p in pairs]
-    return [_gradient_sums_on_cpu(dy, x, means[p], variances[p], eps) for dy, x, p in pairs]
+    return [sums(dy, x, means[p], variances[p], eps) for dy, x, p in pairs]
 
 
 def gradient_sums(

@@ -115,7 +115,8 @@ class _MovingAverageNormalize(torch.autograd.Function):
         a = spread.rsqrt().mul_(scale)
         ctx.statistics, ctx.eps, ctx.average = statistics, eps, average
         ctx.spread, ctx.scale, ctx.a = spread, scale, a
-        if bias is not None and are_few(xs, a.dtype):
+        ctx.few = are_few(xs, a.dtype)
+        if bias is not None and ctx.few:
             return scale_and_shift(xs, a[None], bias[None])
         zero = torch.zeros_like(smoothed)
         return tuple(affine_normalize(x, zero, smoothed, scale, bias, eps) for x in xs)
@@ -141,7 +142,7 @@ class _MovingAverageNormalize(torch.autograd.Function):
         # dx = a·dy + b·x per channel
         b = torch.addcdiv(zero, averaged, ctx.spread, value=-1)
         needed = ctx.needs_input_grad[-len(xs) :]
-        grad_x = combine_each(grads, xs, ctx.a[None], b[None], zero[None], needed)
+        grad_x = combine_each(grads, xs, ctx.a[None], b[None], zero[None], needed, ctx.few)
         grad_weight = grad_bias = None
         if weight is not None:
             grad_weight = (sum_dy_z * statistics.correction).to(weight.dtype)

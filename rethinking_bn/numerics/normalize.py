@@ -183,7 +183,7 @@ def _on_this_rank(call: _Call) -> tuple[list[Tensor], BatchStatistics]:
     with torch.no_grad():
         statistics = batch_statistics(xs)
         pool = pool_parts(statistics) if one_pool else statistics
-        mean, variance = pool.values.unbind()
+        mean, variance = pool.values
     weight, bias = _as_tensor(weights), _as_tensor(biases)
     outputs = Normalize.apply(
         weight, bias, mean, variance, pool.counts, index, eps, None, False, *xs

@@ -49,14 +49,15 @@ class Normalize(torch.autograd.Function):
             index: the pool of each tensor.
             sync: the pools span the ranks of ``group``.
         """
-        on_host = None if isinstance(count, Tensor) else count
         invstd = (variance + eps).rsqrt()
         scale = invstd if weight is None else invstd * weight
-        tensors = (weight, mean, variance, invstd, scale, None if on_host else count)
-        ctx.save_for_backward(*tensors, *xs)
-        ctx.count, ctx.index, ctx.eps, ctx.group, ctx.sync = on_host, index, eps, group, sync
+        # what is no input travels outside the saved tensors, whose hooks cost more than it
+        ctx.save_for_backward(weight, *xs)
+        ctx.statistics, ctx.count = (mean, variance, invstd, scale), count
+        ctx.index, ctx.eps, ctx.group, ctx.sync = index, eps, group, sync
         ctx.affine = [None if p is None else (p.dim() == 1, p.dtype) for p in (weight, bias)]
-        if are_few(xs, scale.dtype):
+        ctx.few = are_few(xs, scale.dtype)
+        if ctx.few:
             shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
             return scale_and_shift(xs, scale, shift)
         means, variances = mean.unbind(), variance.unbind()
@@ -70,8 +71,8 @@ class Normalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         """Return the gradients; synchronised, a collective that every rank must reach."""
-        weight, mean, variance, invstd, a, count, *xs = ctx.saved_tensors
-        count = ctx.count if count is None else count
+        weight, *xs = ctx.saved_tensors
+        (mean, variance, invstd, a), count = ctx.statistics, ctx.count
         means, index = mean.unbind(), ctx.index
         on_cuda = mean.is_cuda and not torch.compiler.is_compiling()
         # per tensor: Σ dy and Σ dy·x̂, in one pass over dy and x
@@ -82,7 +83,9 @@ class Normalize(torch.autograd.Function):
                 for dy, x, p in zip(dys, xs, index, strict=True)
             ]
         else:
-            pairs = gradient_sums_of_each(dys, xs, means, variance.unbind(), index, ctx.eps)
+            pairs = gradient_sums_of_each(
+                dys, xs, means, variance.unbind(), index, ctx.eps, ctx.few
+            )
         sums = torch.stack([value for pair in pairs for value in pair]).view(len(xs), 2, -1)
         if on_cuda:
             sums[:, 1] *= invstd
@@ -117,14 +120,19 @@ class Normalize(torch.autograd.Function):
             scaled = pooled * scale[:, None]
             b = scaled[:, 1] * invstd
             c = torch.addcmul(scaled[:, 0], b, mean, value=-1)
-            grad_x = combine_each(dys, xs, a, b, c, needed)
-        own = sums.unbind(1)
-        over_all = total.view(2, -1).unbind() if shared and total.shape[0] == 1 else own
+            grad_x = combine_each(dys, xs, a, b, c, needed, ctx.few)
         of_weight, of_bias = (
-            (over_all if layout[0] else own)[i].to(layout[1]) if layout and need else None
-            for layout, i, need in zip(ctx.affine, (1, 0), ctx.needs_input_grad[:2], strict=True)
+            _of_affine(total if layout[0] else sums, i, layout) if layout and need else None
+            for layout, i, need in zip(ctx.affine, (1, 0), ctx.needs_input_grad, strict=False)
         )
         return of_weight, of_bias, None, None, None, None, None, None, None, *grad_x
+
+
+def _of_affine(sums: Tensor, i: int, layout: tuple[bool, torch.dtype]) -> Tensor:
+    """Return the i-th of the sums (K, 2, C), as the affine has it: (C,), or (K, C)."""
+    is_one, dtype = layout
+    gradient = sums[0, i] if is_one else sums[:, i]
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 def _per_tensor(rows: Tensor | None, tensors: int) -> Any:

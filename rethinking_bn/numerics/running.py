@@ -13,7 +13,6 @@ from rethinking_bn.numerics.batch_statistics import BatchStatistics
 from rethinking_bn.numerics.moments import Moments
 
 
-@torch.no_grad()
 def update_running_statistics(
     holders: Sequence[Any], seen: Moments | BatchStatistics, momentum: float | None
 ) -> None:
@@ -28,24 +27,24 @@ def update_running_statistics(
     Args:
         holders: modules with running_mean, running_var (C,) and num_batches_tracked, which may be
             None unless the momentum is; either one for all K rows, or one per row.
-        seen: K rows.
+        seen: K rows; of a batch, without gradient.
         momentum: fraction of the new value; None: 1 / number of steps so far.
     """
     if isinstance(seen, Moments):
         _update_on_device(holders, seen, momentum)
         return
-    alike = all(h.running_mean.dtype == seen.values.dtype for h in holders)
+    alike = all(h.running_mean.dtype == seen.values[0].dtype for h in holders)
     if momentum is not None and alike and len(holders) == len(seen.counts) == 1:
         _update_one(holders[0], seen, momentum)
     elif momentum is not None and alike and len(holders) == len(seen.counts):
-        _update_each(holders, seen.unbiased(), momentum)
+        _update_each(holders, seen, momentum)
     else:
         _update_on_device(holders, seen.moments(), momentum)
 
 
 def _update_one(holder: Any, seen: BatchStatistics, momentum: float) -> None:
     """One row and its holder."""
-    mean, variance = seen.values.view(2, -1).unbind()
+    mean, variance = (rows[0] for rows in seen.values)
     if not seen.is_unbiased:
         variance = variance * seen.factors()[0]
     finite = variance.max() < math.inf
@@ -58,7 +57,7 @@ def _update_one(holder: Any, seen: BatchStatistics, momentum: float) -> None:
 
 def _update_each(holders: Sequence[Any], seen: BatchStatistics, momentum: float) -> None:
     """One row a holder: all buffers in one operator, what has no value left out by the host."""
-    counts, values, _ = seen
+    counts, values = seen.counts, seen.unbiased()
     # an input that is not finite leaves a variance that is not
     finite = values[1].amax(1) < math.inf  # (K,)
     buffers = [h.running_mean for h in holders] + [h.running_var for h in holders]
@@ -73,6 +72,7 @@ def _update_each(holders: Sequence[Any], seen: BatchStatistics, momentum: float)
     )
 
 
+@torch.no_grad()
 def _update_on_device(holders: Sequence[Any], moments: Moments, momentum: float | None) -> None:
     """The same for counts that only the device knows, and for steps that follow each other."""
     values = torch.stack([moments.mean, moments.variance(unbiased=True)])  # (2, K, C)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +143,21 @@ def assert_same_run(whole: Record, resumed: Record) -> None:
     assert resumed["told"] == whole["told"][3:]
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         {},
-        {"SEED": "-1", "DATALOADER.NUM_WORKERS": "2"},
-        {
-            "SOLVER.AMP.ENABLED": "True",
-            "DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler",
-        },
-        {"TEST.PRECISE_BN.ENABLED": "True"},
+        slow({"SEED": "-1", "DATALOADER.NUM_WORKERS": "2"}),
+        slow(
+            {
+                "SOLVER.AMP.ENABLED": "True",
+                "DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler",
+            }
+        ),
+        slow({"TEST.PRECISE_BN.ENABLED": "True"}),
         {"SOLVER.ACCUMULATION_STEPS": "2", "SOLVER.AMP.ENABLED": "True", **NO_EVALUATION},
         {"SOLVER.FREEZE_BN.START": "4"},  # after the checkpoint
         {**MABN, **NO_EVALUATION},
@@ -173,8 +179,8 @@ def on_rank(rank: int, folder: Path, overrides: dict[str, Any]) -> tuple[Record,
     ("world", "overrides"),
     [
         (2, {"TEST.PRECISE_BN.ENABLED": "True"}),
-        (2, {"SOLVER.FREEZE_BN.START": "2", "SOLVER.FREEZE_BN.AFFINE": "True"}),
-        (2, {"SOLVER.IMS_PER_BATCH": "8", "SOLVER.ACCUMULATION_STEPS": "2", **NO_EVALUATION}),
+        slow(2, {"SOLVER.FREEZE_BN.START": "2", "SOLVER.FREEZE_BN.AFFINE": "True"}),
+        slow(2, {"SOLVER.IMS_PER_BATCH": "8", "SOLVER.ACCUMULATION_STEPS": "2", **NO_EVALUATION}),
         # the sum of three gradients depends on their order
         (3, {"SOLVER.IMS_PER_BATCH": "6", **MABN, **NO_EVALUATION}),
     ],

@@ -70,7 +70,10 @@ def count_and_yield(ran: list[int], stop_at: int | None = None) -> Any:
     return run
 
 
-_LONG = ("leakage", "population", "small-batch", "train-test")
+_LONG = (
+    *("domain-shift", "domains", "ema-momentum", "leakage", "population"),
+    *("small-batch", "train-test"),
+)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,12 @@ def _check_measurement(m: dict[str, Any]) -> None:
         assert value["low"] <= value["median"] <= value["high"]
 
 
-@pytest.mark.parametrize("name", COMPARISONS)
+_LONG = ("level-norm", "diagnosis")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in _LONG else []) for n in COMPARISONS]
+)
 def test_the_tool_runs_a_comparison_and_reports_it(name: str, tmp_path: Any, run_tool: Any) -> None:
     if name in ("head", "collectives"):
         pytest.importorskip("detectron2")

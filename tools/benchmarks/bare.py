@@ -79,7 +79,7 @@ class _Row1(_Layer):
         scaled = total * (scale * -0.01)
         b = scaled[1] * invstd
         c = torch.addcmul(scaled[0], b, mean, value=-1)
-        dxs = combine_each(dys, xs, scale[None], b[None], c[None], [True] * len(xs))
+        dxs = combine_each(dys, xs, scale[None], b[None], c[None], [True] * len(xs), True)
         return total[1], total[0], *dxs
 
 
@@ -104,7 +104,7 @@ class _Mabn(_Layer):
         torch.where(rest == rest, p, self.ring[2], out=self.ring[3])
         self.count.add_(1)
         b = torch.addcdiv(self.zero, self.ring.mean(0), spread, value=-1)
-        dxs = combine_each(dys, xs, a[None], b[None], self.zero[None], [True])
+        dxs = combine_each(dys, xs, a[None], b[None], self.zero[None], [True], True)
         return sum_dy_z * r, sum_dy, *dxs
 
 

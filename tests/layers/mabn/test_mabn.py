@@ -35,7 +35,7 @@ def drifting(t: int, generator: torch.Generator) -> Tensor:
         # warm-up (10), ring and correction (1000) boundaries with the paper's constants
         (4, 10, {"r_max": 1.2}, 1500),
         # the paper's own configuration
-        (16, 100, {}, 1500),
+        pytest.param(16, 100, {}, 1500, marks=pytest.mark.slow),
         # the ring fills after the warm-up; all boundaries early; wide momentum
         (16, 3, {"correction_start": 40, "r_max": 1.05, "momentum": 0.3}, 300),
         # the correction waits for the warm-up
