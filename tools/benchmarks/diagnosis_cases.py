@@ -18,6 +18,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from rethinking_bn.data import CLASSES, ShapesDataset
 from rethinking_bn.population import estimate_population_statistics
+from rethinking_bn.population.forwards import throwaway_event_storage
 from rethinking_bn.studies.data import load_digits, shuffled_indices
 from rethinking_bn.studies.network import make_net
 from rethinking_bn.studies.training import train_to_the_end
@@ -129,13 +130,21 @@ def _detector(seed: int, build: Callable[..., nn.Module], **options: Any) -> Cas
     train, test = _shapes("shapes_train", 160), _shapes("shapes_val", 80)
     collate: Any = lambda samples: tuple(zip(*samples, strict=True))  # noqa: E731
     case = Case(model, train, test, collate, _darken, 16, 8, 16, run_detector)
-    return _estimated(case, seed)
+    return _healthy(case, seed)
 
 
-def _estimated(case: Case, seed: int) -> Case:
-    """Let the statistics fit: the weights are random, which is no defect."""
-    batches = case.batches(seed, case.count)
+def _healthy(case: Case, seed: int, steps: int = 60) -> Case:
+    """Train a little, and let the statistics fit: of random weights, a batch says too little."""
     model = case.model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, 0.9, weight_decay=1e-4)
+    forward = case.forward or (lambda model, batch: model(batch))
+    with throwaway_event_storage():
+        for batch in case.batches(seed + 1, steps):
+            optimizer.zero_grad()
+            sum(forward(model, batch).values()).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+            optimizer.step()
+    batches = case.batches(seed, case.count)
     estimate_population_statistics(model, batches, case.count, forward=case.forward, progress=False)
     return case
 
@@ -183,7 +192,7 @@ def _detectron2(seed: int, config: str, *opts: Any) -> Case:
     mapper = DatasetMapper(cfg, is_train=True)
     train = [mapper(record) for record in DatasetCatalog.get("shapes_train")[:160]]
     test = [mapper(record) for record in DatasetCatalog.get("shapes_val")[:80]]
-    return _estimated(Case(model, train, test, list, _darken_dict, 16, 8, 16), seed)
+    return _healthy(Case(model, train, test, list, _darken_dict, 16, 8, 16), seed)
 
 
 def _darken_dict(sample: Sample, strength: float) -> Sample:
