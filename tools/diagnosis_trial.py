@@ -25,9 +25,9 @@ from typing import Any
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
-from benchmarks import diagnosis_cases, diagnosis_plants  # noqa: E402
-from benchmarks.diagnosis_plants import GRADED, KINDS, Planted  # noqa: E402
-from benchmarks.diagnosis_report import write_curve, write_table  # noqa: E402
+from trials import cases, plants  # noqa: E402
+from trials.plants import GRADED, KINDS, Planted  # noqa: E402
+from trials.report import write_curve, write_table  # noqa: E402
 
 from rethinking_bn.diagnosis import diagnose  # noqa: E402
 from rethinking_bn.diagnosis.findings import SEVERITIES  # noqa: E402
@@ -42,7 +42,7 @@ MODELS = (
 CHANGES = (0.03, 0.1, 0.3)  # of the output, at which graded defects are planted
 
 
-def trial(case: diagnosis_cases.Case, kind: str, planted: Planted) -> dict[str, Any]:
+def trial(case: cases.Case, kind: str, planted: Planted) -> dict[str, Any]:
     """Diagnose one model; return what was found, and all that was reported."""
     diagnosis = diagnose(
         planted.model, planted.batches, target_batches=planted.target, forward=case.forward,
@@ -61,16 +61,16 @@ def run(model: str, seed: int, plan: list[tuple[str, float]]) -> list[dict[str, 
 
     Where no change is asked for (NaN), a defect is planted as in detectors, or is there or not.
     """
-    case = getattr(diagnosis_cases, model)(seed)
+    case = getattr(cases, model)(seed)
     trials = []
     for kind, at in plan:
-        strength = diagnosis_plants.STRONG.get(kind, 1.5)
+        strength = plants.STRONG.get(kind, 1.5)
         if not math.isnan(at):
-            strength = diagnosis_plants.strength_for(kind, case, at, seed)
-        planted = diagnosis_plants.plant(kind, case, strength, seed)
+            strength = plants.strength_for(kind, case, at, seed)
+        planted = plants.plant(kind, case, strength, seed)
         about = {"model": model, "seed": seed, "kind": kind, "at": at, "strength": strength}
         if model == "classifier":
-            about["change"] = diagnosis_plants.output_change(kind, case, planted)
+            about["change"] = plants.output_change(kind, case, planted)
         trials.append(about | trial(case, kind, planted))
     return trials
 

@@ -11,7 +11,7 @@ from rethinking_bn.diagnosis.distance import DEAD, pool
 from rethinking_bn.diagnosis.findings import Finding, make, severity_of
 from rethinking_bn.diagnosis.layers import DiagnosedLayer
 from rethinking_bn.diagnosis.record import Record
-from rethinking_bn.diagnosis.statistics import (
+from rethinking_bn.diagnosis.significance import (
     TOGETHER_LIMIT,
     Verdict,
     f_to_z,

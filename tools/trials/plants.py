@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.diagnosis_cases import Case, Sample, others
+from trials.cases import Case, Sample, others
 
 # By strength; the others are there or not.
 GRADED = (

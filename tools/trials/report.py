@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.diagnosis_plants import ONCE
 from rethinking_bn.files import replace
+from trials.plants import ONCE
 
 Trial = dict[str, Any]
 
