@@ -40,13 +40,14 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # torch.load raises nearly anything
         why = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
         raise ValueError(f"{path} is no checkpoint that torch can load ({why})") from error
     weights = content.get("model", content) if isinstance(content, dict) else None
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    tensors = isinstance(weights, dict) and all(isinstance(v, Tensor) for v in weights.values())
+    if not weights or not tensors:
         raise ValueError(f"{path} holds no state dict of tensors")
     return dict(weights)
 

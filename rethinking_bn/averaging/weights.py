@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from rethinking_bn.averaging.follow import copy_buffers, follow
+from rethinking_bn.layers.frozen import freeze_layer, is_frozen
 from rethinking_bn.population import PopulationReport, estimate_population_statistics
 from rethinking_bn.population.model_state import unwrap
 
@@ -222,6 +223,7 @@ class AveragedWeights:
             "estimated": self.estimated,
             "model": self.module.state_dict(),
             "float32": own,
+            "frozen": [name for name, part in self._module.named_modules() if is_frozen(part)],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -239,6 +241,8 @@ class AveragedWeights:
             raise ValueError(f"the averaged weights saved are of another model: {error}") from error
         if any(name not in self._averages for name in state["float32"]):
             raise ValueError("the averaged weights saved are of a model of other types")
+        for name in state.get("frozen", ()):  # not in a module's own state
+            freeze_layer(module.get_submodule(name))
         self._hold(module)
         for name, average in state["float32"].items():
             self._averages[name].copy_(average)

@@ -14,6 +14,7 @@ from rethinking_bn.diagnosis.layers import DiagnosedLayer, Statistics
 
 Output = Callable[[Any], Any]
 Choice = dict[str, Statistics | str]  # by layer: statistics, or "batch"; others keep the stored
+Outputs = Sequence[list[Tensor] | None]  # of each batch; None: the model refused what came out
 
 # where detectors have the raw outputs of their heads, by the names torchvision and detectron2 use
 _HEADS = (
@@ -77,9 +78,13 @@ class Variants:
             self.proposer = next((modules[n] for n in _PROPOSALS if n in modules), None)
         self._proposals: dict[int, Any] = {}
 
-    def __call__(self, choice: Choice, batches: int) -> list[list[Tensor]]:
-        """Return the output tensors of each of the first batches, on the CPU in float64."""
-        result = []
+    def __call__(self, choice: Choice, batches: int) -> Outputs:
+        """Return the output tensors of each of the first batches, on the CPU in float64.
+
+        None where the model raised a FloatingPointError, as detectron2's proposal generator does
+        for boxes that are not finite.
+        """
+        result: list[list[Tensor] | None] = []
         for index, batch in enumerate(self.batches[:batches]):
             self.restore()
             with ExitStack() as stack:
@@ -95,7 +100,14 @@ class Variants:
                             layer.write(chosen)  # type: ignore[arg-type]
                 seen: list[Any] = stack.enter_context(self._raw_outputs())
                 stack.enter_context(self._same_proposals(index))
-                returned = self.run(index, batch)
+                returned, refused = None, False
+                try:
+                    returned = self.run(index, batch)
+                except FloatingPointError:
+                    refused = True
+            if refused:
+                result.append(None)
+                continue
             if self.output is not None:
                 seen = [self.output(returned)]
             elif not seen:
@@ -136,16 +148,17 @@ class Variants:
 Sums = dict[int, tuple[float, float]]  # by output tensor: squared changes, squared spread
 
 
-def squared_changes(
-    one: list[list[Tensor]], other: list[list[Tensor]], reference: list[list[Tensor]]
-) -> Sums:
+def squared_changes(one: Outputs, other: Outputs, reference: Outputs) -> Sums:
     """Return per output tensor the sum of squared differences, and ``reference``'s spread.
 
     Tensors whose shapes differ are left out: they are not about the same things. A single number,
-    such as a loss, has itself for a spread.
+    such as a loss, has itself for a spread. What a model refused is infinitely far.
     """
     sums: Sums = {}
     for before, after, normal in zip(one, other, reference, strict=False):
+        if before is None or after is None or normal is None:
+            sums[0] = (math.inf, math.inf)
+            continue
         for index, (a, b, r) in enumerate(zip(before, after, normal, strict=False)):
             if not a.shape == b.shape == r.shape:
                 continue

@@ -6,11 +6,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rethinking_bn.diagnosis.distance import exact_statistics
-from rethinking_bn.diagnosis.effects import Choice, Variants, relative_change, squared_changes
+from rethinking_bn.diagnosis.effects import (
+    Choice,
+    Outputs,
+    Variants,
+    relative_change,
+    squared_changes,
+)
 from rethinking_bn.diagnosis.findings import SEVERITIES, Finding, make, severity_of
 from rethinking_bn.diagnosis.layers import DiagnosedLayer, Statistics
 from rethinking_bn.diagnosis.record import Record
@@ -35,12 +40,13 @@ class _Changes:
     def __init__(self, variants: Variants, group: ProcessGroup | None) -> None:
         self.variants, self.group = variants, group
         self.forwards = 0
-        self.reference: list[list[Tensor]] = []
+        self.reference: Outputs = ()
 
-    def run(self, choice: Choice, batches: int) -> list[list[Tensor]]:
+    def run(self, choice: Choice, batches: int) -> Outputs:
         """Return the outputs of the first batches; a rank's failure is everybody's."""
         self.forwards += batches
-        outputs, error = [], None
+        outputs: Outputs = ()
+        error: Exception | None = None
         try:
             outputs = self.variants(choice, batches)
         except Exception as raised:
@@ -48,11 +54,14 @@ class _Changes:
         raise_together(error, self.group)
         return outputs
 
-    def all_finite(self, outputs: list[list[Tensor]]) -> bool:
-        finite = all(bool(tensor.isfinite().all()) for batch in outputs for tensor in batch)
+    def all_finite(self, outputs: Outputs) -> bool:
+        finite = all(
+            batch is not None and all(bool(tensor.isfinite().all()) for tensor in batch)
+            for batch in outputs
+        )
         return all(all_gather_object(finite, self.group))
 
-    def between(self, one: list[list[Tensor]], other: list[list[Tensor]]) -> float | None:
+    def between(self, one: Outputs, other: Outputs) -> float | None:
         sums = squared_changes(one, other, self.reference)
         return relative_change(all_gather_object(sums, self.group))
 
@@ -126,8 +135,8 @@ def _of_one(
     asked: set[str],
     exact: Choice,
     target: Statistics | None,
-    stored: list[list[Tensor]] | None,
-    as_exact: list[list[Tensor]],
+    stored: Outputs | None,
+    as_exact: Outputs,
 ) -> dict[str, float | None]:
     """Return the changes of the output by one layer's statistics that are asked for.
 

@@ -13,6 +13,7 @@ from typing import IO, Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
+from rethinking_bn.checkpoint import read_weights
 from rethinking_bn.files import replace
 
 
@@ -172,8 +173,8 @@ def _misfit(given: list[str], expected: list[str], loaded: list[str]) -> str | N
 
 def _can_be_read(path: str) -> bool:
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever it is
+        read_weights(path)
+    except (OSError, ValueError):
         return False
     return True
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_backbone, build_model
 from detectron2.utils import comm
 from torch import nn
@@ -29,7 +28,7 @@ from rethinking_bn.config import (
 from rethinking_bn.data.domains import domain_groups, domain_of
 from rethinking_bn.data.register import ShapesMetadata
 from rethinking_bn.distributed import raise_together
-from rethinking_bn.engine.load_config import load_config, use_available_device
+from rethinking_bn.engine.load_config import load_config, scale_to_ranks, use_available_device
 from rethinking_bn.engine.starting_weights import (
     check_loading,
     check_teacher,
@@ -101,7 +100,7 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
     model = check_model(cfg, ranks, training=training)
     check_loading(cfg, model or nn.Module(), path, training=training)
     if training and model is not None:
-        train_part(cfg, model)
+        apply_train_only(cfg, model)
     if "://" not in cfg.OUTPUT_DIR:
         if training:
             check_unlocked(cfg.OUTPUT_DIR, "OUTPUT_DIR")
@@ -141,7 +140,7 @@ def hold_output_dir(cfg: CfgNode) -> Iterator[None]:
 
 def check_freezing(cfg: CfgNode, ranks: int) -> None:
     """Raise a ValueError if SOLVER.FREEZE_BN.START is no iteration of the run, nor -1."""
-    solver = DefaultTrainer.auto_scale_workers(cfg, ranks).SOLVER
+    solver = scale_to_ranks(cfg, ranks).SOLVER
     start = solver.FREEZE_BN.START
     if start < -1 or start >= solver.MAX_ITER:
         raise ValueError(
@@ -150,7 +149,7 @@ def check_freezing(cfg: CfgNode, ranks: int) -> None:
         )
 
 
-def train_part(cfg: CfgNode, model: nn.Module) -> None:
+def apply_train_only(cfg: CfgNode, model: nn.Module) -> None:
     """Leave gradients to what SOLVER.TRAIN_ONLY names alone; a ValueError names that key."""
     if cfg.SOLVER.TRAIN_ONLY:
         try:
@@ -163,13 +162,7 @@ def train_part(cfg: CfgNode, model: nn.Module) -> None:
 def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:
     """Raise a ValueError unless the images of an iteration can be divided among the ranks, those
     of a rank among its passes, and those of a pass into normalisation batches."""
-    try:
-        cfg = DefaultTrainer.auto_scale_workers(cfg, ranks)
-    except AssertionError as error:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be divided by "
-            f"SOLVER.REFERENCE_WORLD_SIZE {cfg.SOLVER.REFERENCE_WORLD_SIZE}"
-        ) from error
+    cfg = scale_to_ranks(cfg, ranks)
     is_estimated = needs_population_loader(cfg, training=training)
     estimates = cfg.TEST.PRECISE_BN.IMS_PER_BATCH if is_estimated else 0
     sizes = {}  # (on all ranks, per forward on one rank)
@@ -294,7 +287,7 @@ def _check_mabn_batch(cfg: CfgNode, ranks: int) -> None:
     if cfg.MODEL.MABN.BATCH_SIZE:
         return  # building has checked it
     simulated = cfg.MODEL.MABN.SIMULATED_BATCH_SIZE
-    cfg = DefaultTrainer.auto_scale_workers(cfg, ranks)
+    cfg = scale_to_ranks(cfg, ranks)
     images = images_per_pass(cfg, ranks)
     if simulated < 1 or simulated % images:
         raise ValueError(

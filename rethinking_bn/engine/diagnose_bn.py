@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.utils import comm
+from detectron2.engine import HookBase
 from torch import nn
 
 from rethinking_bn.diagnosis import Diagnosis, diagnose
@@ -60,8 +59,7 @@ def run_diagnosis(
     """Diagnose a loaded model on the batches of its training, in training mode; modes come back.
 
     Args:
-        cfg: the loader is that of population training, :func:`build_population_loader`, for as
-            many processes as there are (SOLVER.REFERENCE_WORLD_SIZE).
+        cfg: the loader is that of population training, :func:`build_population_loader`.
         num_batches: per rank.
         target: a registered data set of another domain; "": none.
         data_loader: takes the place of the config's.
@@ -69,7 +67,6 @@ def run_diagnosis(
     Raises:
         ValueError: as ``build_population_loader`` and ``diagnose``.
     """
-    cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
     loader = build_together(cfg) if data_loader is None else data_loader
     target_batches = None
     if target:

@@ -29,7 +29,8 @@ class FreezeBN(HookBase):
 
     State read: the model, the trainer's precision and optimizer. State changed: the population
     statistics, once, and the layers' mode. State kept in a checkpoint: that the layers are frozen,
-    so that a resumed run neither estimates again nor forgets to freeze, at whatever ``start``.
+    so that a resumed run neither estimates again nor forgets to freeze, at whatever ``start``, as
+    long as it has this hook (detectron2 warns of the state of a hook that is gone).
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultTrainer
 from detectron2.utils.file_io import PathManager
 
 from rethinking_bn.config import add_rethinking_bn_config
@@ -47,6 +48,21 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
         except (AssertionError, ValueError) as error:
             raise ValueError(f"{key} {value}: {_one_line(error)}") from error
     return cfg
+
+
+def scale_to_ranks(cfg: CfgNode, ranks: int) -> CfgNode:
+    """Return the config as detectron2's trainer scales it: SOLVER.REFERENCE_WORLD_SIZE.
+
+    Raises:
+        ValueError: where its images cannot be divided among the processes that it was made for.
+    """
+    try:
+        return DefaultTrainer.auto_scale_workers(cfg, ranks)
+    except AssertionError as error:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be divided by "
+            f"SOLVER.REFERENCE_WORLD_SIZE {cfg.SOLVER.REFERENCE_WORLD_SIZE}"
+        ) from error
 
 
 def use_available_device(cfg: CfgNode) -> bool:

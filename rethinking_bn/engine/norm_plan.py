@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer
 from torch import Tensor, nn
 
 from rethinking_bn.checkpoint import read_weights
-from rethinking_bn.config import images_per_pass
+from rethinking_bn.config import add_rethinking_bn_config, images_per_pass
 from rethinking_bn.diagnosis.layers import DiagnosedLayer, find_layers
 from rethinking_bn.engine.checks import check_batch_size, check_model
+from rethinking_bn.engine.load_config import scale_to_ranks
 from rethinking_bn.layers import BatchStatNorm2d, MultiDomainBatchNorm2d
 from rethinking_bn.shuffle.layers import ShuffledLayers
 
@@ -90,8 +90,11 @@ def make_plan(cfg: CfgNode, ranks: int = 1) -> Plan:
     """
     if ranks < 1:
         raise ValueError(f"a plan needs at least one process, got {ranks}")
+    cfg = cfg.clone()
+    cfg.defrost()
+    add_rethinking_bn_config(cfg)  # those of other projects may lack our keys
     check_batch_size(cfg, ranks)
-    cfg = DefaultTrainer.auto_scale_workers(cfg, ranks)
+    cfg = scale_to_ranks(cfg, ranks)
     images = images_per_pass(cfg, ranks)
     model = check_model(cfg, ranks, training=False)
     if model is None:
@@ -134,7 +137,7 @@ def _plan(
     module = layer.layer
     together = images
     for prefix, key in (("roi_heads", "ROI_HEADS"), ("backbone", "BACKBONE")):
-        limit = cfg.MODEL[key].get("NORM_IMAGES", 0)
+        limit = cfg.MODEL[key].NORM_IMAGES
         if layer.name.startswith(prefix) and limit > 0:
             together = min(images, limit)
     over_ranks = "SyncBatchNorm" in type(module).__name__ or getattr(module, "sync", False)
@@ -142,7 +145,7 @@ def _plan(
     if layer.mean_square:
         together = cfg.MODEL.MABN.SIMULATED_BATCH_SIZE
     inference = "population statistics"
-    if isinstance(module, BatchStatNorm2d) or cfg.TEST.get("STATISTICS", "") == "batch":
+    if isinstance(module, BatchStatNorm2d) or cfg.TEST.STATISTICS == "batch":
         inference = "mini-batch statistics"
     elif layer.frozen:
         inference = "frozen statistics"

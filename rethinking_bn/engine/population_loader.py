@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from rethinking_bn.config import check_divides, check_transforms, images_per_pass
 from rethinking_bn.data.domains import mark
 from rethinking_bn.distributed import raise_together
+from rethinking_bn.engine.load_config import scale_to_ranks
 from rethinking_bn.engine.train_loader import Mapper, ResumableTrainLoader, Sample
 
 logger = logging.getLogger(__name__)
@@ -74,11 +75,14 @@ def build_population_loader(
 
 
 def build_together(cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
-    """Build :func:`build_population_loader`'s loader on every rank, or on none: a collective."""
+    """Build :func:`build_population_loader`'s loader on every rank, or on none: a collective.
+
+    For as many processes as there are: SOLVER.REFERENCE_WORLD_SIZE scales it, as in training.
+    """
     error: Exception | None = None
     loader: Iterable[list[dict[str, Any]]] = ()
     try:
-        loader = build_population_loader(cfg)
+        loader = build_population_loader(scale_to_ranks(cfg, comm.get_world_size()))
     except Exception as raised:
         error = raised
     raise_together(error)

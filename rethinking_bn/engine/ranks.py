@@ -62,9 +62,8 @@ def launch(function: Callable[..., Any], args: argparse.Namespace, *arguments: A
         function: of the top level of a module.
         args: the command line; see :func:`rethinking_bn.command_line.argument_parser`.
 
-    Raises:
-        SystemExit: with status 1 when a rank failed, whose traceback is printed; 130 after SIGINT;
-            143 after SIGTERM.
+    Returns when all ranks have ended well; otherwise this process ends on the spot: with status 1
+    when a rank failed, whose traceback is printed, 130 after SIGINT, 143 after SIGTERM.
     """
     url = args.dist_url
     if url == "auto":
@@ -165,13 +164,18 @@ class _Ranks:
                 process.terminate()
 
     def join(self) -> None:
-        """Wait for all; a failed rank, or one that does not end in time, raises SystemExit."""
+        """Wait for all; a failed rank, or one that does not end in time, ends this process."""
         running = list(self._processes)
         while running:
             wait([process.sentinel for process in running], timeout=_MOMENT)
             running = [process for process in running if process.exitcode is None]
-            if any(process.exitcode not in (None, 0, PREEMPTED) for process in self._processes):
-                self._end(PREEMPTED if self._deadline is not None else self._report())
+            ends = [process.exitcode for process in self._processes]
+            if any(end not in (None, 0, PREEMPTED) for end in ends):
+                if self._deadline is None:
+                    self._end(self._report())
+                if any((end or 0) > 0 and end != PREEMPTED for end in ends):
+                    self._report()  # it failed while it saved
+                self._end(PREEMPTED)
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._end(PREEMPTED)
         if any(process.exitcode == PREEMPTED for process in self._processes):

@@ -25,7 +25,7 @@ from rethinking_bn.engine.accumulation import (
     CPUAutocastTrainer,
 )
 from rethinking_bn.engine.checkpointer import Checkpointer, later_checkpoints
-from rethinking_bn.engine.checks import hold_output_dir, train_part
+from rethinking_bn.engine.checks import apply_train_only, hold_output_dir
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
 from rethinking_bn.engine.hooks import with_rethinking_bn
 from rethinking_bn.engine.merge_statistics import MergeStatistics
@@ -96,7 +96,7 @@ class Trainer(DefaultTrainer):
         seed_all_rng(self.run_seed)
         self._rank_states: tuple[int, list[RankState]] | None = None
         model = self.build_model(self.cfg)
-        train_part(self.cfg, model)
+        apply_train_only(self.cfg, model)
         optimizer = self.build_optimizer(self.cfg, model)
         data_loader = self.build_train_loader(self.cfg)
         on_gpu = torch.device(self.cfg.MODEL.DEVICE).type == "cuda"

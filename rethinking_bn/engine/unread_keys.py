@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_HEADS_REGISTRY,
+)
 from detectron2.modeling.meta_arch import GeneralizedRCNN, RetinaNet
 from detectron2.modeling.roi_heads import (
     ROI_BOX_HEAD_REGISTRY,
@@ -124,6 +129,15 @@ def _of_norms(model: CfgNode, architecture: type) -> Iterator[Unread]:
         heads = ["RETINANET.NORM"] if model.RETINANET.HEAD_NAME != "RetinaNetHead" else []
         if model.RETINANET.HEAD_NAME in RETINANET_HEAD:
             parts.append(RETINANET_HEAD.get(model.RETINANET.HEAD_NAME))
+    if not issubclass(architecture, RetinaNet):
+        for registry, key in (
+            (PROPOSAL_GENERATOR_REGISTRY, "PROPOSAL_GENERATOR"),
+            (ROI_HEADS_REGISTRY, "ROI_HEADS"),
+            (ROI_BOX_HEAD_REGISTRY, "ROI_BOX_HEAD"),
+            (ROI_MASK_HEAD_REGISTRY, "ROI_MASK_HEAD"),
+        ):
+            if model[key].NAME in registry:
+                parts.append(registry.get(model[key].NAME))
     builder = model.BACKBONE.NAME
     if builder in BACKBONE_REGISTRY:
         parts.append(BACKBONE_REGISTRY.get(builder))

@@ -30,9 +30,11 @@ class WeightAverage(HookBase):
     gets its statistics: with "estimate" by population training (with PreciseBN's data, so the same
     weights get the same statistics), and under unsynced BN merged over the ranks as the model's
     are. At a checkpoint and the end it is also written to ``model_averaged.pth``, which any
-    detectron2 loads. Checkpoints of the training hold what resuming needs.
+    detectron2 loads. Checkpoints of our Trainer hold what resuming needs; those of another trainer
+    do too if it calls :meth:`gather_rank_states` on every rank before it saves.
 
-    The average starts from the weights before iteration ``start``. On every rank it is the same.
+    The average starts from the weights before iteration ``start``. Its weights are the same on
+    every rank, and so are its statistics after a merge.
     Nothing is ever swapped: it is a model of its own, and so may be evaluated, or interrupted, at
     any time.
 
