@@ -47,7 +47,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no checkpoint that torch can load ({why})") from error
     weights = content.get("model", content) if isinstance(content, dict) else None
     tensors = isinstance(weights, dict) and all(isinstance(v, Tensor) for v in weights.values())
-    if not weights or not tensors:
+    if not tensors or not weights:
         raise ValueError(f"{path} holds no state dict of tensors")
     return dict(weights)
 

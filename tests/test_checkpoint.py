@@ -13,7 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-from rethinking_bn.checkpoint import missing_statistics
+from rethinking_bn.checkpoint import missing_statistics, read_weights
 from rethinking_bn.layers import SyncBatchNorm2d
 from rethinking_bn.modeling import (
     CycleBNRetinaNetHead,
@@ -152,6 +152,27 @@ def test_a_backbone_checkpoint_without_a_head_loads(tmp_path: Path) -> None:
     assert torch.equal(model.backbone.weight, source.backbone.weight)
     for key, value in model.head.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": "resnet50", "state_dict": {"a": torch.ones(1)}},
+        {"model": [torch.ones(1)]},
+        {"model": torch.ones(3)},
+        {"model": {"a": 1.0}},
+        [1],
+        {},
+    ],
+    ids=str,
+)
+def test_files_of_other_content_are_one_line(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w.pth holds no state dict of tensors$"):
+        read_weights(tmp_path / "w.pth")
+    (tmp_path / "w.pth").write_bytes(b"text")
+    with pytest.raises(ValueError, match="w.pth is no checkpoint that torch can load"):
+        read_weights(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("norm", [SyncBatchNorm2d, nn.BatchNorm2d])

@@ -322,6 +322,22 @@ def test_resumed_is_bit_equal() -> None:
     assert all(torch.equal(v, expected[name]) for name, v in snapshot(resumed.module).items())
 
 
+def test_a_resumed_average_keeps_its_frozen_layers() -> None:
+    model = nn.Sequential(BatchNorm2d(3), nn.BatchNorm2d(3))
+    whole = AveragedWeights(model, "swa", statistics="estimate")
+    freeze_batch_norm(model[1])
+    whole.update(model)
+    resumed = AveragedWeights(
+        nn.Sequential(BatchNorm2d(3), nn.BatchNorm2d(3)), "swa", statistics="estimate"
+    )
+    resumed.load_state_dict(whole.state_dict())
+    batch = torch.randn(4, 3, 2, 2) + 1
+    for averaged in (whole, resumed):  # before the next update
+        assert averaged.estimate_statistics([batch], 1).frozen == ("1",)
+    expected = snapshot(whole.module)
+    assert all(torch.equal(v, expected[name]) for name, v in snapshot(resumed.module).items())
+
+
 def test_loading_what_does_not_fit_changes_nothing() -> None:
     averaged = AveragedWeights(Net(), "ema")
     before = snapshot(averaged.module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,24 @@ from tests.diagnosis.cases import batches, healthy
 
 def bad(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
     return [(f.kind, f.layer, f.severity) for f in diagnosis.findings if f.severity != "ok"]
+
+
+def test_a_model_that_refuses_what_is_not_finite_is_diagnosed() -> None:
+    """As detectron2's proposal generator does in training."""
+    net = healthy()
+    set_nan(net)
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        out = model(batch)
+        if not out.isfinite().all():
+            raise FloatingPointError("Training has diverged.")
+        return out
+
+    diagnosis = diagnose(net, batches(), forward=forward)
+    (finding,) = diagnosis.of("non-finite", "layer1.bn2")
+    assert finding.severity == "severe"
+    (together,) = diagnosis.of("output-effect", "")
+    assert together.severity == "severe" and together.evidence["stored_to_exact"] == math.inf
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 
 from rethinking_bn import get_config_file
 from rethinking_bn.config_files import list_config_files
@@ -70,6 +71,16 @@ def test_the_batch_is_scaled_to_the_processes_as_in_training() -> None:
     for ranks in (8, 4):
         made = plan("retinanet_bn_row1.yaml", ranks, *opts)
         assert {layer.nbs for layer in made.layers if layer.name.startswith("head.")} == {2 * ranks}
+
+
+def test_a_config_of_another_project_lacks_our_keys() -> None:
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.WEIGHTS = "RetinaNet", ""
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    assert len(make_plan(cfg).layers) == 53
+    assert "THAW" not in cfg.TEST.PRECISE_BN  # the config is as it was
 
 
 def test_weights_without_statistics_are_warned_of(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from rethinking_bn.engine import build_population_loader
+from rethinking_bn.engine.population_loader import build_together
 from tests.engine.tiny import register_data, tiny_config, write_data
 from tests.helpers import run_distributed
 
@@ -50,6 +51,14 @@ def take(loader: Any, number: int = 7) -> list[list[tuple[int, bytes]]]:
 def random_states() -> list[Any]:
     keys = np.random.get_state()[1]
     return [random.getstate(), np.asarray(keys).tolist(), torch.get_rng_state().tolist()]
+
+
+def test_the_batch_is_scaled_to_the_processes_as_in_training(cfg: CfgNode) -> None:
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = 8, 4
+    assert len(next(iter(build_together(cfg)))) == 2
+    cfg.SOLVER.IMS_PER_BATCH = 6
+    with pytest.raises(ValueError, match="IMS_PER_BATCH 6 cannot be divided by .*WORLD_SIZE 4"):
+        build_together(cfg)
 
 
 def test_every_start_gives_the_same_whatever_the_generators_do(cfg: CfgNode) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer, SimpleTrainer
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, ROI_BOX_HEAD_REGISTRY
 from detectron2.modeling.meta_arch import RetinaNet
 from torch import nn
 
@@ -39,6 +39,15 @@ class InheritingRetinaNet(RetinaNet):
     """Reads what detectron2's reads."""
 
 
+class TheirHead(nn.Module):
+    """Reads MODEL.GN, as any project may."""
+
+    def __init__(self, cfg: Any, input_shape: Any) -> None:
+        super().__init__()
+
+
+if "TheirHead" not in ROI_BOX_HEAD_REGISTRY:
+    ROI_BOX_HEAD_REGISTRY.register(TheirHead)
 for architecture in (ForeignRetinaNet, InheritingRetinaNet):
     if architecture.__name__ not in META_ARCH_REGISTRY:
         META_ARCH_REGISTRY.register(architecture)
@@ -91,6 +100,13 @@ def test_keys_of_parts_that_are_not_there(
     assert line.startswith(f"MODEL.{key} is ") and "\n" not in line
     cfg.merge_from_list([item for name, v in read_with.items() for item in (f"MODEL.{name}", v)])
     assert unread_keys(cfg) == []
+
+
+def test_heads_of_other_projects_may_read_the_groups() -> None:
+    name = get_config_file("mask_rcnn_no_norm.yaml")
+    groups = ["MODEL.GN.NUM_GROUPS", "16"]
+    assert unread_keys(load_config(name, groups))
+    assert not unread_keys(load_config(name, [*groups, "MODEL.ROI_BOX_HEAD.NAME", "TheirHead"]))
 
 
 def test_a_config_without_our_keys_has_none_unread() -> None:
