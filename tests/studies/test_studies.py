@@ -71,8 +71,8 @@ def count_and_yield(ran: list[int], stop_at: int | None = None) -> Any:
 
 
 _LONG = (
-    *("domain-shift", "domains", "ema-momentum", "leakage", "population"),
-    *("small-batch", "train-test"),
+    *("averaging", "domain-shift", "domains", "ema-momentum", "leakage", "population"),
+    *("resolution", "small-batch", "train-test"),
 )
 
 

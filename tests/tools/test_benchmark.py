@@ -120,7 +120,7 @@ def _check_measurement(m: dict[str, Any]) -> None:
         assert value["low"] <= value["median"] <= value["high"]
 
 
-_LONG = ("level-norm", "diagnosis")
+_LONG = ("diagnosis", "level-norm", "precise-bn")
 
 
 @pytest.mark.parametrize(

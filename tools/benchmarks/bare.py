@@ -108,12 +108,26 @@ class _Mabn(_Layer):
         return sum_dy_z * r, sum_dy, *dxs
 
 
-def floors(levels: Levels, first: Levels) -> tuple[Contender, Contender]:
-    """Return row 1's formulas over all levels, and MABN's over the first."""
+class _Written(_Layer):
+    """What row 1's kernels write."""
+
+    def there(self, weight: Tensor, bias: Tensor, xs: Tensors) -> tuple[Tensors, Any]:
+        kept = (xs[0].new_empty((4, 1, len(weight))), xs[0].new_empty((5, 4, len(weight))))
+        return tuple([torch.empty_like(x) for x in xs]), kept
+
+    def back(self, kept: Any, weight: Tensor, xs: list[Tensor], dys: Tensors) -> Any:
+        kept[0].new_empty((5, 2, len(weight)))
+        of_affine = torch.empty_like(weight), torch.empty_like(weight)
+        return *of_affine, *[torch.empty_like(x) for x in xs]
+
+
+def floors(levels: Levels, first: Levels) -> tuple[Contender, Contender, Contender]:
+    """Return row 1's formulas over all levels, MABN's over the first, and row 1 by kernels."""
     kinds: tuple[tuple[str, Callable[[int], nn.Module], Levels], ...] = (
         ("row 1's operators alone", _Row1, levels),
         ("MABN2d's operators alone", _Mabn, first),
+        ("row 1's tensors alone", _Written, levels),
     )
     x = levels.xs[0]
-    row1, mabn = (Contender(n, kind(x.shape[1]).to(x.device), on) for n, kind, on in kinds)
-    return row1, mabn
+    row1, mabn, written = (Contender(n, kind(x.shape[1]).to(x.device), on) for n, kind, on in kinds)
+    return row1, mabn, written

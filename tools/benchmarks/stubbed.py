@@ -52,9 +52,17 @@ def stubbed_launches() -> Iterator[list[str]]:
 
 
 def add_stubbed(
-    result: Result, concat: Contender, sides: Mapping[str, Contender], options: Options
+    result: Result,
+    concat: Contender,
+    sides: Mapping[str, Contender],
+    launches: Mapping[str, int],
+    options: Options,
 ) -> None:
-    """Add the table: launches of a step, its host time with :data:`LAUNCH` each, and the ratio."""
+    """Add the table: launches of a step, its host time with :data:`LAUNCH` each, and the ratio.
+
+    Args:
+        launches: of the sides that launch nothing themselves.
+    """
     reason = missing("triton")
     if reason or options.device.type != "cpu":
         return result.skip("launches stubbed out", reason or "for the CPU")
@@ -67,8 +75,9 @@ def add_stubbed(
         for name, step in steps.items():
             launched.clear()
             step()
-            host = spread(times[name]).median + LAUNCH * len(launched)
-            rows.append((name, len(launched), host * 1e6, host / base))
+            count = launches.get(name, len(launched))
+            host = spread(times[name]).median + LAUNCH * count
+            rows.append((name, count, host * 1e6, host / base))
     unit = f"µs with {LAUNCH * 1e6:.0f} a launch"
     columns = ("Triton kernels", "launches", unit, "beside concatenate")
     result.tables.append(Table("Host time with the launches stubbed out", columns, rows))

@@ -33,7 +33,7 @@ def drifting(t: int, generator: torch.Generator) -> Tensor:
     "m, warmup, options, iterations",
     [
         # warm-up (10), ring and correction (1000) boundaries with the paper's constants
-        (4, 10, {"r_max": 1.2}, 1500),
+        (4, 10, {"r_max": 1.2}, 1100),
         # the paper's own configuration
         pytest.param(16, 100, {}, 1500, marks=pytest.mark.slow),
         # the ring fills after the warm-up; all boundaries early; wide momentum
