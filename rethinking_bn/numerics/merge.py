@@ -1,4 +1,7 @@
-"""The variance merge: statistics of several sets of values made those of all their values."""
+"""The variance merge: statistics of several sets of values made those of all their values.
+
+The kernels' own is ``triton/merge_rows.py``.
+"""
 
 from __future__ import annotations
 
