@@ -1,7 +1,7 @@
 """SyncBN's collective in the forward: the moments of every rank, gathered and merged.
 
-The backward's is the all_reduce of the gradient sums, in ``normalize_function.py``. With the Triton kernels both
-are in ``triton/batch_norm.py``, between the launches.
+The backward's is the all_reduce of the gradient sums, in ``normalize_function.py``. With the Triton
+kernels both are in ``triton/batch_norm.py``, between the launches.
 """
 
 from __future__ import annotations
