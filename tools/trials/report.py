@@ -78,6 +78,8 @@ def write_curve(trials: Sequence[Trial], path: Path) -> None:
             ax.plot(*zip(*points, strict=True), "o-", label=kind)
         ax.set(title=title, xlabel="change of the output, standard deviations", ylim=(-0.03, 1.03))
         ax.set_xscale("log")
+        ax.set_xticks([0.03, 0.1, 0.3], ["0.03", "0.1", "0.3"])
+        ax.minorticks_off()
     axes[0].set_ylabel("share of seeds")
     axes[0].legend(fontsize=8)
     replace(path, lambda aside: figure.savefig(aside, dpi=110, format="png"))
