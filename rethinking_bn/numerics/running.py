@@ -42,17 +42,32 @@ def update_running_statistics(
         _update_on_device(holders, seen.moments(), momentum)
 
 
+def host_reads(x: Tensor) -> bool:
+    """Return whether a value of ``x`` is at hand: on the CPU, where nothing records operators."""
+    if x.device.type != "cpu" or type(x) is not Tensor:
+        return False
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
 def _update_one(holder: Any, seen: BatchStatistics, momentum: float) -> None:
     """One row and its holder."""
     mean, variance = (rows[0] for rows in seen.values)
     if not seen.is_unbiased:
         variance = variance * seen.factors()[0]
-    finite = variance.max() < math.inf
+    largest, counter, n = variance.max(), holder.num_batches_tracked, seen.counts[0]
+    if host_reads(largest):
+        if largest.item() < math.inf and n:
+            buffers, values = [holder.running_mean, holder.running_var], [mean, variance]
+            torch._foreach_lerp_(buffers[:n], values[:n], momentum)  # one value has no variance
+            if counter is not None:
+                counter.add_(1)
+        return
+    finite = largest < math.inf
     for buffer, value, least in ((holder.running_mean, mean, 1), (holder.running_var, variance, 2)):
-        if seen.counts[0] >= least:
+        if n >= least:
             torch.where(finite, torch.lerp(buffer, value, momentum), buffer, out=buffer)
-    if seen.counts[0] and holder.num_batches_tracked is not None:
-        holder.num_batches_tracked.add_(finite)
+    if n and counter is not None:
+        counter.add_(finite)
 
 
 def _update_each(holders: Sequence[Any], seen: BatchStatistics, momentum: float) -> None:

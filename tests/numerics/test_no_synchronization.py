@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rethinking_bn.layers import (
     MultiDomainBatchNorm2d,
     SyncBatchNorm2d,
 )
+from rethinking_bn.numerics import running
 from tests import reference
 from tests.layers.mabn.test_mabn_traps import _NoHostSynchronization
 from tests.reference import CHANNELS, SHAPES
@@ -31,7 +33,8 @@ class NoWaitingNoCopy(_NoHostSynchronization):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers(momentum: float | None, dtype: torch.dtype) -> None:
+def test_layers(momentum: float | None, dtype: torch.dtype, monkeypatch: Any) -> None:
+    monkeypatch.setattr(running, "host_reads", lambda x: False)  # as of a GPU's tensors
     layers: list[nn.Module] = [CycleBatchNorm2d(CHANNELS, len(SHAPES), momentum=momentum)]
     layers += [k(CHANNELS, momentum=momentum) for k in (BatchNorm2d, BatchStatNorm2d)]
     layers += [SyncBatchNorm2d(CHANNELS, momentum=momentum)]
@@ -58,3 +61,25 @@ def test_layers(momentum: float | None, dtype: torch.dtype) -> None:
                 torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
     with pytest.raises(AssertionError, match="concatenated"), NoWaitingNoCopy():
         torch.cat(xs[:1])
+
+
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_statistics_move_alike_whether_the_host_reads_or_not(
+    size: int, bad: bool, monkeypatch: Any
+) -> None:
+    x = torch.randn(size, 3, 1, 2 if size > 1 else 1) + 1
+    if bad:
+        x = x * float("inf")
+    moved = []
+    for reads in (True, False):
+        if not reads:
+            monkeypatch.setattr(running, "host_reads", lambda x: False)
+        layer = MultiDomainBatchNorm2d(3, 2)
+        layer.running_mean.fill_(0.5)
+        layer([x, x[:0]])
+        moved.append(layer.state_dict())
+    assert all(torch.equal(value, moved[1][name]) for name, value in moved[0].items())
+    assert moved[0]["num_batches_tracked"] == (size > 0 and not bad)
+    assert bool((moved[0]["running_mean"] != 0.5).any()) == (size > 0 and not bad)
+    assert bool((moved[0]["running_var"] != 1).any()) == (size > 1 and not bad)

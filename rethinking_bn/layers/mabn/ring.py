@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rethinking_bn.numerics.running import host_reads
+
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -95,12 +97,7 @@ class ValueRing(FullPrecisionBuffers):
 
         A number spares the operators that let a device choose for itself.
         """
-        count = self.count
-        if count.device.type != "cpu" or type(count) is not Tensor:
-            return count
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return count
-        return int(count)
+        return int(self.count) if host_reads(self.count) else self.count
 
     def push(self, value: Tensor, finite: Tensor | None = None) -> int | Tensor:
         """Append a value (C,) that needs no gradient; return the clock after it.
