@@ -174,7 +174,7 @@ def _misfit(given: list[str], expected: list[str], loaded: list[str]) -> str | N
 def _can_be_read(path: str) -> bool:
     try:
         read_weights(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, MemoryError):
         return False
     return True
 
