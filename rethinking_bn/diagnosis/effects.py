@@ -100,14 +100,11 @@ class Variants:
                             layer.write(chosen)  # type: ignore[arg-type]
                 seen: list[Any] = stack.enter_context(self._raw_outputs())
                 stack.enter_context(self._same_proposals(index))
-                returned, refused = None, False
                 try:
                     returned = self.run(index, batch)
                 except FloatingPointError:
-                    refused = True
-            if refused:
-                result.append(None)
-                continue
+                    result.append(None)
+                    continue
             if self.output is not None:
                 seen = [self.output(returned)]
             elif not seen:

@@ -73,14 +73,13 @@ def _obstacle(
     missing, interpreted = _triton()
     if missing is not None:
         return missing
-    index, dtype = xs[0].get_device(), xs[0].dtype  # quicker to compare than devices
-    if not (interpreted or xs[0].is_cuda):
-        where = xs[0].device
-        return f"the tensors are on {where} and TRITON_INTERPRET=1 was not set before the import"
+    device, dtype = xs[0].device, xs[0].dtype
+    if device.type != "cuda" and not interpreted:
+        return f"the tensors are on {device} and TRITON_INTERPRET=1 was not set before the import"
     if dtype not in _TYPES:
         return f"there are no kernels for {dtype}"
     for x in xs:
-        if x.dtype is not dtype or x.get_device() != index:
+        if x.dtype != dtype or x.device != device:
             return "the tensors differ in type or device"
     if layout(xs) is None:
         return "the tensors are neither all contiguous nor all channels-last"
@@ -93,9 +92,9 @@ def _obstacle(
     used = [rows[0] for rows in (weights, biases) if rows is not None]
     used += [holder.running_mean for holder in holders[:1]]
     for t in used:
-        if t is None or t.get_device() != index or t.dtype not in _TYPES:
+        if t is None or t.device != device or t.dtype not in _TYPES:
             found = "None" if t is None else f"{t.dtype} on {t.device}"
-            return f"a parameter or buffer is {found}, beside {dtype} on {xs[0].device}"
+            return f"a parameter or buffer is {found}, beside {dtype} on {device}"
     return None
 
 
