@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rethinking_bn.numerics.channel_ops import are_few
 from rethinking_bn.numerics.local_moments import ROWS, mean_variance
 from rethinking_bn.numerics.moments import Moments, statistics_dtype
 
@@ -54,14 +53,17 @@ def on_device(values: Sequence[Sequence[float]], like: Tensor) -> Tensor:
     return rows if like.device.type == "cpu" else rows.to(like.device, non_blocking=True)
 
 
-def batch_statistics(xs: Sequence[Tensor]) -> BatchStatistics:
+def batch_statistics(xs: Sequence[Tensor], few: bool) -> BatchStatistics:
     """Return the statistics of L tensors (N, C, *), each a part; the variances are biased.
 
     Half types are accumulated in float32. To be called within no_grad.
+
+    Args:
+        few: what :func:`are_few` says of the tensors.
     """
     counts = tuple([x.numel() // x.shape[1] for x in xs])
     # where calls cost more than memory, so does choosing the fastest for each tensor
-    few = max(counts) <= ROWS and are_few(xs, statistics_dtype(xs[0].dtype))
+    few = few and max(counts) <= ROWS
     pairs: list[tuple[Tensor, Tensor]] = []
     for x, n in zip(xs, counts, strict=True):
         if n:

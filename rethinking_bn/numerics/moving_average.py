@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rethinking_bn.numerics.channel_ops import (
     affine_normalize,
@@ -18,6 +17,7 @@ from rethinking_bn.numerics.channel_ops import (
     scale_and_shift,
 )
 from rethinking_bn.numerics.moments import statistics_dtype
+from rethinking_bn.numerics.normalize_function import once_differentiable
 
 #: a truth that the host knows, or the device alone
 Truth = bool | Tensor
@@ -115,7 +115,7 @@ class _MovingAverageNormalize(torch.autograd.Function):
         a = spread.rsqrt().mul_(scale)
         ctx.statistics, ctx.eps, ctx.average = statistics, eps, average
         ctx.spread, ctx.scale, ctx.a = spread, scale, a
-        ctx.few = are_few(xs, a.dtype)
+        ctx.few = a.dtype == xs[0].dtype and are_few(xs)
         if bias is not None and ctx.few:
             return scale_and_shift(xs, a[None], bias[None])
         zero = torch.zeros_like(smoothed)

@@ -22,7 +22,7 @@ from rethinking_bn.numerics.batch_statistics import (
     batch_statistics,
     pool_parts,
 )
-from rethinking_bn.numerics.channel_ops import broadcast
+from rethinking_bn.numerics.channel_ops import are_few, broadcast
 from rethinking_bn.numerics.local_moments import local_moments, plain_moments
 from rethinking_bn.numerics.merge import merge_moments, stack_moments
 from rethinking_bn.numerics.moments import Moments
@@ -180,13 +180,14 @@ def _on_this_rank(call: _Call) -> tuple[list[Tensor], BatchStatistics]:
     each = len(xs) == 1 or not one_pool
     if each and all(x.numel() == 0 or suits_native(x) for x in xs):
         return normalize_each(xs, weights, biases, eps)
+    few = are_few(xs)
     with torch.no_grad():
-        statistics = batch_statistics(xs)
+        statistics = batch_statistics(xs, few)
         pool = pool_parts(statistics) if one_pool else statistics
         mean, variance = pool.values
     weight, bias = _as_tensor(weights), _as_tensor(biases)
     outputs = Normalize.apply(
-        weight, bias, mean, variance, pool.counts, index, eps, None, False, *xs
+        weight, bias, mean, variance, pool.counts, index, eps, few, None, False, *xs
     )
     return list(outputs), pool if one_part else statistics
 
@@ -202,7 +203,8 @@ def _by_moments(
     xs, weights, biases, index, one_part, one_pool, eps = call
     with torch.no_grad():
         compiling = torch.compiler.is_compiling()
-        local = _each_moments(xs) if compiling else batch_statistics(xs).moments()
+        few = are_few(xs)
+        local = _each_moments(xs) if compiling else batch_statistics(xs, few).moments()
         local = _merged(local) if one_part else local
         pooled = merge_over_ranks(local, group) if sync else local
         pool = _merged(pooled) if one_pool else pooled
@@ -213,7 +215,7 @@ def _by_moments(
         count = count.detach().requires_grad_()
     weight, bias = _as_tensor(weights), _as_tensor(biases)
     outputs = Normalize.apply(
-        weight, bias, mean, variance, count, index, eps, group if sync else None, sync, *xs
+        weight, bias, mean, variance, count, index, eps, few, group if sync else None, sync, *xs
     )
     return list(outputs), local, pooled
 

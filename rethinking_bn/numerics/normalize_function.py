@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import function
 from torch.distributed import ProcessGroup
 
 from rethinking_bn.distributed import all_reduce_sum
 from rethinking_bn.numerics.batch_statistics import on_device
 from rethinking_bn.numerics.channel_ops import (
     affine_normalize,
-    are_few,
     combine_each,
     gradient_sums_of_each,
     gradient_sums_on_cuda,
     input_gradient_on_cuda,
     scale_and_shift,
 )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make differentiating an autograd function's backward an error, as torch's decorator does.
+
+    That one enters a context in every backward, which costs more than a tensor of a small layer.
+    Only a backward that records a graph (``create_graph=True``) needs it.
+    """
+    recorded = function.once_differentiable(backward)
+
+    @wraps(backward)
+    def run(*args: Any) -> Any:
+        return recorded(*args) if torch.is_grad_enabled() else backward(*args)
+
+    return run
 
 
 class Normalize(torch.autograd.Function):
@@ -35,6 +51,7 @@ class Normalize(torch.autograd.Function):
         count: Tensor | tuple[int, ...],
         index: list[int],
         eps: float,
+        few: bool,
         group: ProcessGroup | None,
         sync: bool,
         *xs: Tensor,
@@ -47,6 +64,7 @@ class Normalize(torch.autograd.Function):
             count: P numbers of values per channel, on all ranks; a tensor where only the device
                 knows.
             index: the pool of each tensor.
+            few: what :func:`are_few` says of the tensors.
             sync: the pools span the ranks of ``group``.
         """
         invstd = (variance + eps).rsqrt()
@@ -56,7 +74,7 @@ class Normalize(torch.autograd.Function):
         ctx.statistics, ctx.count = (mean, variance, invstd, scale), count
         ctx.index, ctx.eps, ctx.group, ctx.sync = index, eps, group, sync
         ctx.affine = [None if p is None else (p.dim() == 1, p.dtype) for p in (weight, bias)]
-        ctx.few = are_few(xs, scale.dtype)
+        ctx.few = few and scale.dtype == xs[0].dtype
         if ctx.few:
             shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
             return scale_and_shift(xs, scale, shift)
@@ -117,21 +135,21 @@ class Normalize(torch.autograd.Function):
         elif any(needed):
             # dx = a·dy + b·x + c with per-channel a, b, c: of all tensors, or a row each
             scale = (a if shares_weight else invstd) * _minus_reciprocal(count, mean)
-            scaled = pooled * scale[:, None]
-            b = scaled[:, 1] * invstd
-            c = torch.addcmul(scaled[:, 0], b, mean, value=-1)
+            c, b = (pooled * scale.unsqueeze(1)).unbind(1)
+            b = b * invstd
+            c = torch.addcmul(c, b, mean, value=-1)
             grad_x = combine_each(dys, xs, a, b, c, needed, ctx.few)
         of_weight, of_bias = (
             _of_affine(total if layout[0] else sums, i, layout) if layout and need else None
             for layout, i, need in zip(ctx.affine, (1, 0), ctx.needs_input_grad, strict=False)
         )
-        return of_weight, of_bias, None, None, None, None, None, None, None, *grad_x
+        return of_weight, of_bias, None, None, None, None, None, None, None, None, *grad_x
 
 
 def _of_affine(sums: Tensor, i: int, layout: tuple[bool, torch.dtype]) -> Tensor:
     """Return the i-th of the sums (K, 2, C), as the affine has it: (C,), or (K, C)."""
     is_one, dtype = layout
-    gradient = sums[0, i] if is_one else sums[:, i]
+    gradient = sums[0].select(0, i) if is_one else sums.select(1, i)
     return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 

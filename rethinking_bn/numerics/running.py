@@ -51,14 +51,16 @@ def host_reads(x: Tensor) -> bool:
 
 def _update_one(holder: Any, seen: BatchStatistics, momentum: float) -> None:
     """One row and its holder."""
-    mean, variance = (rows[0] for rows in seen.values)
+    (mean, variance), (n,) = seen.values, seen.counts
+    mean, variance = mean.view(-1), variance.view(-1)
     if not seen.is_unbiased:
         variance = variance * seen.factors()[0]
-    largest, counter, n = variance.max(), holder.num_batches_tracked, seen.counts[0]
+    largest, counter = variance.max(), holder.num_batches_tracked
     if host_reads(largest):
         if largest.item() < math.inf and n:
-            buffers, values = [holder.running_mean, holder.running_var], [mean, variance]
-            torch._foreach_lerp_(buffers[:n], values[:n], momentum)  # one value has no variance
+            holder.running_mean.lerp_(mean, momentum)
+            if n > 1:  # one value has no variance
+                holder.running_var.lerp_(variance, momentum)
             if counter is not None:
                 counter.add_(1)
         return

@@ -161,13 +161,15 @@ def test_backward_on_a_gpu(dtype: torch.dtype, pools: int, affines: int) -> None
         counts = tuple(range(5, 5 + pools))
         index = [i if pools > 1 else 0 for i in range(len(SHAPES))]
         xs, dys = features(dtype, True), features(dtype, True)
-        ctx = SimpleNamespace(needs_input_grad=(True,) * (9 + len(xs)))
+        ctx = SimpleNamespace(needs_input_grad=(True,) * (10 + len(xs)))
         ctx.save_for_backward = lambda *saved: setattr(ctx, "saved_tensors", saved)
         with mode:
-            Normalize.forward(ctx, *affine, mean, variance, counts, index, 1e-5, None, False, *xs)
+            Normalize.forward(
+                ctx, *affine, mean, variance, counts, index, 1e-5, False, None, False, *xs
+            )
             mode.names.clear()
             gradients = Normalize.backward(ctx, *dys)
-    assert [g.dtype for g in gradients[9:]] == [dtype] * len(xs)
+    assert [g.dtype for g in gradients[-len(xs) :]] == [dtype] * len(xs)
     assert mode.names["batch_norm_backward_elemt"] == len(xs)
     assert mode.names.total() <= 20, mode.names
 

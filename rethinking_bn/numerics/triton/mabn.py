@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rethinking_bn.numerics.moving_average import Statistics
+from rethinking_bn.numerics.normalize_function import once_differentiable
 from rethinking_bn.numerics.triton import backward, moving
 from rethinking_bn.numerics.triton.batch_norm import (
     COLUMNS,
