@@ -1,12 +1,13 @@
-"""Run one function on several processes of this machine."""
+"""Run one function on several processes of this machine: together, as ranks, or side by side."""
 
 from __future__ import annotations
 
 import datetime
+import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -121,3 +122,56 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
                 raise value if outcome == "expected" else RuntimeError(value)
             results[rank] = value
     return [results[rank] for rank in range(len(pipes))]
+
+
+def run_beside(
+    function: Callable[..., None], jobs: Sequence[tuple[Any, ...]], threads: int
+) -> Generator[Any, None, None]:
+    """Call ``function(*job, send)`` for all jobs at once, each on a process of its own.
+
+    Args:
+        function: defined at the top of a module; calls ``send`` with plain values.
+        threads: of all processes together; each has one at least.
+
+    Yields:
+        what the jobs send, as it comes.
+
+    Raises:
+        RuntimeError: when a job raised, with its traceback, or its process was killed.
+    """
+    processes: dict[Connection, Any] = {}
+    try:
+        for job in jobs:
+            receiver, sender = _CONTEXT.Pipe(duplex=False)
+            arguments = (sender, function, job, max(1, threads // len(jobs)))
+            processes[receiver] = _CONTEXT.Process(target=_job, args=arguments, daemon=True)
+            processes[receiver].start()
+            sender.close()
+        waiting = set(processes)
+        while waiting:
+            for pipe in wait(list(waiting)):
+                assert isinstance(pipe, Connection)
+                try:
+                    outcome, value = pipe.recv()
+                except EOFError:
+                    outcome, value = "failed", "a process ended before its work"
+                if outcome == "failed":
+                    raise RuntimeError(value)
+                if outcome == "done":
+                    waiting.remove(pipe)
+                else:
+                    yield value
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.join()
+
+
+def _job(sender: Connection, function: Any, job: tuple[Any, ...], threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches whoever started this, too
+    torch.set_num_threads(threads)
+    try:
+        function(*job, lambda value: sender.send(("sent", value)))
+        sender.send(("done", None))
+    except BaseException:
+        sender.send(("failed", traceback.format_exc()))

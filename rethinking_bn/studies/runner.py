@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from tqdm import tqdm
 from rethinking_bn.files import read_json, write_json
 from rethinking_bn.randomness import isolated_random_state
 from rethinking_bn.studies.environment import describe_environment
+from rethinking_bn.studies.processes import run_beside
 from rethinking_bn.studies.report import as_text, plot, summarise, write_csv
-from rethinking_bn.studies.study import Part, Settings, Study
+from rethinking_bn.studies.study import Part, Settings, Study, Values
 
 _PACKAGES = ("scikit-learn", "matplotlib", "pycocotools", "Pillow")
 
@@ -103,7 +105,7 @@ def _run_seed(
     device: torch.device,
     bar: Any,
 ) -> None:
-    """Bring a seed's record to its end; it is written after each part that can stand alone."""
+    """Bring a seed's record to its end; it is written with each value of a part."""
     start, before = time.perf_counter(), record["seconds"]
     values: dict[str, float] = record["values"]
     options = {} if study.ticks is None else {"tick": bar.update}
@@ -119,17 +121,50 @@ def _run_seed(
             bar.update()
 
     with isolated_random_state(record["seed"], [device]):
+        parts: list[Part] = []
         for part in study.run(settings, record["seed"], device, **options):
-            if not isinstance(part, Part):
+            if isinstance(part, Part):
+                parts.append(part)
+            else:
                 take(part)
-                continue
-            missing = set(part.keys).intersection(wanted).difference(values)
-            for new in part.run() if missing else ():
+        todo = [i for i, p in enumerate(parts) if {*p.keys}.intersection(wanted).difference(values)]
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        if len(todo) > 1 and threads > 1:
+            jobs = [(study.run, settings, record["seed"], device, i) for i in todo]
+            results = _beside(jobs, threads, bar.update)
+        else:
+            results = (new for i in todo for new in parts[i].run())
+        with closing(results):
+            for new in results:
                 take(new)
-            if missing:
                 write_json(path, record)
     record["values"] = {key: values[key] for key in study.keys() if key in values}
     write_json(path, record)
+
+
+def _beside(
+    jobs: Sequence[tuple[Any, ...]], threads: int, tick: Callable[[int], Any]
+) -> Generator[Values, None, None]:
+    """Yield the values of parts that all run at once: one thread a part keeps a core busier."""
+    with closing(run_beside(_run_part, jobs, threads)) as sent:
+        for new in sent:
+            if isinstance(new, int):
+                tick(new)
+            else:
+                yield new
+
+
+def _run_part(
+    run: Callable[..., Iterator[Part]],
+    settings: Settings,
+    seed: int,
+    device: torch.device,
+    index: int,
+    send: Callable[[Values | int], None],
+) -> None:
+    parts = list(run(settings, seed, device, tick=lambda steps=1: send(steps)))
+    for new in parts[index].run():
+        send(new)
 
 
 def _version(package: str) -> str | None:

@@ -11,7 +11,11 @@ Values = dict[str, float]  # key of a quantity -> its value for one seed
 
 
 class Part(NamedTuple):
-    """Work that needs no other part's result: not done again when its values were kept."""
+    """Work that needs no other part's result: not done again when its values were kept.
+
+    The parts of a seed run at once, each on a process of its own, where torch has several threads
+    on the CPU: ``Study.run`` is then called in each process, and must be found in its module.
+    """
 
     keys: Sequence[str]
     run: Callable[[], Iterator[Values]]
@@ -74,7 +78,8 @@ class Study:
         seeds: how many by default.
         more: keys of quantities that are measured only when asked for (``--all``).
         ticks: settings -> training steps of all parts but those of ``more``, and of those; ``run``
-            then takes ``tick``, to be called after each, and the time to go is told by them.
+            then takes ``tick``, to be called after each (or with a number, for what takes as long
+            as so many), and the time to go is told by them.
     """
 
     name: str

@@ -8,6 +8,8 @@ import importlib
 import importlib.util
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -185,6 +187,45 @@ def test_an_interrupt_keeps_parts_and_the_rest_waits_for_all(
     assert written["claims"][0]["holds"] == "one seed"
 
 
+def three_parts(settings: Any, seed: int, device: torch.device, tick: Any) -> Any:
+    def values(key: str) -> Any:
+        tick(2)
+        if key == settings.get("fails"):
+            raise OSError(f"no {key}")
+        if key == settings.get("dies"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield {key: float(os.getpid())}
+        yield {key + key: float(torch.get_num_threads())}
+
+    for key in "abc":
+        yield Part([key, key + key], partial(values, key))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({}, ""), ({"fails": "b"}, "OSError: no b"), ({"dies": "c"}, "ended before its work")],
+)
+def test_parts_run_side_by_side(
+    settings: Any, message: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    keys = ["a", "b", "c", "aa", "bb", "cc"]
+    panels = [Panel("title", "x", "y", [Series("line", [Point(key, key) for key in keys])])]
+    study = replace(toy(three_parts), panels=panels, settings=settings, ticks=lambda _: (6, 0))
+    monkeypatch.setitem(STUDIES, "toy", study)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    arguments = ["toy", "--output", str(tmp_path), "--seeds", "1"]
+    if message:
+        with pytest.raises(RuntimeError, match=message):
+            command_line().main(arguments)
+        assert not (tmp_path / "toy" / "toy.json").exists()
+        return
+    assert command_line().main(arguments) == 0
+    values = json.loads((tmp_path / "toy" / "toy.json").read_text())["values"]
+    processes = {values[key][0] for key in "abc"}
+    assert len(processes) == 3 and os.getpid() not in processes
+    assert all(values[key] == [2.0] for key in ("aa", "bb", "cc"))  # threads of each
+
+
 def test_an_interrupt_of_the_first_seed_writes_nothing(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(STUDIES, "toy", toy(count_and_yield([], stop_at=0)))
     assert command_line().main(["toy", "--output", str(tmp_path)]) == 130
@@ -329,9 +370,9 @@ def test_box_ap_of_the_truth_is_100(tmp_path: Path) -> None:
             boxes = target["boxes"] + self.off
             return [{"boxes": boxes, "labels": target["labels"], "scores": torch.ones(len(boxes))}]
 
-    assert box_ap(Oracle(0.0), val, "") == pytest.approx(100.0)
-    assert 0 < box_ap(Oracle(2.0), val, "") < 95
-    assert box_ap(Oracle(900.0), val, "") == 0
+    assert box_ap(Oracle(0.0), val) == pytest.approx(100.0)
+    assert 0 < box_ap(Oracle(2.0), val) < 95
+    assert box_ap(Oracle(900.0), val) == 0
 
 
 def test_flipped_boxes_stay_on_their_objects(tmp_path: Path) -> None:
