@@ -57,6 +57,8 @@ class Variants:
         restore: puts the model's state back, but for modes of ``layers``.
         output: turns what the model returns into tensors; None: the tensors in it, or a
             detector's raw outputs.
+        waits: whether ranks wait for each other in the model's forward, so that one that ends
+            before its end must fail.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class Variants:
         run: Callable[[int, Any], Any],
         restore: Callable[[], None],
         output: Output | None,
+        waits: bool,
     ) -> None:
+        self.waits = waits
         self.model, self.layers, self.batches = model, list(layers), list(batches)
         self.run, self.restore, self.output = run, restore, output
         self.heads: list[nn.Module] = []
@@ -82,7 +86,7 @@ class Variants:
         """Return the output tensors of each of the first batches, on the CPU in float64.
 
         None where the model raised a FloatingPointError, as detectron2's proposal generator does
-        for boxes that are not finite.
+        for boxes that are not finite, unless other ranks wait within the model.
         """
         result: list[list[Tensor] | None] = []
         for index, batch in enumerate(self.batches[:batches]):
@@ -103,6 +107,8 @@ class Variants:
                 try:
                     returned = self.run(index, batch)
                 except FloatingPointError:
+                    if self.waits:
+                        raise
                     result.append(None)
                     continue
             if self.output is not None:

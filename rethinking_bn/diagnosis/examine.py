@@ -20,7 +20,12 @@ from rethinking_bn.diagnosis.layers import DiagnosedLayer, find_layers
 from rethinking_bn.diagnosis.record import Record
 from rethinking_bn.diagnosis.result import Diagnosis
 from rethinking_bn.distributed import all_gather_object, get_rank, get_world_size
-from rethinking_bn.population.forwards import Forward, PopulationRun, throwaway_event_storage
+from rethinking_bn.population.forwards import (
+    Forward,
+    PopulationRun,
+    communicates,
+    throwaway_event_storage,
+)
 from rethinking_bn.population.model_state import ModelState, unwrap
 from rethinking_bn.randomness import announce_iteration, isolated_random_state
 
@@ -136,7 +141,10 @@ def diagnose(
                 targets, _ = session.observe(target_batches, 0)
                 findings += domain_shift(layers, targets)
             if kept and output_batches:
-                variants = Variants(model, layers, kept, session.run_again, session.restore, output)
+                waits = get_world_size(group) > 1 and any(map(communicates, model.modules()))
+                variants = Variants(
+                    model, layers, kept, session.run_again, session.restore, output, waits
+                )
                 budget = max(r.forwards for r in records.values()) // get_world_size(group)
                 findings = output_effects(
                     variants, layers, records, targets, findings, budget, group

@@ -50,6 +50,8 @@ class _Changes:
         try:
             outputs = self.variants(choice, batches)
         except Exception as raised:
+            if self.variants.waits:  # within the model, and not here
+                raise
             error = raised
         raise_together(error, self.group)
         return outputs

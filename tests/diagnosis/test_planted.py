@@ -40,6 +40,24 @@ def test_a_model_that_refuses_what_is_not_finite_is_diagnosed() -> None:
     assert together.severity == "severe" and together.evidence["stored_to_exact"] == math.inf
 
 
+def test_what_is_refused_while_other_ranks_wait_in_the_model_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = healthy()
+    net.layer2.bn2.communicates = True
+    monkeypatch.setattr("rethinking_bn.diagnosis.examine.get_world_size", lambda group: 2)
+    exact = net.layer1.bn2.running_mean.clone()
+    net.layer1.bn2.running_mean += 5
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        if not model.training and torch.equal(model.layer1.bn2.running_mean, exact + 5):
+            raise FloatingPointError("Training has diverged.")
+        return model(batch)
+
+    with pytest.raises(FloatingPointError, match="diverged"):
+        diagnose(net, batches(), forward=forward, labelled=True)
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_a_healthy_model_has_no_finding_and_says_so_with_numbers(train: bool) -> None:
     diagnosis = diagnose(healthy().train(train), batches())
