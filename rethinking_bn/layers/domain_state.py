@@ -114,6 +114,8 @@ class DomainBatchNormBase(PopulationLayer, nn.Module):
 
     def _affine_rows(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return weights and biases (C,): one when shared, L when domain-specific."""
+        if self.affine == "shared":
+            return [self.weight], [self.bias]  # type: ignore[list-item]
         holders = self._affine_holders()
         return [h.weight for h in holders], [h.bias for h in holders]
 

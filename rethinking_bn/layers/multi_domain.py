@@ -101,8 +101,9 @@ class MultiDomainBatchNorm2d(DomainBatchNormBase):
         if torch.jit.is_scripting():
             return self.infer_levels(xs)
         else:  # not compiled by TorchScript
-            if any(isinstance(x, Proxy) for x in xs):
-                return as_leaf(self, xs)
+            for x in xs:
+                if isinstance(x, Proxy):
+                    return as_leaf(self, xs)
             self._check(xs)
             return self._run(list(xs))
 
@@ -152,9 +153,10 @@ class MultiDomainBatchNorm2d(DomainBatchNormBase):
             got = f"a tensor {tuple(xs.shape)}" if isinstance(xs, Tensor) else f"{len(xs)} tensors"
             raise ValueError(f"expected a list of {self.num_domains} tensors, got {got}")
         for level, x in enumerate(xs):
-            if x.dim() != 4 or x.shape[1] != self.num_features:
+            shape = x.shape
+            if len(shape) != 4 or shape[1] != self.num_features:
                 raise ValueError(
-                    f"level {level} must be (N, {self.num_features}, H, W), got {tuple(x.shape)}"
+                    f"level {level} must be (N, {self.num_features}, H, W), got {tuple(shape)}"
                 )
 
     def extra_repr(self) -> str:
