@@ -22,8 +22,7 @@ from rethinking_bn.studies.training import learning_rate
 from rethinking_bn.torchvision import MultiDomainBNRetinaNetHead, run_detector
 
 LEVELS = 5
-_SIDE = 160  # pixels, the longer side of an image of 192 x 224
-_SIZES = tuple((s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)) for s in (7, 14, 28, 57, 114))
+_SIZES = tuple((s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)) for s in (10, 20, 40, 80, 160))  # pixels
 _RATIOS = ((0.5, 1.0, 2.0),) * LEVELS
 _CHANNELS, _GROUPS = 32, 8  # of every map of the pyramid; of the backbone's GN
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -39,7 +38,7 @@ class Backbone(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 16, 32, 64, 64, 64, 64, 64)
+        widths = (3, 8, 16, 32, 64, 64, 64, 64)
         self.stages = nn.ModuleList(
             nn.Sequential(_block(i, o, 2), *([_block(o, o, 1)] if o > 16 else []))
             for i, o in zip(widths[:-1], widths[1:], strict=True)
@@ -73,8 +72,8 @@ def make_detector(norm: Any, **choices: str) -> RetinaNet:
         len(CLASSES),
         anchor_generator=anchors,
         head=head,
-        min_size=_SIDE,
-        max_size=_SIDE,
+        min_size=192,
+        max_size=224,
     )
     return model.to(memory_format=torch.channels_last)
 
@@ -101,18 +100,17 @@ def batches(data: ShapesDataset, batch_size: int, seed: int) -> Iterator[Batch]:
 def train_detector(
     model: nn.Module, data: ShapesDataset, settings: Any, seed: int, tick: Callable[[], Any]
 ) -> None:
-    """Train with AdamW, a tick a step; the schedule is the classifier's.
-
-    From scratch it takes fewer steps than the paper's SGD: 3.5 against 2.3 AP after 3200 images.
-    """
+    """Train with SGD and clipped gradients, a tick a step; the schedule is the classifier's."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, settings["lr"], 0.9, weight_decay=1e-4, foreach=True)
     steps = range(settings["steps"])
     for step, batch in zip(steps, batches(data, settings["batch_size"], seed), strict=False):
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings["steps"], settings["lr"])
         loss = sum(run_detector(model, batch).values())
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 5.0)
         optimizer.step()
         tick()
 
