@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rethinking_bn.layers import Moments, local_moments, merge_moments, mix_statistics
+from rethinking_bn.layers import (
+    MABN2d,
+    Moments,
+    MultiDomainBatchNorm2d,
+    local_moments,
+    merge_moments,
+    mix_statistics,
+)
 from rethinking_bn.numerics.channel_ops import _plain_gradient_sums, combine, gradient_sums
 from rethinking_bn.numerics.local_moments import _plain_mean_variance
 from rethinking_bn.numerics.merge import stack_moments
@@ -146,3 +153,16 @@ def test_gradients_of_half_types_with_any_strides(dtype: torch.dtype, where: str
     torch.testing.assert_close(got[0].double(), dy.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-3)
     expected = (dy.double() * normalized).sum((0, 2, 3))
     torch.testing.assert_close(got[1].double(), expected, rtol=1e-5, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [MultiDomainBatchNorm2d(2, 2), MABN2d(2, simulated_batch_size=6, batch_size=3)],
+    ids=["row 1", "MABN"],
+)
+def test_a_gradient_of_a_gradient_is_refused(layer: torch.nn.Module) -> None:
+    xs = [torch.randn(3, 2, size, size, requires_grad=True) for size in (4, 2)]
+    loss = sum(y.square().sum() for y in layer(xs))
+    (gradient, _) = torch.autograd.grad(loss, xs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
