@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rethinking_bn.diagnosis.layers import DiagnosedLayer, Statistics
+from rethinking_bn.population.forwards import communicates
 
 Output = Callable[[Any], Any]
 Choice = dict[str, Statistics | str]  # by layer: statistics, or "batch"; others keep the stored
@@ -57,8 +58,11 @@ class Variants:
         restore: puts the model's state back, but for modes of ``layers``.
         output: turns what the model returns into tensors; None: the tensors in it, or a
             detector's raw outputs.
-        waits: whether ranks wait for each other in the model's forward, so that one that ends
-            before its end must fail.
+        ranks: that run the model.
+
+    Attributes:
+        waits: whether ranks wait for each other in the forwards of the variant that runs, so that
+            one that ends before its end must fail.
     """
 
     def __init__(
@@ -69,9 +73,9 @@ class Variants:
         run: Callable[[int, Any], Any],
         restore: Callable[[], None],
         output: Output | None,
-        waits: bool,
+        ranks: int,
     ) -> None:
-        self.waits = waits
+        self.ranks, self.waits = ranks, False
         self.model, self.layers, self.batches = model, list(layers), list(batches)
         self.run, self.restore, self.output = run, restore, output
         self.heads: list[nn.Module] = []
@@ -86,7 +90,7 @@ class Variants:
         """Return the output tensors of each of the first batches, on the CPU in float64.
 
         None where the model raised a FloatingPointError, as detectron2's proposal generator does
-        for boxes that are not finite, unless other ranks wait within the model.
+        for boxes that are not finite, unless other ranks wait within that very forward.
         """
         result: list[list[Tensor] | None] = []
         for index, batch in enumerate(self.batches[:batches]):
@@ -102,6 +106,9 @@ class Variants:
                         layer.normalise_by_population()
                         if chosen is not None and not layer.by_batch:
                             layer.write(chosen)  # type: ignore[arg-type]
+                self.waits = self.ranks > 1 and any(
+                    module.training and communicates(module) for module in self.model.modules()
+                )
                 seen: list[Any] = stack.enter_context(self._raw_outputs())
                 stack.enter_context(self._same_proposals(index))
                 try:

@@ -20,12 +20,7 @@ from rethinking_bn.diagnosis.layers import DiagnosedLayer, find_layers
 from rethinking_bn.diagnosis.record import Record
 from rethinking_bn.diagnosis.result import Diagnosis
 from rethinking_bn.distributed import all_gather_object, get_rank, get_world_size
-from rethinking_bn.population.forwards import (
-    Forward,
-    PopulationRun,
-    communicates,
-    throwaway_event_storage,
-)
+from rethinking_bn.population.forwards import Forward, PopulationRun, throwaway_event_storage
 from rethinking_bn.population.model_state import ModelState, unwrap
 from rethinking_bn.randomness import announce_iteration, isolated_random_state
 
@@ -141,11 +136,11 @@ def diagnose(
                 targets, _ = session.observe(target_batches, 0)
                 findings += domain_shift(layers, targets)
             if kept and output_batches:
-                waits = get_world_size(group) > 1 and any(map(communicates, model.modules()))
+                ranks = get_world_size(group)
                 variants = Variants(
-                    model, layers, kept, session.run_again, session.restore, output, waits
+                    model, layers, kept, session.run_again, session.restore, output, ranks
                 )
-                budget = max(r.forwards for r in records.values()) // get_world_size(group)
+                budget = max(r.forwards for r in records.values()) // ranks
                 findings = output_effects(
                     variants, layers, records, targets, findings, budget, group
                 )

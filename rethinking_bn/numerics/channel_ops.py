@@ -93,15 +93,11 @@ def _combine_blocks(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> T
 
 
 def are_few(xs: Sequence[Tensor]) -> bool:
-    """Whether calls cost more than memory: small tensors of a full type on the CPU, not compiled.
-
-    Args:
-        xs: tensors of one type.
-    """
+    """Whether calls cost more than memory: small tensors of one full type on the CPU, eagerly."""
     if torch.compiler.is_compiling() or xs[0].device.type != "cpu":
         return False
-    dtype = xs[0].dtype
-    return dtype == statistics_dtype(dtype) and all([x.numel() < MANY for x in xs])
+    dtype = statistics_dtype(xs[0].dtype)
+    return all([x.dtype == dtype and x.numel() < MANY for x in xs])
 
 
 def scale_and_shift(xs: Sequence[Tensor], scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:

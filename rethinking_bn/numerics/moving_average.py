@@ -17,7 +17,7 @@ from rethinking_bn.numerics.channel_ops import (
     scale_and_shift,
 )
 from rethinking_bn.numerics.moments import statistics_dtype
-from rethinking_bn.numerics.normalize_function import once_differentiable
+from rethinking_bn.numerics.normalize_function import differentiable_once
 
 #: a truth that the host knows, or the device alone
 Truth = bool | Tensor
@@ -122,7 +122,7 @@ class _MovingAverageNormalize(torch.autograd.Function):
         return tuple(affine_normalize(x, zero, smoothed, scale, bias, eps) for x in xs)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         weight, *xs = ctx.saved_tensors
         statistics: Statistics = ctx.statistics

@@ -23,7 +23,7 @@ from rethinking_bn.numerics.channel_ops import (
 )
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make differentiating an autograd function's backward an error, as torch's decorator does.
 
     That one enters a context in every backward, which costs more than a tensor of a small layer.
@@ -86,7 +86,7 @@ class Normalize(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         """Return the gradients; synchronised, a collective that every rank must reach."""
         weight, *xs = ctx.saved_tensors

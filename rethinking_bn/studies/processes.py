@@ -144,8 +144,9 @@ def run_beside(
         for job in jobs:
             receiver, sender = _CONTEXT.Pipe(duplex=False)
             arguments = (sender, function, job, max(1, threads // len(jobs)))
-            processes[receiver] = _CONTEXT.Process(target=_job, args=arguments, daemon=True)
-            processes[receiver].start()
+            process = _CONTEXT.Process(target=_job, args=arguments, daemon=True)
+            process.start()
+            processes[receiver] = process
             sender.close()
         waiting = set(processes)
         while waiting:

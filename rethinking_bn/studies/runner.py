@@ -43,9 +43,9 @@ def run_study(
     """Run the seeds that are not finished yet and report on all of them.
 
     Args:
-        folder: gets ``seed_<n>.json`` as each seed or a part of it ends, then ``<study>.json``,
-            ``.csv``, ``.png``. What is found there is taken as it is if its settings and device are
-            these.
+        folder: gets ``seed_<n>.json`` as each seed ends or a part gives a value, then
+            ``<study>.json``, ``.csv``, ``.png``. What is found there is taken as it is if its
+            settings and device are these.
         seeds: which, in this order.
         quick: small settings, to see that everything works.
         everything: measure what the study holds back by default, too.
@@ -130,10 +130,11 @@ def _run_seed(
         todo = [i for i, p in enumerate(parts) if {*p.keys}.intersection(wanted).difference(values)]
         threads = torch.get_num_threads() if device.type == "cpu" else 1
         if len(todo) > 1 and threads > 1:
-            jobs = [(study.run, settings, record["seed"], device, i) for i in todo]
+            ticks = study.ticks is not None
+            jobs = [(study.run, settings, record["seed"], device, i, ticks) for i in todo]
             results = _beside(jobs, threads, bar.update)
         else:
-            results = (new for i in todo for new in parts[i].run())
+            results = (v for i in todo for v in _values(parts[i], record["seed"], device))
         with closing(results):
             for new in results:
                 take(new)
@@ -160,11 +161,19 @@ def _run_part(
     seed: int,
     device: torch.device,
     index: int,
+    ticks: bool,
     send: Callable[[Values | int], None],
 ) -> None:
-    parts = list(run(settings, seed, device, tick=lambda steps=1: send(steps)))
-    for new in parts[index].run():
+    options: Any = {"tick": lambda steps=1: send(steps)} if ticks else {}
+    parts = [p for p in run(settings, seed, device, **options) if isinstance(p, Part)]
+    for new in _values(parts[index], seed, device):
         send(new)
+
+
+def _values(part: Part, seed: int, device: torch.device) -> Iterator[Values]:
+    """Run a part; what it draws depends on the seed alone, not on the parts before."""
+    with isolated_random_state(seed, [device]):
+        yield from part.run()
 
 
 def _version(package: str) -> str | None:

@@ -166,3 +166,13 @@ def test_a_gradient_of_a_gradient_is_refused(layer: torch.nn.Module) -> None:
     (gradient, _) = torch.autograd.grad(loss, xs, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("half_first", [False, True])
+def test_each_level_comes_back_in_its_own_type(half_first: bool) -> None:
+    xs = [torch.randn(3, 2, size, size, requires_grad=True) for size in (4, 2)]
+    xs[not half_first] = xs[not half_first].detach().bfloat16().requires_grad_()
+    ys = MultiDomainBatchNorm2d(2, 2)(xs)
+    sum(y.float().square().sum() for y in ys).backward()
+    for x, y in zip(xs, ys, strict=True):
+        assert y.dtype == x.dtype and x.grad is not None and x.grad.isfinite().all()

@@ -196,9 +196,11 @@ def three_parts(settings: Any, seed: int, device: torch.device, tick: Any) -> An
             os.kill(os.getpid(), signal.SIGKILL)
         yield {key: float(os.getpid())}
         yield {key + key: float(torch.get_num_threads())}
+        yield {f"{key}d": float(torch.rand(()))}
 
+    yield {"first": 1.0}
     for key in "abc":
-        yield Part([key, key + key], partial(values, key))
+        yield Part([key, key + key, f"{key}d"], partial(values, key))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def three_parts(settings: Any, seed: int, device: torch.device, tick: Any) -> An
 def test_parts_run_side_by_side(
     settings: Any, message: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    keys = ["a", "b", "c", "aa", "bb", "cc"]
+    keys = ["first", "a", "b", "c", "aa", "bb", "cc", "ad", "bd", "cd"]
     panels = [Panel("title", "x", "y", [Series("line", [Point(key, key) for key in keys])])]
     study = replace(toy(three_parts), panels=panels, settings=settings, ticks=lambda _: (6, 0))
     monkeypatch.setitem(STUDIES, "toy", study)
@@ -221,6 +223,8 @@ def test_parts_run_side_by_side(
         return
     assert command_line().main(arguments) == 0
     values = json.loads((tmp_path / "toy" / "toy.json").read_text())["values"]
+    drawn = torch.rand((), generator=torch.Generator().manual_seed(0)).item()
+    assert [values[key] for key in ("first", "ad", "bd", "cd")] == [[1.0], *[[drawn]] * 3]
     processes = {values[key][0] for key in "abc"}
     assert len(processes) == 3 and os.getpid() not in processes
     assert all(values[key] == [2.0] for key in ("aa", "bb", "cc"))  # threads of each

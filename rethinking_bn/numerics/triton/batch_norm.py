@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from rethinking_bn.distributed import all_gather, all_reduce_sum
 from rethinking_bn.numerics.moments import Moments
-from rethinking_bn.numerics.normalize_function import once_differentiable
+from rethinking_bn.numerics.normalize_function import differentiable_once
 from rethinking_bn.numerics.triton import backward, forward
 from rethinking_bn.numerics.triton.choice import layout
 from rethinking_bn.numerics.triton.plan import Plan, make_plan
@@ -147,7 +147,7 @@ class _Normalize(torch.autograd.Function):
         return ys
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         plan, stats, saved = call.plan, ctx.stats, ctx.saved_tensors

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rethinking_bn.numerics.moving_average import Statistics
-from rethinking_bn.numerics.normalize_function import once_differentiable
+from rethinking_bn.numerics.normalize_function import differentiable_once
 from rethinking_bn.numerics.triton import backward, moving
 from rethinking_bn.numerics.triton.batch_norm import (
     COLUMNS,
@@ -137,7 +137,7 @@ class _Normalize(torch.autograd.Function):
         return ys
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         plan, by = call.plan, call.by
