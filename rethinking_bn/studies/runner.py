@@ -72,10 +72,14 @@ def run_study(
     if finished:
         tqdm.write(f"{study.name}: seeds {sorted(finished)} are finished, found in {folder}")
     todo = [seed for seed in seeds if seed not in finished]
-    total, unit = study.parts, "part"
+    total, unit = study.parts * len(todo), "part"
     if study.ticks is not None:
-        total, unit = sum(study.ticks(settings)[: 1 + everything]), "step"
-    bar = tqdm(total=total * len(todo), desc=study.name, unit=unit, disable=not todo)
+        unit = "step"
+        missing = [set(wanted).difference(begun.get(s, {"values": ()})["values"]) for s in todo]
+        first, more = study.ticks(settings)
+        total = first * sum(bool(keys.difference(study.more)) for keys in missing)
+        total += more * sum(bool(keys.intersection(study.more)) for keys in missing)
+    bar = tqdm(total=total, desc=study.name, unit=unit, disable=not todo)
     try:
         with bar:
             for seed in todo:

@@ -4,8 +4,8 @@ torchvision's RetinaNet on the generated shapes, small and trained from scratch.
 only in population statistics share their training: rows 2, 4 and 5 are population training of the
 networks of rows 1, 3 and 6. Every row's population statistics are estimated on the same batches.
 
-Two things differ from the paper, whose training sees 300 times as many images: statistics per level
-get going sooner, so that rows 4 and 6 are ahead of row 1, and row 2 loses a part, not nearly all.
+The paper's training sees 500 times as many images, and its row 2 loses nearly all, not a part. Row
+3 is evaluated by its moving averages, too: what a BatchNorm that is called level after level has.
 """
 
 from __future__ import annotations
