@@ -120,6 +120,8 @@ def _step_and_infer(rank: int) -> dict[str, Any]:
     return seen
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_two_processes_train_and_infer() -> None:
     first, second = run_distributed(_step_and_infer, 2, timeout=200)
     for name in TABLES_3_AND_6:

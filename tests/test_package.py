@@ -118,6 +118,8 @@ def test_one_import_registers_the_components() -> None:
     ], result.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_wheel_holds_package_and_configs(tmp_path: Path) -> None:
     pytest.importorskip("wheel", reason="needs the wheel package to build without an index")
     source = tmp_path / "source"

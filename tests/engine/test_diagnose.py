@@ -138,6 +138,8 @@ def call_tool(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
     return 0
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_tool_prints_and_writes(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

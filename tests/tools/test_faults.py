@@ -84,7 +84,7 @@ FAULTS: dict[Callable[[Run], None], tuple[int, str]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.faults
+@pytest.mark.ci
 def test_runs_end_and_go_on_bit_for_bit(tmp_path: Path) -> None:
     """Defect 28: one run meets every fault, each at a random point, and resumes after each.
 
@@ -163,7 +163,7 @@ def differences(a: Any, b: Any, name: str = "") -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.faults
+@pytest.mark.ci
 def test_no_process_outlives_a_launcher_killed_while_its_ranks_import(tmp_path: Path) -> None:
     """Defect 28, by the tool as a shell starts it."""
     write_run(tmp_path, **KEYS)

@@ -15,6 +15,8 @@ from tests.modeling.roi_cases import mask_config, register_masks
 TOOL = Path(__file__).parents[2] / "tools" / "leakage.py"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_it_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = mask_config(
         register_masks(tmp_path),

@@ -15,6 +15,8 @@ from tests.engine.tiny import register_data, tiny_config, write_data
 TOOL = Path(__file__).parents[2] / "tools" / "statistics_matrix.py"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_rows_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

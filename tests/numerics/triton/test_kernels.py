@@ -40,6 +40,8 @@ def cases(*arguments: str, **environment: str) -> str:
     return run("-m", "pytest", "-q", *arguments, *files, **environment)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @needs_triton
 def test_in_the_interpreter() -> None:
     """Equal to float64 for every row, layout and type; prints the worst errors."""
@@ -67,6 +69,8 @@ def test_two_processes_equal_one() -> None:
     assert "equal" in printed
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @needs_triton
 def test_compiled_ahead_of_time(tmp_path: Path) -> None:
     """The compiler for sm_90 takes what the interpreter takes: no GPU is needed for that."""
