@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rethinking_bn"
 # distributions whose modules have another name
 NAMES = {"PIL": "Pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "PyYAML"}
-OURS = {"rethinking_bn", "benchmarks", "trials"}
+OURS = {"rethinking_bn", "benchmarks", "studies", "trials"}
 WITH_DETECTRON2 = {"detectron2", "iopath", "omegaconf", "yacs"}  # it brings them along
 DETECTION = [
     *PACKAGE.glob("modeling/*.py"),
@@ -24,7 +24,7 @@ DETECTION = [
     ROOT / "tools" / "benchmarks" / "precise_bn.py",  # beside fvcore's
 ]
 STUDIES = [
-    *PACKAGE.glob("studies/*.py"),
+    *(ROOT / "tools" / "studies").glob("*.py"),
     *(p for p in PACKAGE.glob("data/*.py") if p.stem != "register"),
     ROOT / "tools" / "run_study.py",
 ]

@@ -16,7 +16,7 @@ FLOORS = [
     ["population", "checkpoint"],
     ["averaging", "diagnosis", "distillation"],
     ["data", "torchvision", "config"],
-    ["studies", "modeling"],
+    ["modeling"],
     ["engine"],
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

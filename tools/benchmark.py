@@ -37,9 +37,8 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # for the proc
 
 from benchmarks import COMPARISONS, ON_A_GPU, Options, ResultsDiffer, compare  # noqa: E402
 from benchmarks.report import as_markdown, write_report  # noqa: E402
-
 from rethinking_bn.files import probe_folder  # noqa: E402
-from rethinking_bn.studies.environment import describe_environment  # noqa: E402
+from studies.environment import describe_environment  # noqa: E402
 
 _CHOICES = [*COMPARISONS, *ON_A_GPU, "all"]
 

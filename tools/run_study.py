@@ -22,8 +22,11 @@ from pathlib import Path
 
 import torch
 
-from rethinking_bn.files import probe_folder
-from rethinking_bn.studies import STUDIES, Interrupted, run_study
+# a checkout is enough: the package need not be installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rethinking_bn.files import probe_folder  # noqa: E402
+from studies import STUDIES, Interrupted, run_study  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.contenders import TOY_SIZES, Contender, make_levels
-from benchmarks.dispatch import count_operators, one_tensor, rows
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.contenders import TOY_SIZES, Contender, make_levels
+from benchmarks.dispatch import count_operators, one_tensor, rows
 from rethinking_bn.layers import BatchNorm2d, CycleBatchNorm2d, MultiDomainBatchNorm2d
 from rethinking_bn.numerics.normalize_function import Normalize
 

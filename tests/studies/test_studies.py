@@ -19,17 +19,17 @@ import pytest
 import torch
 
 from rethinking_bn.data import ShapesDataset
-from rethinking_bn.studies import STUDIES, Study, report, table_5
-from rethinking_bn.studies.data import (
+from studies import STUDIES, Study, report, table_5
+from studies.data import (
     load_digits,
     patterned_indices,
     shuffled_indices,
     varied,
 )
-from rethinking_bn.studies.detection import batches, box_ap, make_detector
-from rethinking_bn.studies.network import make_net
-from rethinking_bn.studies.study import Claim, Panel, Part, Point, Series
-from rethinking_bn.studies.training import mini_batch_error, train_to_the_end
+from studies.detection import batches, box_ap, make_detector
+from studies.network import make_net
+from studies.study import Claim, Panel, Part, Point, Series
+from studies.training import mini_batch_error, train_to_the_end
 
 pytest.importorskip("sklearn", reason="needs scikit-learn, which is not installed")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from benchmarks import Options, compare
 from benchmarks.report import as_markdown
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from benchmarks import (
     COMPARISONS,
     Options,
@@ -36,9 +38,7 @@ from benchmarks.memory import saved_bytes
 from benchmarks.processes import alternate_together
 from benchmarks.result import Result
 from benchmarks.timing import Plan, alternate, ratios, spread
-from torch import Tensor
-
-from rethinking_bn.studies.processes import run_processes
+from studies.processes import run_processes
 
 QUICK = Options(quick=True)
 

@@ -15,7 +15,7 @@ from benchmarks.processes import alternate_together
 from benchmarks.result import Result
 from benchmarks.timing import Plan
 from benchmarks.traffic import counting_traffic
-from rethinking_bn.studies.processes import run_processes
+from studies.processes import run_processes
 
 _SMALL_SIZES = ((24, 32), (12, 16), (6, 8), (3, 4), (2, 2))
 

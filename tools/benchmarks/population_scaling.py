@@ -15,8 +15,8 @@ from benchmarks.result import Result
 from benchmarks.timing import Plan
 from rethinking_bn.distributed import get_rank
 from rethinking_bn.population.estimate import estimate_population_statistics
-from rethinking_bn.studies.environment import available_cores
-from rethinking_bn.studies.processes import run_processes
+from studies.environment import available_cores
+from studies.processes import run_processes
 
 
 def add_scaling(result: Result, options: Options) -> None:

@@ -17,7 +17,7 @@ from benchmarks.timing import Plan, Step, spread
 from benchmarks.traffic import counting_traffic
 from rethinking_bn.distributed import all_gather_object, get_rank
 from rethinking_bn.layers import shuffle_rows, unshuffle_rows
-from rethinking_bn.studies.processes import run_processes
+from studies.processes import run_processes
 
 _OURS, _OTHER = "shuffle_rows", "padded all_gather"
 _BARE = "four bare all_to_all_single"  # the floor: no rows picked, packed or put in their places

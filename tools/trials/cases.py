@@ -19,10 +19,10 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from rethinking_bn.data import CLASSES, ShapesDataset
 from rethinking_bn.population import estimate_population_statistics
 from rethinking_bn.population.forwards import throwaway_event_storage
-from rethinking_bn.studies.data import load_digits, shuffled_indices
-from rethinking_bn.studies.network import make_net
-from rethinking_bn.studies.training import train_to_the_end
 from rethinking_bn.torchvision import run_detector
+from studies.data import load_digits, shuffled_indices
+from studies.network import make_net
+from studies.training import train_to_the_end
 
 Sample = Any  # (image, label), (image, target) or detectron2's dict
 

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from rethinking_bn.files import read_json, write_json
 from rethinking_bn.randomness import isolated_random_state
-from rethinking_bn.studies.environment import describe_environment
-from rethinking_bn.studies.processes import run_beside
-from rethinking_bn.studies.report import as_text, plot, summarise, write_csv
-from rethinking_bn.studies.study import Part, Settings, Study, Values
+from studies.environment import describe_environment
+from studies.processes import run_beside
+from studies.report import as_text, plot, summarise, write_csv
+from studies.study import Part, Settings, Study, Values
 
 _PACKAGES = ("scikit-learn", "matplotlib", "pycocotools", "Pillow")
 

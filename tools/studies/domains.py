@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from rethinking_bn.layers import SplitBatchNorm2d, row_domains
 from rethinking_bn.layers.domain_state import Choice
 from rethinking_bn.population import estimate_population_statistics
-from rethinking_bn.studies.data import NUM_TRAIN, Split, corrupted, load_digits, shuffled_indices
-from rethinking_bn.studies.network import make_net
-from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, Study, Values
-from rethinking_bn.studies.training import error, train_to_the_end
+from studies.data import NUM_TRAIN, Split, corrupted, load_digits, shuffled_indices
+from studies.network import make_net
+from studies.study import Claim, Panel, Point, Series, Settings, Study, Values
+from studies.training import error, train_to_the_end
 
 _CORRUPTION = "contrast"
 _S: Choice = "shared"

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from rethinking_bn.layers import BatchNorm2d
-from rethinking_bn.studies.data import Digits, load_digits, shuffled_indices
-from rethinking_bn.studies.network import make_net
-from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, Study, Values
-from rethinking_bn.studies.training import error, precise, train
+from studies.data import Digits, load_digits, shuffled_indices
+from studies.network import make_net
+from studies.study import Claim, Panel, Point, Series, Settings, Study, Values
+from studies.training import error, precise, train
 
 _MOMENTA = (0.01, 0.05, 0.1, 0.2, 0.5)
 _WATCHED = (0.25, 0.5, 1.0)  # of the training

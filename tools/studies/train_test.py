@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from rethinking_bn.layers import BatchNorm2d
-from rethinking_bn.studies.data import Digits, load_digits, shuffled_indices
-from rethinking_bn.studies.network import make_net
-from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, Study, Values
-from rethinking_bn.studies.training import error, mini_batch_error, precise, train
+from studies.data import Digits, load_digits, shuffled_indices
+from studies.network import make_net
+from studies.study import Claim, Panel, Point, Series, Settings, Study, Values
+from studies.training import error, mini_batch_error, precise, train
 
 # Read off Figures 5 and 6, to 0.1: error in % by normalisation batch size.
 _NBS = (128, 64, 32, 16, 8, 4, 2)

@@ -17,9 +17,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
 
 from rethinking_bn.data import CLASSES, ShapesDataset
-from rethinking_bn.studies.data import shuffled_indices
-from rethinking_bn.studies.training import learning_rate
 from rethinking_bn.torchvision import MultiDomainBNRetinaNetHead, run_detector
+from studies.data import shuffled_indices
+from studies.training import learning_rate
 
 LEVELS = 5
 _SIZES = tuple((s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)) for s in (10, 20, 40, 80, 160))  # pixels

@@ -9,7 +9,7 @@ from textwrap import wrap
 from typing import Any
 
 from rethinking_bn.files import replace
-from rethinking_bn.studies.study import Claim, Panel, Study
+from studies.study import Claim, Panel, Study
 
 
 def summarise(study: Study, values: dict[str, list[float]]) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from rethinking_bn.studies.data import Digits, load_digits, shuffled_indices
-from rethinking_bn.studies.network import make_net
-from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, Study, Values
-from rethinking_bn.studies.training import error, precise, train
+from studies.data import Digits, load_digits, shuffled_indices
+from studies.network import make_net
+from studies.study import Claim, Panel, Point, Series, Settings, Study, Values
+from studies.training import error, precise, train
 
 # The paper's numbers: error in %, ResNet-50 on ImageNet, for EMA and N or B samples.
 _PAPER_1 = {

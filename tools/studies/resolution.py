@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from rethinking_bn.population import train_only
-from rethinking_bn.studies.data import Split, load_digits, shuffled_indices
-from rethinking_bn.studies.network import make_net
-from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, Study, Values
-from rethinking_bn.studies.training import constant_rate, error, precise, train_to_the_end
+from studies.data import Split, load_digits, shuffled_indices
+from studies.network import make_net
+from studies.study import Claim, Panel, Point, Series, Settings, Study, Values
+from studies.training import constant_rate, error, precise, train_to_the_end
 
 _TRAINED_AT = 8
 _SIZES = (6, 8, 10, 12)

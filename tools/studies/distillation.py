@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from rethinking_bn.distillation import kl_soft_loss
-from rethinking_bn.studies.data import Digits, load_digits, shuffled_indices
-from rethinking_bn.studies.network import make_net
-from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, Study, Values
-from rethinking_bn.studies.training import SoftLoss, error, precise, train_to_the_end
+from studies.data import Digits, load_digits, shuffled_indices
+from studies.network import make_net
+from studies.study import Claim, Panel, Point, Series, Settings, Study, Values
+from studies.training import SoftLoss, error, precise, train_to_the_end
 
 _TEMPERATURES = (1, 5, 10)
 

@@ -1,13 +1,13 @@
 """The paper's findings at laptop scale: torch, torchvision, scikit-learn's digits, no detectron2.
 
-``STUDIES`` maps names to :class:`~rethinking_bn.studies.study.Study`;
-:func:`~rethinking_bn.studies.runner.run_study` runs one, and ``tools/run_study.py`` is the
+``STUDIES`` maps names to :class:`~studies.study.Study`;
+:func:`~studies.runner.run_study` runs one, and ``tools/run_study.py`` is the
 command line.
 """
 
 from __future__ import annotations
 
-from rethinking_bn.studies import (
+from studies import (
     averaging,
     distillation,
     domain_shift,
@@ -20,8 +20,8 @@ from rethinking_bn.studies import (
     table_5,
     train_test,
 )
-from rethinking_bn.studies.runner import Interrupted, run_study
-from rethinking_bn.studies.study import Study
+from studies.runner import Interrupted, run_study
+from studies.study import Study
 
 _MODULES = (
     table_5,

@@ -9,10 +9,10 @@ from rethinking_bn.distributed import data_parallel, get_rank
 from rethinking_bn.layers import BatchNorm2d, SyncBatchNorm2d, shuffle_rows, unshuffle_rows
 from rethinking_bn.population import estimate_population_statistics
 from rethinking_bn.randomness import derive_seed
-from rethinking_bn.studies.data import load_digits, patterned_indices
-from rethinking_bn.studies.network import make_net
-from rethinking_bn.studies.study import Settings
-from rethinking_bn.studies.training import error, train_to_the_end
+from studies.data import load_digits, patterned_indices
+from studies.network import make_net
+from studies.study import Settings
+from studies.training import error, train_to_the_end
 
 WORLD, ROWS = 4, 16  # processes; samples of one class on each
 

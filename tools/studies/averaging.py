@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from rethinking_bn.averaging import AveragedWeights
-from rethinking_bn.studies.data import Digits, load_digits, shuffled_indices
-from rethinking_bn.studies.network import make_net
-from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, Study, Values
-from rethinking_bn.studies.training import (
+from studies.data import Digits, load_digits, shuffled_indices
+from studies.network import make_net
+from studies.study import Claim, Panel, Point, Series, Settings, Study, Values
+from studies.training import (
     Schedule,
     constant_rate,
     error,

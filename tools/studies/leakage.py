@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from rethinking_bn.population import estimate_population_statistics
-from rethinking_bn.studies.data import load_digits, patterned_indices, shuffled_indices
-from rethinking_bn.studies.leakage_processes import ROWS, WORLD, train_on_processes
-from rethinking_bn.studies.network import make_net
-from rethinking_bn.studies.processes import run_processes
-from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, Study, Values
-from rethinking_bn.studies.training import (
+from studies.data import load_digits, patterned_indices, shuffled_indices
+from studies.leakage_processes import ROWS, WORLD, train_on_processes
+from studies.network import make_net
+from studies.processes import run_processes
+from studies.study import Claim, Panel, Point, Series, Settings, Study, Values
+from studies.training import (
     error,
     mini_batch_error,
     normalised_in_groups,

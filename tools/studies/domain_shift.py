@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import torch
 
-from rethinking_bn.studies.data import NUM_TRAIN, corrupted, load_digits, shuffled_indices
-from rethinking_bn.studies.network import make_net
-from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, Study, Values
-from rethinking_bn.studies.training import error, precise, train_to_the_end
+from studies.data import NUM_TRAIN, corrupted, load_digits, shuffled_indices
+from studies.network import make_net
+from studies.study import Claim, Panel, Point, Series, Settings, Study, Values
+from studies.training import error, precise, train_to_the_end
 
 # The paper's Table 4: error in % with the source's and with the target's own statistics.
 _PAPER = {

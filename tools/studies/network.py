@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rethinking_bn.layers import BatchNorm2d
-from rethinking_bn.studies.data import NUM_CLASSES
+from studies.data import NUM_CLASSES
 
 NormFactory = Callable[[int], nn.Module]
 WIDTHS = (16, 32, 64)  # channels of the stages; each but the first halves the map

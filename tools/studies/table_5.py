@@ -21,9 +21,9 @@ from torch import nn
 from rethinking_bn.data import ShapesDataset
 from rethinking_bn.layers.multi_domain import TABLE_5, Choice
 from rethinking_bn.population import estimate_population_statistics
-from rethinking_bn.studies.detection import batches, box_ap, make_detector, train_detector
-from rethinking_bn.studies.study import Claim, Panel, Part, Point, Series, Settings, Study, Values
 from rethinking_bn.torchvision import run_detector
+from studies.detection import batches, box_ap, make_detector, train_detector
+from studies.study import Claim, Panel, Part, Point, Series, Settings, Study, Values
 
 # The paper's AP.
 _PAPER = {"row 1": 39.1, "row 2": 2.1, "row 3": 34.1, "row 4": 39.1, "row 5": 35.5, "row 6": 39.2}

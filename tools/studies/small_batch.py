@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from rethinking_bn.layers import BatchNorm2d, CenConv2d, MABN2d
-from rethinking_bn.studies.batch_renorm import BatchRenorm2d
-from rethinking_bn.studies.data import Digits, load_digits, shuffled_indices
-from rethinking_bn.studies.network import make_net
-from rethinking_bn.studies.study import Claim, Panel, Point, Series, Settings, Study, Values
-from rethinking_bn.studies.training import error, precise, train_to_the_end
+from studies.batch_renorm import BatchRenorm2d
+from studies.data import Digits, load_digits, shuffled_indices
+from studies.network import make_net
+from studies.study import Claim, Panel, Point, Series, Settings, Study, Values
+from studies.training import error, precise, train_to_the_end
 
 _SIZES = (2, 8, 32)
 _GROUPS = {"1 (LayerNorm)": 1, "2": 2, "4": 4, "8": 8, "C (InstanceNorm)": None}  # of C channels

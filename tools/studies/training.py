@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d
 from rethinking_bn.population import estimate_population_statistics
-from rethinking_bn.studies.data import Split
-from rethinking_bn.studies.network import make_net
+from studies.data import Split
+from studies.network import make_net
 
 MOMENTUM, WEIGHT_DECAY, WARMUP = 0.9, 1e-4, 0.05  # WARMUP: fraction of the steps
 Schedule = Callable[[int, int, float], float]
