@@ -42,10 +42,10 @@ EXTRAS = {
 
 def read_version() -> str:
     """Return ``__version__`` without importing the package, whose imports are not built yet."""
-    text = (ROOT / "rethinking_bn" / "version.py").read_text(encoding="utf-8")
-    found = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    text = (ROOT / "rethinking_bn" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+?)"', text, re.MULTILINE)
     if found is None:
-        raise RuntimeError("rethinking_bn/version.py has no __version__ line")
+        raise RuntimeError("rethinking_bn/__init__.py has no __version__ line")
     return found.group(1)
 
 

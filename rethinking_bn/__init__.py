@@ -16,8 +16,9 @@ from rethinking_bn._detectron2 import (
     detectron2_installed,
     require_detectron2,
 )
-from rethinking_bn.config_files import get_config_file
-from rethinking_bn.version import __version__
+from rethinking_bn.config import get_config_file
+
+__version__ = "0.1.0"  # setup.py reads this line
 
 if not detectron2_installed():
     pass

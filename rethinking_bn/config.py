@@ -1,26 +1,39 @@
-"""Every config key of the project, once; keys that detectron2 has keep detectron2's meaning.
+"""Every config key of the project, once, and where the YAML files are.
 
-"Section" is a section of "Rethinking 'Batch' in BatchNorm" (arXiv 2105.07576) unless it says
-MABN (arXiv 2001.06838).
+Keys that detectron2 has keep detectron2's meaning. "Section" is a section of "Rethinking 'Batch'
+in BatchNorm" (arXiv 2105.07576) unless it says MABN (arXiv 2001.06838).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rethinking_bn._detectron2 import require_detectron2
 
-require_detectron2("rethinking_bn.config")
+if TYPE_CHECKING:  # the files are found without detectron2, too
+    from detectron2.config import CfgNode
 
-from detectron2.config import CfgNode  # noqa: E402
+_PACKAGE = Path(__file__).parent
 
 
 def our_keys() -> CfgNode:
     """Return this project's keys with their defaults."""
+    require_detectron2("rethinking_bn.config")
+    from detectron2.config import CfgNode
+
     c = CfgNode()
+    c.DATASETS = CfgNode()
     c.MODEL = CfgNode()
     c.SOLVER = CfgNode()
     c.TEST = CfgNode()
+
+    # --- Data of one's own ---------------------------------------------------------------------
+    # Data sets in COCO's format, each (name, annotations.json, folder of the images); registered in
+    # every process. Relative paths begin at the folder that DETECTRON2_DATASETS names (./datasets).
+    c.DATASETS.COCO_FORMAT = ()
 
     # --- An iteration in several passes ------------------------------------------------ section 4
     # Forward/backward passes per optimiser step of each rank, whose gradients are averaged. An
@@ -37,6 +50,8 @@ def our_keys() -> CfgNode:
     # Iterations before the average begins, and from one update to the next.
     c.SOLVER.AVERAGE.START = 0
     c.SOLVER.AVERAGE.PERIOD = 1
+    # From START on, the learning rate of SWA's schedule. 0: the solver's own schedule goes on.
+    c.SOLVER.AVERAGE.LR = 0.0
     # The average's BatchNorm statistics: "estimate" (by population training on what TEST.PRECISE_BN
     # describes, enabled or not), "average" (as the weights), "copy" (the model's at the update).
     c.SOLVER.AVERAGE.STATISTICS = "estimate"
@@ -70,6 +85,10 @@ def our_keys() -> CfgNode:
     # Whether heads of ours take weights that lack the population statistics of their BN, because
     # they were trained with another norm or none: those then start from mean 0 and variance 1.
     c.MODEL.ALLOW_MISSING_STATISTICS = False
+
+    # --- Speed ----------------------------------------------------------- docs/performance.md
+    # Whether torch.compile compiles each norm layer of ours (rethinking_bn.layers.compile_norms).
+    c.MODEL.COMPILE_NORMS = False
 
     # --- RetinaNet's head (META_ARCHITECTURE: ConfigurableHeadRetinaNet) ---------- section 5
     c.MODEL.RETINANET = CfgNode()
@@ -187,7 +206,7 @@ def _lacking(source: CfgNode, target: CfgNode, prefix: str = "") -> Iterator[str
     for key, value in source.items():
         if key not in target:
             yield prefix + key
-        elif isinstance(value, CfgNode):
+        elif isinstance(value, dict):
             yield from _lacking(value, target[key], f"{prefix}{key}.")
 
 
@@ -195,7 +214,7 @@ def _add_missing(source: CfgNode, target: CfgNode) -> None:
     for key, value in source.items():
         if key not in target:
             setattr(target, key, value)
-        elif isinstance(value, CfgNode):
+        elif isinstance(value, dict):
             _add_missing(value, target[key])
 
 
@@ -257,3 +276,34 @@ def check_thaw(cfg: CfgNode) -> None:
             "TEST.PRECISE_BN.THAW changes statistics that training takes as constant: use it with "
             "--eval-only, on trained weights"
         )
+
+
+def _config_folder() -> Path:
+    """Return configs/: beside the package in a checkout, inside it in a wheel."""
+    inside = _PACKAGE / "configs"
+    return inside if inside.is_dir() else _PACKAGE.parent / "configs"
+
+
+def list_config_files() -> list[str]:
+    """Return the names that :func:`get_config_file` knows, sorted, with forward slashes."""
+    folder = _config_folder()
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+
+
+def get_config_file(name: str) -> str:
+    """Return the absolute path of one of the project's config files.
+
+    Args:
+        name: relative to ``configs/``, for example ``"retinanet_bn_row1.yaml"`` or
+            ``"shapes/retinanet_bn_row1.yaml"``.
+
+    Raises:
+        ValueError: if there is no such file; the message lists close names.
+    """
+    known = list_config_files()
+    if name not in known:
+        close = get_close_matches(name, known, n=8, cutoff=0.5) or known
+        raise ValueError(
+            f"no config file {name!r} in {_config_folder()}; close names: {', '.join(close)}"
+        )
+    return str((_config_folder() / name).resolve())

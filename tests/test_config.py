@@ -9,7 +9,7 @@ import pytest
 from detectron2.config import CfgNode, get_cfg
 
 from rethinking_bn import add_rethinking_bn_config, get_config_file
-from rethinking_bn.config_files import list_config_files
+from rethinking_bn.config import list_config_files
 
 
 def flat(cfg: CfgNode, prefix: str = "") -> dict[str, object]:
@@ -28,11 +28,13 @@ def test_keys_and_defaults() -> None:
     everything = flat(cfg)
     assert {key: everything[key] for key in stock} == stock
     assert {key: value for key, value in everything.items() if key not in stock} == {
+        "DATASETS.COCO_FORMAT": (),
         "SOLVER.ACCUMULATION_STEPS": 1,
         "SOLVER.AVERAGE.KIND": "",
         "SOLVER.AVERAGE.DECAY": 0.999,
         "SOLVER.AVERAGE.START": 0,
         "SOLVER.AVERAGE.PERIOD": 1,
+        "SOLVER.AVERAGE.LR": 0.0,
         "SOLVER.AVERAGE.STATISTICS": "estimate",
         "SOLVER.FREEZE_BN.START": -1,
         "SOLVER.FREEZE_BN.AFFINE": False,
@@ -41,6 +43,7 @@ def test_keys_and_defaults() -> None:
         "MODEL.DISTILL.TEACHER_WEIGHTS": "",
         "MODEL.DISTILL.TEMPERATURE": 5.0,
         "MODEL.DISTILL.WEIGHT": 1.0,
+        "MODEL.COMPILE_NORMS": False,
         "MODEL.RETINANET.HEAD_NAME": "RetinaNetHead",
         "MODEL.RETINANET.BN.TRAIN_STATS": "",
         "MODEL.RETINANET.BN.POPULATION_STATS": "",

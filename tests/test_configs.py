@@ -14,7 +14,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from rethinking_bn import add_rethinking_bn_config, get_config_file
-from rethinking_bn.config_files import list_config_files
+from rethinking_bn.config import list_config_files
 from rethinking_bn.layers import CenConv2d
 from tests.anchor_levels import share_of_levels
 from tests.test_config import flat

@@ -9,8 +9,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "rethinking_bn"
 # from the ground up; what stands beside each other on a floor does not import each other
 FLOORS = [
-    ["version", "_detectron2", "files", "randomness", "recomputation", "distributed"],
-    ["config_files", "command_line"],
+    ["_detectron2", "files", "randomness", "recomputation", "distributed"],
+    ["command_line"],
     ["numerics", "shuffle"],
     ["layers"],
     ["population", "checkpoint"],

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import rethinking_bn
-from rethinking_bn.config_files import list_config_files
+from rethinking_bn.config import list_config_files
 
 ROOT = Path(__file__).parent.parent
 GUIDE = "https://detectron2.readthedocs.io/tutorials/install.html"
@@ -146,7 +146,7 @@ def test_wheel_holds_package_and_configs(tmp_path: Path) -> None:
     assert "Requires-Python: >=3.10" in metadata and "Requires-Dist: torch>=2.4" in metadata
     assert not (installed / "tests").exists() and not (installed / "configs").exists()
     code = (
-        "import rethinking_bn; from rethinking_bn.config_files import list_config_files\n"
+        "import rethinking_bn; from rethinking_bn.config import list_config_files\n"
         "print(rethinking_bn.get_config_file('shapes/retinanet_bn_row1.yaml'))\n"
         "print(' '.join(list_config_files()))"
     )

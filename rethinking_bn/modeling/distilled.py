@@ -14,8 +14,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.modeling.meta_arch import RetinaNet
 from torch import Tensor
 
-from rethinking_bn.config import add_rethinking_bn_config
-from rethinking_bn.config_files import get_config_file, list_config_files
+from rethinking_bn.config import add_rethinking_bn_config, get_config_file, list_config_files
 from rethinking_bn.distillation import binary_kl_soft_loss
 from rethinking_bn.modeling.retinanet import ConfigurableHeadRetinaNet
 

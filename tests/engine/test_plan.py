@@ -9,7 +9,7 @@ import torch
 from detectron2.config import get_cfg
 
 from rethinking_bn import get_config_file
-from rethinking_bn.config_files import list_config_files
+from rethinking_bn.config import list_config_files
 from rethinking_bn.engine import load_config
 from rethinking_bn.engine.norm_plan import Plan, make_plan
 from rethinking_bn.layers import BatchNorm2d

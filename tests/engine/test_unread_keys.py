@@ -13,7 +13,7 @@ from detectron2.modeling.meta_arch import RetinaNet
 from torch import nn
 
 from rethinking_bn import get_config_file
-from rethinking_bn.config_files import list_config_files
+from rethinking_bn.config import list_config_files
 from rethinking_bn.engine import (
     PreciseBN,
     Trainer,

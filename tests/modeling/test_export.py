@@ -15,7 +15,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from rethinking_bn import add_rethinking_bn_config, get_config_file
-from rethinking_bn.config_files import list_config_files
+from rethinking_bn.config import list_config_files
 from rethinking_bn.modeling import (
     CycleBNRetinaNetHead,
     DomainBNRetinaNetHead,
