@@ -1,12 +1,13 @@
-"""Seeds as pure functions of where a run stands, and generators left as they were found.
+"""Seeds derived from where a run stands, and forwards that repeat an earlier one.
 
-The protocol for modules that draw random numbers of their own (the shuffling heads do): a method
+A module that draws random numbers (the shuffling heads do) has a method
 ``set_iteration(run_seed: int, iteration: int) -> None``. Our trainer calls it on every module
-that has one, on every rank, before each training step; with :func:`derive_seed` of the two and
-of a counter of calls since then, the module draws the same numbers in a resumed run. Under a
-trainer that does not call it, the module falls back to what it can know of the iteration.
+that has one, on every rank, before each training step. From the two and from a counter of its
+calls since then the module derives its seeds (:func:`derive_seed`), so that a resumed run draws
+the same numbers. Without such a trainer the module falls back to what it knows of the iteration.
 
-numpy is used only where something has imported it already; without it nobody can depend on it.
+A forward that activation checkpointing recomputes must repeat the first one:
+:func:`is_recomputing` says that it is one, :class:`Forwards` which one it repeats.
 """
 
 from __future__ import annotations
@@ -14,14 +15,20 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _SEEDS = 2**32  # numpy takes no larger seed
+_REMEMBERED = 64  # forwards of a module that can be recomputed
+_SAMPLED = 16  # places along each dimension of an input that make its mark
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -93,3 +100,75 @@ def isolated_random_state(
             torch.cuda.set_rng_state(state, index)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
+
+
+def is_recomputing() -> bool:
+    """Return whether activation checkpointing runs this code a second time.
+
+    Both kinds of ``torch.utils.checkpoint`` do so inside a backward pass, where nothing else runs
+    a training forward. A compiler recomputes by itself: what it traces is always a first forward.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def mark_of(x: Tensor) -> Tensor:
+    """Return up to 31 numbers by which an input (N, ...) can be told from another one."""
+    places = tuple(slice(None, None, max(1, size // _SAMPLED)) for size in x.shape)
+    return x.detach()[places].flatten(1).float().sum(1)
+
+
+@dataclass(eq=False)
+class _Forward(Generic[T]):
+    mark: Tensor
+    value: T
+    repeated: Tensor | None = None  # (), how often it was recomputed
+
+
+class Forwards(Generic[T]):
+    """What the newest 64 forwards of a module used, so that recomputed ones use it again.
+
+    A recomputation does not say which forward it repeats: segments come back in reverse order,
+    they may use a module several times, and they may stop early. But the input is the same. So
+    each forward has a mark, some numbers that follow from its input, and the nearest mark is
+    taken. Of equally near ones the least often recomputed is taken, and of those the oldest, which
+    is right for equal inputs of one segment; with ``newest_first`` it is the newest, which is
+    right for equal inputs of different segments.
+
+    Copies and pickles are empty: no graph could ask them.
+    """
+
+    def __init__(self, *, newest_first: bool = False) -> None:
+        self._newest_first = newest_first
+        self._newest: deque[_Forward[T]] = deque(maxlen=_REMEMBERED)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(Forwards(newest_first=self._newest_first))
+
+    def remember(self, mark: Tensor, value: T) -> None:
+        """Add the newest forward."""
+        self._newest.append(_Forward(mark, value))
+
+    def recall(self, mark: Tensor) -> tuple[list[T], Tensor]:
+        """Return values, perhaps none, and () the index of the one that belongs to ``mark``.
+
+        The index is on the device of the mark. The host does not wait for it.
+        """
+        kind = (mark.shape, mark.dtype, mark.device)
+        alike = [f for f in self._newest if (f.mark.shape, f.mark.dtype, f.mark.device) == kind]
+        age = torch.arange(len(alike), device=mark.device)
+        if not alike:
+            return [], age.sum()
+        zero = torch.zeros_like(age[0])
+        repeated = torch.stack([zero if f.repeated is None else f.repeated for f in alike])
+        order = repeated * len(alike) + (age.flip(0) if self._newest_first else age)
+        marks = torch.stack([f.mark for f in alike]).nan_to_num()
+        distance = (marks - mark.nan_to_num()).abs().sum(1)
+        index = order.where(distance == distance.min(), 2**62).argmin()
+        for forward, times in zip(alike, (repeated + (age == index)).unbind(), strict=True):
+            forward.repeated = times
+        return [f.value for f in alike], index
+
+    def find(self, mark: Tensor) -> T | None:
+        """Return the value that belongs to ``mark``; the host waits where there are several."""
+        values, index = self.recall(mark)
+        return values[int(index) if len(values) > 1 else 0] if values else None

@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "rethinking_bn"
 # from the ground up; what stands beside each other on a floor does not import each other
 FLOORS = [
-    ["_detectron2", "files", "randomness", "recomputation", "distributed"],
+    ["_detectron2", "files", "randomness", "distributed"],
     ["command_line"],
     ["numerics", "shuffle"],
     ["layers"],

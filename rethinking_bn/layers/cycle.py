@@ -16,7 +16,7 @@ from rethinking_bn.layers.symbolic import as_leaf
 from rethinking_bn.numerics.channel_ops import affine_normalize
 from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.numerics.normalize import normalize
-from rethinking_bn.recomputation import is_recomputing
+from rethinking_bn.randomness import is_recomputing
 
 
 class CycleBatchNorm2d(DomainBatchNormBase):

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from rethinking_bn.layers.domain_state import Choice
 from rethinking_bn.layers.multi_domain import MultiDomainBatchNorm2d
-from rethinking_bn.recomputation import is_recomputing, recognise
+from rethinking_bn.randomness import Forwards, is_recomputing, mark_of
 
-_REMEMBERED = 64  # calls that can be recomputed
 _NOBODY_SAYS = (
     "nobody says to which domain the rows belong: run the model within "
     "`with row_domains(model, [d_0, ..., d_{N-1}]):`"
@@ -49,9 +48,6 @@ class SplitBatchNorm2d(MultiDomainBatchNorm2d):
     """
 
     _rows: tuple[int, ...] | int | None = None
-    # (domains, mark) of the newest calls; rebound, never changed, so that population training can
-    # put it back
-    _calls: tuple[tuple[tuple[int, ...] | int, Tensor], ...] = ()
 
     def __init__(
         self,
@@ -71,6 +67,7 @@ class SplitBatchNorm2d(MultiDomainBatchNorm2d):
             affine=affine,
             **options,
         )
+        self._forwards: Forwards[tuple[int, ...] | int] = Forwards(newest_first=True)
 
     def __prepare_scriptable__(self) -> Any:
         raise ValueError(
@@ -118,13 +115,10 @@ class SplitBatchNorm2d(MultiDomainBatchNorm2d):
         rows = self._rows
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             pass
-        elif is_recomputing() and self._calls:
-            call = recognise(_mark(x), [mark for _, mark in self._calls])
-            rows = self._calls[call][0]
-            # of calls with equal input the next one is another
-            self._calls = (self._calls[call], *self._calls[:call], *self._calls[call + 1 :])
+        elif is_recomputing() and (first := self._forwards.find(mark_of(x))) is not None:
+            rows = first
         elif rows is not None:
-            self._calls = (*self._calls, (rows, _mark(x)))[-_REMEMBERED:]
+            self._forwards.remember(mark_of(x), rows)
         if rows is None:
             if self.num_domains > 1:
                 raise ValueError(_NOBODY_SAYS)
@@ -137,9 +131,8 @@ class SplitBatchNorm2d(MultiDomainBatchNorm2d):
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy has no graph that could ask for this layer's forwards
-        state = super().__getstate__()
-        return {key: value for key, value in state.items() if key not in ("_calls", "_rows")}
+        # nobody says to which domains a copy's rows belong
+        return {key: value for key, value in super().__getstate__().items() if key != "_rows"}
 
 
 @contextmanager
@@ -175,11 +168,6 @@ def row_domains(model: nn.Module, domains: Sequence[int] | Tensor | int) -> Iter
     finally:
         for layer, old in zip(layers, before, strict=True):
             layer._rows = old
-
-
-def _mark(x: Tensor) -> Tensor:
-    """Return a few values by which an input is recognised."""
-    return x.detach()[:, :, :1, :1].float().clone()
 
 
 def _side_by_side(levels: list[Tensor]) -> Tensor:

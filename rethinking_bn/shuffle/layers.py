@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from rethinking_bn.randomness import derive_seed
-from rethinking_bn.recomputation import is_recomputing, recognise
+from rethinking_bn.randomness import Forwards, derive_seed, is_recomputing, mark_of
 from rethinking_bn.shuffle.rows import shuffle_rows, unshuffle_rows
-
-_REMEMBERED = 64  # calls of one iteration that can be recomputed
-_SAMPLED = 16  # rows by which a recomputed call is recognised
 
 # Layers, torch's, torchvision's and detectron2's, whose result for a row is the row's alone.
 _EACH_ROW_APART = {"GroupNorm", "LayerNorm", "InstanceNorm2d", "FrozenBatchNorm2d"}
@@ -43,12 +40,12 @@ class ShuffledLayers:
     #: sets the permutations of one kind of head apart from another's
     seed_of_head: int
 
-    _announced: tuple[int, int] | None = None
-    _iteration: tuple[int, int] | None = None  # that of the calls below
-    _num_calls: int = 0
-    # the number and the mark of the newest calls; rebound, never changed, so that population
-    # training can put it back
-    _calls: tuple[tuple[int, Tensor], ...] = ()
+    if TYPE_CHECKING:  # TorchScript would read annotations of attributes
+        _announced: tuple[int, int] | None
+        _iteration: tuple[int, int] | None
+    _announced = None
+    _iteration = None  # that of the calls below
+    _num_calls = 0
 
     def shuffled_norms(self) -> list[nn.Module]:
         """Return the norm layers whose result depends on which rows are on this rank."""
@@ -64,7 +61,7 @@ class ShuffledLayers:
     def set_iteration(self, run_seed: int, iteration: int) -> None:
         """Take note of the iteration, and count calls from zero; see rethinking_bn.randomness."""
         self._announced = self._iteration = (run_seed, iteration)
-        self._num_calls, self._calls = 0, ()
+        self._num_calls = 0
 
     def unannounced_iteration(self) -> int:
         """Return the iteration under a trainer that announces none, the same on all ranks.
@@ -102,18 +99,16 @@ class ShuffledLayers:
     def _seed(self, x: Tensor) -> int:
         """Return the seed of this call, the same on all ranks."""
         now = self._announced or (0, self.unannounced_iteration())
-        # A few sums are enough to tell the calls of an iteration apart, and are left on the device.
-        step = max(1, len(x) // _SAMPLED)
-        mark = x.detach()[::step].flatten(1).float().sum(1)
-        if is_recomputing() and self._calls:
-            call = self._calls[recognise(mark, [other for _, other in self._calls])][0]
-        else:
+        forwards: Forwards[int] = vars(self).setdefault("_forwards", Forwards(newest_first=True))
+        mark = mark_of(x)
+        seed = forwards.find(mark) if is_recomputing() else None
+        if seed is None:
             if now != self._iteration:
-                self._iteration, self._num_calls, self._calls = now, 0, ()
-            call = self._num_calls
+                self._iteration, self._num_calls = now, 0
+            seed = derive_seed(*now, self.seed_of_head, self._num_calls)
             self._num_calls += 1
-            self._calls = (*self._calls, (call, mark))[-_REMEMBERED:]
-        return derive_seed(*now, self.seed_of_head, call)
+            forwards.remember(mark, seed)
+        return seed
 
 
 def mixes_rows(norm: nn.Module) -> bool:

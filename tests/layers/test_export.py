@@ -86,8 +86,10 @@ def test_traced_with_an_empty_example(kind: str) -> None:  # defect 23
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_scripted(kind: str) -> None:  # defect 24
+def test_scripted(kind: str) -> None:  # defects 24 and 50: after a training step, too
     model = _model(kind)
+    out = model(_input(model, 2, 5, 4))
+    sum(y.sum() for y in (out if isinstance(out, list) else [out])).backward()
     with pytest.raises(ValueError, match=r"inference only: call eval\(\)"):
         torch.jit.script(model)
     model.eval()

@@ -1,4 +1,4 @@
-"""Exported heads and models of detectron2 against eager ones at two sizes (defects 23 and 24)."""
+"""Exported heads and models of detectron2 against eager ones at two sizes (defects 23, 24, 50)."""
 
 from __future__ import annotations
 
@@ -63,9 +63,11 @@ def test_retinanet_heads(kind: str) -> None:  # defects 23 and 24
     cls, norm = HEADS[kind]
     options = {"norm_arguments": {"batch_size": 2}} if norm == "MABN" else {}
     shapes = [ShapeSpec(channels=C)] * L
-    head = _trained(
-        cls(input_shape=shapes, num_classes=2, num_anchors=3, conv_dims=[C], norm=norm, **options)
+    head = cls(
+        input_shape=shapes, num_classes=2, num_anchors=3, conv_dims=[C], norm=norm, **options
     )
+    sum(y.sum() for ys in head(_levels(2, 5)) for y in ys).backward()
+    head = _trained(head)
     with tracer_warnings_ignored():
         traced = torch.jit.trace(head, (_levels(0, 3),))
         dynamic = {d: torch.export.Dim.DYNAMIC for d in (0, 2, 3)}
@@ -82,8 +84,10 @@ def test_retinanet_heads(kind: str) -> None:  # defects 23 and 24
 def test_roi_heads_with_an_example_without_detections(cls, norm) -> None:  # defects 23 and 24
     shape, is_box = ShapeSpec(channels=C, height=4, width=4), issubclass(cls, NormBoxHead)
     options = {"fc_dims": [6]} if is_box else {"num_classes": 2}
-    head = _trained(cls(shape, conv_dims=[C, C], conv_norm=norm, **options))
+    head = cls(shape, conv_dims=[C, C], conv_norm=norm, **options)
     run: Any = head if is_box else _Layers(head)
+    run(torch.randn(5, C, 4, 4)).sum().backward()  # defect 50: after training, too
+    _trained(head)
     with tracer_warnings_ignored():
         traced = torch.jit.trace(run, (torch.zeros(0, C, 4, 4),))
     exported = [traced, torch.jit.script(head)] if is_box else [traced]

@@ -25,7 +25,7 @@ from rethinking_bn.numerics.moving_average import (
     mean_square,
 )
 from rethinking_bn.numerics.triton.choice import takes_triton
-from rethinking_bn.recomputation import is_recomputing
+from rethinking_bn.randomness import is_recomputing
 
 
 class MABN2d(PopulationLayer, FullPrecisionBuffers):
