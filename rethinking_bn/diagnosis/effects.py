@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rethinking_bn.diagnosis.layers import DiagnosedLayer, Statistics
-from rethinking_bn.population.forwards import communicates
+from rethinking_bn.layers.bn_like import communicates
 
 Output = Callable[[Any], Any]
 Choice = dict[str, Statistics | str]  # by layer: statistics, or "batch"; others keep the stored

@@ -37,7 +37,7 @@ from rethinking_bn.engine.starting_weights import check_required_weights
 from rethinking_bn.engine.train_loader import build_train_loader
 from rethinking_bn.engine.unread_keys import check_keys_are_read
 from rethinking_bn.engine.weight_average import WeightAverage
-from rethinking_bn.population.forwards import communicates
+from rethinking_bn.layers.bn_like import communicates
 from rethinking_bn.randomness import announce_iteration, derive_seed
 
 logger = logging.getLogger(__name__)

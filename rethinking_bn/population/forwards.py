@@ -20,6 +20,7 @@ from rethinking_bn.distributed import (
     get_world_size,
     raise_together,
 )
+from rethinking_bn.layers.bn_like import communicates
 from rethinking_bn.randomness import announce_iteration
 
 # one name for all of population training
@@ -189,12 +190,3 @@ def throwaway_event_storage() -> AbstractContextManager[Any]:
     events = sys.modules.get("detectron2.utils.events")
     # from 1: models draw pictures at iteration 0 when they draw any
     return nullcontext(_NoStorage()) if events is None else events.EventStorage(1)
-
-
-def communicates(module: nn.Module) -> bool:
-    """Return whether a module's forward in training may wait for other ranks.
-
-    Modules that do without being a SyncBatchNorm say so by ``sync`` or ``communicates`` = True.
-    """
-    says_so = getattr(module, "sync", False) is True or getattr(module, "communicates", False)
-    return "SyncBatchNorm" in type(module).__name__ or bool(says_so)
