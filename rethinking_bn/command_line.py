@@ -33,10 +33,23 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         metavar="URL",
         help="where the machines meet, such as tcp://HOST:PORT; found by itself on a single one",
     )
+    add_import(parser)
     parser.add_argument(
         "opts", default=None, nargs=argparse.REMAINDER, help="config keys: KEY VALUE KEY VALUE ..."
     )
     return parser
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Add ``--import``: for :func:`rethinking_bn.engine.load_config`, in every process."""
+    parser.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="imports",
+        metavar="MODULE",
+        help="import a module first, with data sets or components of your own; may be repeated",
+    )
 
 
 def at_least_one(text: str) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 # detectron2 uses what recent versions of torch deprecate: nothing a user of this tool can change
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch|detectron2|fvcore")
 
-from rethinking_bn.command_line import require_detectron2  # noqa: E402
+from rethinking_bn.command_line import add_import, require_detectron2  # noqa: E402
 
 if __name__ == "__main__":
     require_detectron2(__doc__ or "")
@@ -50,6 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoints", nargs="+", metavar="A.pth", help="two or more")
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--output", required=True, metavar="C.pth")
+    add_import(parser)
     args = parser.parse_intermixed_args(argv)
     words = args.checkpoints  # files, then KEY VALUE
     args.checkpoints = list(takewhile(lambda word: word.endswith((".pth", ".pkl")), words))
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks for; return the exit status."""
     args = parse(argv)
     try:
-        cfg: Any = load_config(args.config_file, args.opts)
+        cfg: Any = load_config(args.config_file, args.opts, imports=args.imports)
         use_available_device(cfg)
         check_data_sets(cfg)
         states = read_states(args.checkpoints)

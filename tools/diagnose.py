@@ -82,7 +82,8 @@ def main() -> None:
             run(diagnose, __doc__ or "", add_options=add_options)
             return
         with torch.no_grad():
-            plan = make_plan(load_config(args.config_file, args.opts), args.num_gpus)
+            cfg = load_config(args.config_file, args.opts, imports=args.imports)
+            plan = make_plan(cfg, args.num_gpus)
     except (ValueError, OSError) as error:
         print(f"diagnose.py: error: {error}", file=sys.stderr)
         sys.exit(1)

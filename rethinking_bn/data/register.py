@@ -1,20 +1,28 @@
-"""Register the shapes data sets with detectron2; they are generated when first used."""
+"""Register data sets with detectron2: the generated shapes, and those that a config describes."""
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rethinking_bn._detectron2 import require_detectron2
 
 require_detectron2("rethinking_bn.data.register")
 
+from detectron2.config import CfgNode  # noqa: E402
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog  # noqa: E402
 from detectron2.data.datasets import load_coco_json  # noqa: E402
 
 from rethinking_bn.data.shapes import CLASSES  # noqa: E402
-from rethinking_bn.data.storage import ANNOTATIONS, SHAPES_DATASETS, ensure_shapes  # noqa: E402
+from rethinking_bn.data.storage import (  # noqa: E402
+    ANNOTATIONS,
+    SHAPES_DATASETS,
+    datasets_root,
+    ensure_shapes,
+)
 
 _CATEGORY_IDS = {i + 1: i for i in range(len(CLASSES))}  # of the JSON -> contiguous, from 0
 
@@ -65,3 +73,69 @@ def _load(name: str) -> list[dict[str, Any]]:
     """Return the data set in detectron2's format (boxes, polygons)."""
     folder = ensure_shapes(name)
     return load_coco_json(str(folder / ANNOTATIONS), str(folder / "images"), name)
+
+
+def register_coco_format(cfg: CfgNode) -> None:
+    """Register the data sets of DATASETS.COCO_FORMAT; a second call changes nothing.
+
+    Nothing is read. An entry is (name, annotations.json, folder of images), with paths relative
+    to :func:`~.storage.datasets_root`.
+
+    Raises:
+        ValueError: for an entry of another form, or a name that stands for something else already.
+    """
+    for entry in cfg.DATASETS.get("COCO_FORMAT", ()):  # absent in other projects
+        if not isinstance(entry, (list, tuple)) or [type(part) for part in entry] != [str] * 3:
+            raise ValueError(
+                f"DATASETS.COCO_FORMAT has the entry {entry!r}, which is not (name, "
+                "annotations.json, folder of images)"
+            )
+        name, *places = entry
+        json_file, images = (p if "://" in p else str(datasets_root() / p) for p in places)
+        metadata = MetadataCatalog.get(name)
+        paths = {"json_file": json_file, "image_root": images}
+        if name not in DatasetCatalog:
+            DatasetCatalog.register(name, partial(load_coco_json, json_file, images, name))
+            metadata.set(evaluator_type="coco", **paths)
+        elif any(metadata.get(key) != path for key, path in paths.items()):
+            raise ValueError(
+                f"DATASETS.COCO_FORMAT: {name!r} is registered already, for "
+                f"{metadata.get('json_file', 'data of another kind')}; choose another name"
+            )
+
+
+def read_classes(name: str) -> list[str]:
+    """Return the classes of a registered data set in COCO's format, from its checked annotations.
+
+    Raises:
+        ValueError: naming data set and file, for what is no COCO annotation file or does not fit
+            together.
+        FileNotFoundError: likewise, for an image that is not there.
+    """
+    metadata = MetadataCatalog.get(name)
+    place = f"data set {name!r}: {metadata.json_file}"
+    try:
+        content = json.loads(Path(metadata.json_file).read_text(encoding="utf-8"))
+        images = {image["id"]: image["file_name"] for image in content["images"]}
+        classes = {kind["id"]: str(kind["name"]) for kind in content["categories"]}
+        objects = {o["id"]: o for o in content["annotations"]}
+        boxes = [o for o in objects.values() if len(o["bbox"]) != 4 or min(o["bbox"][2:]) < 0]
+        strays = [
+            o
+            for o in objects.values()
+            if o["image_id"] not in images or o["category_id"] not in classes
+        ]
+        twice = len(content["annotations"]) - len(objects)
+    except (ValueError, TypeError, KeyError) as error:  # JSON's and Unicode's are ValueErrors
+        said = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{place} is no COCO annotation file: {said}") from error
+    if twice or not classes:
+        said = "annotations have ids of others" if twice else "categories"
+        raise ValueError(f"{place}: {twice} {said}")
+    for wrong, what in ((strays, "image or category"), (boxes, "box")):
+        if wrong:
+            raise ValueError(f"{place}: annotation {wrong[0]['id']} has no valid {what}")
+    for file_name in images.values():
+        if not Path(metadata.image_root, file_name).is_file():
+            raise FileNotFoundError(f"{place}: no image {Path(metadata.image_root, file_name)}")
+    return [classes[key] for key in sorted(classes)]

@@ -26,7 +26,7 @@ from rethinking_bn.config import (
     needs_population_loader,
 )
 from rethinking_bn.data.domains import domain_groups, domain_of
-from rethinking_bn.data.register import ShapesMetadata
+from rethinking_bn.data.register import ShapesMetadata, read_classes
 from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.load_config import load_config, scale_to_ranks, use_available_device
 from rethinking_bn.engine.starting_weights import (
@@ -60,7 +60,7 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
     Raises:
         ValueError, OSError: naming what is wrong and what is allowed, in one line.
     """
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, imports=args.imports)
     use_available_device(cfg)
     gpus = torch.cuda.device_count()
     if cfg.MODEL.DEVICE.startswith("cuda") and local_ranks > gpus:
@@ -197,6 +197,7 @@ def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
         names += cfg.DATASETS.TRAIN
     if needs_population_loader(cfg, training=training):
         names += cfg.TEST.PRECISE_BN.DATASETS or cfg.DATASETS.TRAIN
+    described = [entry[0] for entry in cfg.DATASETS.get("COCO_FORMAT", ())]
     groups = domain_groups(cfg)
     for name in names if groups else ():
         domain_of(cfg, name)
@@ -217,6 +218,8 @@ def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
                     f"data set {name!r} is missing: looked for {os.path.abspath(path)}; the "
                     f"variable DETECTRON2_DATASETS (now {folder!r}) says where data sets are"
                 )
+        if name in described and "://" not in metadata.json_file:
+            read_classes(name)
 
 
 def check_model(cfg: CfgNode, ranks: int = 1, *, training: bool = True) -> nn.Module | None:

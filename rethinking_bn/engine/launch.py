@@ -110,7 +110,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Raises:
         OSError, RuntimeError: where the run trains and another one does, in this OUTPUT_DIR.
     """
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, imports=args.imports)
     falls_back = use_available_device(cfg)
     cfg.freeze()
     if not args.eval_only:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -13,10 +16,15 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils.file_io import PathManager
 
 from rethinking_bn.config import add_rethinking_bn_config
+from rethinking_bn.data.register import register_coco_format
 
 
-def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
+def load_config(
+    config_file: str = "", opts: Sequence[str] = (), *, imports: Sequence[str] = ()
+) -> CfgNode:
     """Return detectron2's defaults and ours, with a YAML file and overrides merged in.
+
+    The data sets of DATASETS.COCO_FORMAT are registered.
 
     YAML tags are refused, in the file and in its ``_BASE_`` files: a tag such as
     ``!!python/object/apply:eval`` (detectron2's own Base-RetinaNet.yaml holds one) runs code.
@@ -24,15 +32,19 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
     Args:
         config_file: path of a YAML file; "" for the defaults alone.
         opts: KEY VALUE pairs, one after the other.
+        imports: modules to import before anything else, on sys.path or in the current folder. They
+            may register data sets and components.
 
     Returns:
         a config that is not frozen.
 
     Raises:
         FileNotFoundError: if the file or a base of it does not exist.
-        ValueError: for a tag, other bad YAML, an unknown key (close keys are named) or a value of
-            the wrong type. The message is one line.
+        ValueError: for a tag, other bad YAML, an unknown key (close keys are named), a value of
+            the wrong type, or a module that cannot be imported. The message is one line.
     """
+    for module in imports:
+        _import(module)
     cfg = get_cfg()
     add_rethinking_bn_config(cfg)
     if config_file:
@@ -47,6 +59,7 @@ def load_config(config_file: str = "", opts: Sequence[str] = ()) -> CfgNode:
             cfg.merge_from_list([key, value])
         except (AssertionError, ValueError) as error:
             raise ValueError(f"{key} {value}: {_one_line(error)}") from error
+    register_coco_format(cfg)
     return cfg
 
 
@@ -75,6 +88,16 @@ def use_available_device(cfg: CfgNode) -> bool:
     if falls_back:
         cfg.MODEL.DEVICE = "cpu"
     return falls_back
+
+
+def _import(module: str) -> None:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a script's own folder is there, the current one is not
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # it is somebody else's code
+        said = f"{type(error).__name__}: {_one_line(error)}"
+        raise ValueError(f"--import {module}: {said}") from error
 
 
 def _merge_file(cfg: CfgNode, config_file: str) -> None:
