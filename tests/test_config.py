@@ -62,6 +62,7 @@ def test_keys_and_defaults() -> None:
         "MODEL.MABN.R_MAX": 5.0,
         "MODEL.MABN.REQUIRE_WEIGHTS": False,
         "MODEL.ALLOW_MISSING_STATISTICS": False,
+        "DATASETS.COCO_FORMAT": (),
         "TEST.DIAGNOSE.PERIOD": 0,
         "TEST.STATISTICS": "population",
         "TEST.PRECISE_BN.DATASETS": (),

@@ -20,7 +20,9 @@ from tests.anchor_levels import share_of_levels
 from tests.test_config import flat
 
 FILES = [name for name in list_config_files() if not Path(name).name.startswith("Base-")]
-PAPER = [name for name in FILES if not name.startswith("shapes/")]
+PAPER = [name for name in FILES if "/" not in name]
+TABLE = [name for name in PAPER if name.startswith("retinanet_") and "mabn" not in name]
+TWINS = [("shapes", name) for name in PAPER] + [("bccd", name) for name in TABLE]
 # what small batches do to a norm, on shapes only
 SHAPES_ONLY = [
     f"shapes/retinanet_{norm}_2im{step}.yaml"
@@ -104,11 +106,12 @@ def test_one_training_step_and_one_inference_step(name: str, tmp_path: Path) -> 
 def test_each_file_has_its_twin() -> None:
     twins = [name for name in FILES if name.startswith("shapes/") and name not in SHAPES_ONLY]
     assert [f"shapes/{name}" for name in PAPER] == twins
+    assert [f"bccd/{name}" for name in TABLE] == [n for n in FILES if n.startswith("bccd/")]
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_a_twin_is_about_the_same_thing(name: str) -> None:
-    paper, twin = flat(load(name)), flat(load(f"shapes/{name}"))
+@pytest.mark.parametrize(("data", "name"), TWINS)
+def test_a_twin_is_about_the_same_thing(data: str, name: str) -> None:
+    paper, twin = flat(load(name)), flat(load(f"{data}/{name}"))
     changed = {key for key, value in paper.items() if twin[key] != value}
     kept = {
         key
@@ -122,9 +125,9 @@ def test_a_twin_is_about_the_same_thing(name: str) -> None:
     sizes |= {"MODEL.ROI_MASK_HEAD.CONV_DIM", "MODEL.MABN.WARMUP_ITERS"}
     sizes |= {"MODEL.MABN.REQUIRE_WEIGHTS"}  # no twin has weights
     assert changed & kept <= sizes
-    assert twin["DATASETS.TRAIN"] == ("shapes_train",) and twin["MODEL.WEIGHTS"] == ""
+    assert twin["DATASETS.TRAIN"] == (f"{data}_train",) and twin["MODEL.WEIGHTS"] == ""
     assert paper["OUTPUT_DIR"] == f"output/{Path(name).stem}"
-    assert twin["OUTPUT_DIR"] == f"output/shapes/{Path(name).stem}"
+    assert twin["OUTPUT_DIR"] == f"output/{data}/{Path(name).stem}"
 
 
 def row(train: str, population: str, affine: str, *, precise: bool) -> dict[str, Any]:

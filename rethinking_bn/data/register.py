@@ -92,15 +92,18 @@ def register_coco_format(cfg: CfgNode) -> None:
             )
         name, *places = entry
         json_file, images = (p if "://" in p else str(datasets_root() / p) for p in places)
-        metadata = MetadataCatalog.get(name)
-        paths = {"json_file": json_file, "image_root": images}
+        keys = {"json_file": json_file, "image_root": images, "coco_format": places}
+        before = MetadataCatalog.get(name)
+        if before.get("coco_format") == places and before.json_file != json_file:
+            DatasetCatalog.remove(name)  # $DETECTRON2_DATASETS has changed
+            MetadataCatalog.remove(name)
         if name not in DatasetCatalog:
             DatasetCatalog.register(name, partial(load_coco_json, json_file, images, name))
-            metadata.set(evaluator_type="coco", **paths)
-        elif any(metadata.get(key) != path for key, path in paths.items()):
+            MetadataCatalog.get(name).set(evaluator_type="coco", **keys)
+        elif before.get("coco_format") != places:
             raise ValueError(
                 f"DATASETS.COCO_FORMAT: {name!r} is registered already, for "
-                f"{metadata.get('json_file', 'data of another kind')}; choose another name"
+                f"{before.get('json_file', 'data of another kind')}; choose another name"
             )
 
 
@@ -130,8 +133,8 @@ def read_classes(name: str) -> list[str]:
         said = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{place} is no COCO annotation file: {said}") from error
     if twice or not classes:
-        said = "annotations have ids of others" if twice else "categories"
-        raise ValueError(f"{place}: {twice} {said}")
+        said = f"{twice} annotations have ids of others" if twice else "no categories"
+        raise ValueError(f"{place}: {said}")
     for wrong, what in ((strays, "image or category"), (boxes, "box")):
         if wrong:
             raise ValueError(f"{place}: annotation {wrong[0]['id']} has no valid {what}")

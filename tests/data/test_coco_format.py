@@ -1,0 +1,158 @@
+"""DATASETS.COCO_FORMAT and --import: data sets of one's own, by config and in every process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+from detectron2.config import CfgNode, get_cfg  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+
+from rethinking_bn.data.register import read_classes, register_coco_format  # noqa: E402
+from rethinking_bn.engine import load_config  # noqa: E402
+from rethinking_bn.engine.checks import check_data_sets  # noqa: E402
+from tests.engine.tiny import tiny_config, write_data  # noqa: E402
+from tests.tools.runs import ROOT, TOOL, environment  # noqa: E402
+
+ENTRY = ("mine", "tiny/tiny.json", "tiny")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    (tmp_path / "tiny").mkdir()
+    write_data(tmp_path / "tiny", images=4)
+    yield tmp_path
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.pop("mine", None)
+
+
+def config(*entries: Any, **overrides: Any) -> CfgNode:
+    cfg = tiny_config("mine", "", **overrides)
+    cfg.DATASETS.COCO_FORMAT = entries
+    return cfg
+
+
+def test_a_yaml_names_data_of_ones_own(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = json.dumps([ENTRY, ["elsewhere", str(root / "tiny/tiny.json"), str(root)]])
+    (root / "a.yaml").write_text(f"DATASETS: {{COCO_FORMAT: {entries}, TRAIN: [mine]}}")
+    for _ in range(2):
+        cfg = load_config(str(root / "a.yaml"), ["DATASETS.TEST", "('mine',)"])
+    check_data_sets(cfg)
+    assert MetadataCatalog.get("mine").evaluator_type == "coco"
+    assert read_classes("mine") == ["odd", "even"]
+    records = DatasetCatalog.get("mine")
+    assert [Path(r["file_name"]) for r in records] == [root / f"tiny/{i}.png" for i in range(4)]
+    assert MetadataCatalog.get("elsewhere").json_file == str(root / "tiny/tiny.json")
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.pop("elsewhere")
+    register_coco_format(get_cfg())  # of another project, without the key
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root / "moved"))
+    register_coco_format(cfg)
+    assert MetadataCatalog.get("mine").image_root == str(root / "moved/tiny")
+
+
+@pytest.mark.parametrize("entry", ["mine", ("mine", "tiny.json"), ("mine", "tiny.json", 3)])
+def test_entries_of_another_form(root: Path, entry: Any) -> None:
+    with pytest.raises(ValueError, match=r"COCO_FORMAT.*mine.*name, annotations.json, folder"):
+        register_coco_format(config(entry))
+
+
+def test_a_name_stands_for_one_thing(root: Path) -> None:
+    register_coco_format(config(ENTRY))
+    for name, there in (("mine", "tiny/tiny.json"), ("coco_2017_val", "coco")):
+        with pytest.raises(ValueError, match=f"'{name}' is registered already.*{there}"):
+            register_coco_format(config((name, "other.json", "tiny")))
+
+
+def _wrong(content: dict[str, Any], what: str) -> None:
+    objects = content["annotations"]
+    match what:
+        case "no 'images'":
+            del content["images"]
+        case "annotation 1 has no valid image or category":
+            objects[0]["category_id"] = 9
+        case "annotation 2 has no valid box":
+            objects[1]["bbox"] = [1, 2, 3, -4]
+        case "1 annotations have ids of others":
+            objects[1]["id"] = 1
+        case "no categories":
+            content["categories"], content["annotations"] = [], []
+        case "no image .*9.png":
+            content["images"][2]["file_name"] = "9.png"
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "no 'images'",
+        "annotation 1 has no valid image or category",
+        "annotation 2 has no valid box",
+        "1 annotations have ids of others",
+        "no categories",
+        "no image .*9.png",
+    ],
+)
+def test_annotations_that_do_not_fit_are_one_line(root: Path, what: str) -> None:
+    path = root / "tiny/tiny.json"
+    content = json.loads(path.read_text())
+    _wrong(content, what)
+    path.write_text(json.dumps(content))
+    register_coco_format(cfg := config(ENTRY))
+    with pytest.raises((ValueError, FileNotFoundError), match=f"'mine'.*{path}.*{what}") as caught:
+        check_data_sets(cfg)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_none(root: Path) -> None:
+    register_coco_format(cfg := config(ENTRY))
+    (root / "tiny/tiny.json").write_text("[]")
+    with pytest.raises(ValueError, match="'mine'.*tiny.json is no COCO annotation file"):
+        check_data_sets(cfg)
+    (root / "tiny/tiny.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"'mine'.*tiny.json.*DETECTRON2_DATASETS"):
+        check_data_sets(cfg)
+
+
+def test_a_module_that_cannot_be_imported(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    (root / "broken_data.py").write_text("raise RuntimeError('no\\n cells')")
+    for module, said in (("no_such", "ModuleNotFoundError"), ("broken_data", "no cells")):
+        with pytest.raises(ValueError, match=f"--import {module}: .*{said}"):
+            load_config(imports=[module])
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_every_process_imports_and_registers(root: Path, torchrun: bool) -> None:
+    cfg = config(ENTRY, SOLVER__MAX_ITER=2, SOLVER__STEPS=(), SEED=1)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.RETINANET.HEAD_NAME = "ConfigurableHeadRetinaNet", "Mine"
+    cfg.OUTPUT_DIR = str(root / "out")
+    (root / "run.yaml").write_text(cfg.dump())
+    (root / "own_parts.py").write_text(
+        "import os\n"
+        "from rethinking_bn.modeling import RETINANET_HEAD, SharedBNRetinaNetHead\n"
+        "@RETINANET_HEAD.register()\n"
+        "class Mine(SharedBNRetinaNetHead):\n"
+        "    pass\n"
+        "open(f'imported.{os.getpid()}', 'w').close()\n"
+    )
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", TOOL]
+    command = [*start] if torchrun else [TOOL, "--num-gpus", "2"]
+    options = ["--import", "own_parts", "--config-file", "run.yaml"]
+    done = subprocess.run(
+        [sys.executable, *command, *options],
+        cwd=root, env=environment(root), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (root / "out/model_final.pth").is_file() and Path(ROOT).is_dir()
+    assert len(list(root.glob("imported.*"))) == (2 if torchrun else 3)  # the launcher, too
