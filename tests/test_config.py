@@ -28,7 +28,6 @@ def test_keys_and_defaults() -> None:
     everything = flat(cfg)
     assert {key: everything[key] for key in stock} == stock
     assert {key: value for key, value in everything.items() if key not in stock} == {
-        "DATASETS.COCO_FORMAT": (),
         "SOLVER.ACCUMULATION_STEPS": 1,
         "SOLVER.AVERAGE.KIND": "",
         "SOLVER.AVERAGE.DECAY": 0.999,
