@@ -3,7 +3,8 @@
 
 Rows: the statistics stored in the weights, those of the exact population of
 TEST.PRECISE_BN.DATASETS (or DATASETS.TRAIN), of the mini-batch at inference, and of each data set
-in DATASETS.TEST; columns: the data sets in DATASETS.TEST (arXiv 2105.07576, Figure 5 and Table 4).
+in DATASETS.TEST; columns: AP, AP50 and AP75 on the data sets in DATASETS.TEST (arXiv 2105.07576,
+Figure 5 and Table 4).
 
     python tools/statistics_matrix.py --config-file configs/shapes/retinanet_bn_2im.yaml \\
         MODEL.WEIGHTS output/shapes/retinanet_bn_2im/model_final.pth \\
@@ -11,7 +12,7 @@ in DATASETS.TEST; columns: the data sets in DATASETS.TEST (arXiv 2105.07576, Fig
 
 TEST.PRECISE_BN.{NUM_ITER, IMS_PER_BATCH, TRANSFORMS, THAW} hold for every estimate: with THAW,
 FrozenBatchNorm2d gets the statistics of the row, too. ``--resume`` takes the last checkpoint in
-OUTPUT_DIR, not MODEL.WEIGHTS. The table also goes to OUTPUT_DIR/statistics_matrix.{json,png}.
+OUTPUT_DIR, not MODEL.WEIGHTS. The table also goes to OUTPUT_DIR/statistics_matrix.json.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import argparse
 import math
 import sys
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,15 @@ if __name__ == "__main__":
 import rethinking_bn.engine  # noqa: E402, F401, isort: skip  # says so where detectron2 is missing
 from detectron2.config import CfgNode  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
+from torch import nn  # noqa: E402
 
 from rethinking_bn.engine import Checkpointer, Trainer, run_population_training  # noqa: E402
 from rethinking_bn.engine.launch import run, setup  # noqa: E402
-from rethinking_bn.files import replace, write_json  # noqa: E402
+from rethinking_bn.files import write_json  # noqa: E402
 
-Table = dict[str, dict[str, float]]  # {statistics: {column: AP}}
+METRICS = ("AP", "AP50", "AP75")
+
+Table = dict[str, dict[str, dict[str, float]]]  # {statistics: {column: {metric: percent}}}
 
 
 def main(args: argparse.Namespace) -> Table:
@@ -50,9 +53,19 @@ def main(args: argparse.Namespace) -> Table:
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
     weights = (args.resume and checkpointer.get_checkpoint_file()) or cfg.MODEL.WEIGHTS
     checkpointer.load(weights, checkpointables=[])
+    table = measure(cfg, model, rows(cfg))
+    if comm.is_main_process():
+        print(as_text(table))
+        path = Path(cfg.OUTPUT_DIR, "statistics_matrix.json")
+        write_json(path, {"weights": weights, "statistics": table})
+    return table
+
+
+def measure(cfg: CfgNode, model: nn.Module, rows: list[tuple[str, list[Any]]]) -> Table:
+    """Evaluate a model by the statistics of each row, and give it its own back."""
     stored = {name: buffer.clone() for name, buffer in model.named_buffers()}
     table: Table = {}
-    for title, keys in rows(cfg):
+    for title, keys in rows:
         row = cfg.clone()
         row.defrost()
         row.merge_from_list(keys)
@@ -61,11 +74,6 @@ def main(args: argparse.Namespace) -> Table:
         table[title] = columns(row, Trainer.test(row, model))
         for name, buffer in model.named_buffers():
             buffer.copy_(stored[name])
-    if comm.is_main_process():
-        print(as_text(table))
-        path = Path(cfg.OUTPUT_DIR, "statistics_matrix.json")
-        write_json(path, {"weights": weights, "AP": table})
-        plot(path.with_suffix(".png"), table)
     return table
 
 
@@ -80,38 +88,25 @@ def rows(cfg: CfgNode) -> list[tuple[str, list[Any]]]:
     return found
 
 
-def columns(cfg: CfgNode, results: dict[str, Any]) -> dict[str, float]:
-    """Return the AP of every data set and task (empty on other ranks than 0)."""
+def columns(cfg: CfgNode, results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the metrics of every data set and task (empty on other ranks than 0)."""
     names = cfg.DATASETS.TEST
     sets = {names[0]: results} if len(names) == 1 else results
-    found = {f"{name} {task}": aps["AP"] for name, r in sets.items() for task, aps in r.items()}
-    return {column: 0.0 if math.isnan(ap) else ap for column, ap in found.items()}  # none found
+    return {
+        f"{name} {task}": {m: 0.0 if math.isnan(aps[m]) else aps[m] for m in METRICS}  # none found
+        for name, tasks in sets.items()
+        for task, aps in tasks.items()
+    }
 
 
 def as_text(table: Table) -> str:
     """Return the table in Markdown."""
-    heads = list(next(iter(table.values())))
+    heads = [f"{column} {metric}" for column in next(iter(table.values())) for metric in METRICS]
     lines = [["statistics", *heads], ["---"] * (len(heads) + 1)]
-    lines += [[title, *(f"{ap:.1f}" for ap in row.values())] for title, row in table.items()]
+    for title, row in table.items():
+        values = [aps[metric] for aps in row.values() for metric in METRICS]
+        lines.append([title, *(f"{value:.1f}" for value in values)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def plot(path: Path, table: Table) -> None:
-    """Draw a group of bars per data set."""
-    if find_spec("matplotlib") is None:
-        return  # it is no requirement
-    from matplotlib.figure import Figure
-
-    heads = list(next(iter(table.values())))
-    figure = Figure(figsize=(3 + 2 * len(heads), 3.6), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(table)
-    for i, (title, row) in enumerate(table.items()):
-        axes.bar([x + i * width for x in range(len(heads))], list(row.values()), width, label=title)
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(heads))], heads)
-    axes.set_ylabel("AP")
-    axes.legend(fontsize="small")
-    replace(path, lambda aside: figure.savefig(aside, dpi=150, format="png"))
 
 
 if __name__ == "__main__":

@@ -43,13 +43,21 @@ def test_predictions_are_on_the_left_and_truth_on_the_right(tool: Any, tmp_path:
     write_data(tmp_path, images=1)
     name = register_data(tmp_path)
     sample, metadata = DatasetCatalog.get(name)[0], MetadataCatalog.get(name)
-    nothing = tool.draw(sample, found_in(sample, []), metadata)
-    one = tool.draw(sample, found_in(sample, [[10.0, 10.0, 60.0, 60.0]]), metadata)
+    nothing = tool.draw(sample, {"a": found_in(sample, [])}, metadata)
+    box = found_in(sample, [[10.0, 10.0, 60.0, 60.0]])
+    one = tool.draw(sample, {"a": box}, metadata)
     assert one.shape == nothing.shape and one.dtype == np.uint8
     half = one.shape[1] // 2 - 4
     assert (one[:, :half] != nothing[:, :half]).any()
     # with nothing found the left side is the plain image; on the right the truth is drawn
-    assert not np.array_equal(nothing[:, :half], nothing[:, -half:])
+    assert not np.array_equal(nothing[32:, :half], nothing[32:, -half:])
+    # two detectors, then the truth: three sides
+    both = tool.draw(sample, {"a": found_in(sample, []), "b": box}, metadata)
+    assert both.shape[1] == 3 * half + 16
+    assert np.array_equal(both[32:, :half], nothing[32:, :half])
+    middle = both[32:, half + 8 : -half - 8]
+    assert middle.shape == one[32:, :half].shape
+    assert (middle != nothing[32:, :half]).any() and (both[:32, half:] < 128).any()
 
 
 def test_the_sheet_holds_every_picture(tool: Any) -> None:
@@ -66,18 +74,25 @@ def test_no_image_is_refused(tool: Any, capsys: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(tool: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_command(
+    tool: Any, tmp_path: Path, monkeypatch: Any, capsys: Any, beside: bool
+) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
-    config = get_config_file("shapes/retinanet_bn_row1.yaml")
+    config, other = (get_config_file(f"shapes/retinanet_bn_row{row}.yaml") for row in (1, 3))
     keys = ["OUTPUT_DIR", str(tmp_path / "out"), "MODEL.DEVICE", "cpu"]
-    tool.run(
-        tool.main,
-        "draw",
-        ["--images", "2", "--config-file", config, *keys],
-        add_options=tool.add_options,
-    )
+    options = ["--beside", other, str(tmp_path / "row3.pth")] if beside else []
+    command = ["--images", "2", *options, "--config-file", config, *keys]
+    if beside:
+        with pytest.raises(SystemExit, match="--beside.*row3.pth"):
+            tool.run(tool.main, "draw", command, add_options=tool.add_options)
+        model = tool.Trainer.build_model(tool.load_config(other, keys[2:]))
+        torch.save({"model": model.state_dict()}, tmp_path / "row3.pth")
+    tool.run(tool.main, "draw", command, add_options=tool.add_options)
     written = sorted(path.name for path in (tmp_path / "out" / "visualize").iterdir())
     assert len(written) == 3 and written[-1] == "sheet.jpg"
     sheet = cv2.imread(str(tmp_path / "out" / "visualize" / "sheet.jpg"))
     assert sheet is not None and sheet.std() > 1
+    one = cv2.imread(str(tmp_path / "out" / "visualize" / written[0]))
+    assert (one.shape[1] > 2.5 * one.shape[0]) == beside  # three sides
     assert "2 pictures" in capsys.readouterr().out
