@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from benchmarks.comparators.batch_norm import PlainSyncBatchNorm2d
-from benchmarks.contenders import TOY_SIZES, make_levels
 from benchmarks.equality import ResultsDiffer
-from benchmarks.options import Options, missing
-from benchmarks.processes import alternate_together
+from benchmarks.levels import TOY_SIZES, make_levels
 from benchmarks.result import Result
-from benchmarks.timing import Plan
-from benchmarks.traffic import counting_traffic
+from benchmarks.timing import Options, alternate, missing
+from rethinking_bn.layers import SyncBatchNorm2d
 from studies.processes import run_processes
 
+_WORLD = 2
 _SMALL_SIZES = ((24, 32), (12, 16), (6, 8), (3, 4), (2, 2))
+_COUNTED = {
+    "all_gather": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_single": "all_gather",
+    "all_reduce": "all_reduce",
+    "all_to_all_single": "all_to_all",
+    "all_gather_object": "all_gather_object",
+    "broadcast_object_list": "broadcast_object",
+}
 
 
 def run(options: Options, per_level: type[nn.Module] | None = None) -> Result:
@@ -25,56 +36,67 @@ def run(options: Options, per_level: type[nn.Module] | None = None) -> Result:
 
     Args:
         per_level: the BatchNorm that the other side calls once per level; None:
-            nn.SyncBatchNorm on GPUs and a plain one of the same kind on CPUs.
+            nn.SyncBatchNorm on GPUs and, as that refuses CPU tensors, ours on CPUs.
     """
     result = Result("collectives")
     reason = missing("detectron2")
     if reason:
         result.skip("everything", reason)
-    else:
-        _compare(result, options, per_level)
+        return result
+    device = options.device_for(_WORLD)
+    if per_level is None:
+        per_level = nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm2d
+    sizes = options.pick(quick=TOY_SIZES, cpu=_SMALL_SIZES, cuda=_SMALL_SIZES)
+    channels = options.pick(quick=8, cpu=32, cuda=256)
+    args = (sizes, channels, options, per_level)
+    answer = run_processes(_measure, _WORLD, *args, device=device, expected=ResultsDiffer)[0]
+    result.checks.update(answer["checks"])
+    ours, other = "MultiDomainBatchNorm2d", f"CycleBatchNormList of {per_level.__name__}"
+    counts = answer["counts"]
+    for kind in sorted({*counts[0], *counts[1]}):
+        pair = [(side, [float(c[kind])]) for side, c in zip((ours, other), counts, strict=True)]
+        result.measure(f"{kind} per step", pair[0], pair[1], unit="", scale=1.0)
+    times, case = answer["times"], f"step, {_WORLD} processes, {device.type}"
+    result.measure(case, (ours, times["ours"]), (other, times["other"]))
     return result
 
 
-def _compare(result: Result, options: Options, per_level: type[nn.Module] | None) -> None:
-    world = 2
-    device = options.device_for(world)
-    if per_level is None:
-        per_level = nn.SyncBatchNorm if device.type == "cuda" else PlainSyncBatchNorm2d
-    sizes = options.pick(quick=TOY_SIZES, cpu=_SMALL_SIZES, cuda=_SMALL_SIZES)
-    channels = options.pick(quick=8, cpu=32, cuda=256)
-    plan = options.plan(6.0)
-    answers = run_processes(
-        _measure, world, sizes, channels, plan, per_level, device=device, expected=ResultsDiffer
-    )
-    answer = answers[0]
-    result.checks.update(answer["checks"])
-    other = f"CycleBatchNormList of {per_level.__name__}"
-    ours = "MultiDomainBatchNorm2d"
-    for kind in ("all_gather", "all_reduce"):
-        pair = [
-            (side, [float(answer["calls"][index].get(kind, 0))])
-            for index, side in enumerate((ours, other))
-        ]
-        result.measure(f"{kind} per step", pair[0], pair[1], unit="", scale=1.0)
-    sent = [(side, [answer["sent"][index]]) for index, side in enumerate((ours, other))]
-    result.measure("sent per rank and step", sent[0], sent[1], unit="KiB", scale=1 / 1024)
-    times = answer["times"]
-    result.measure(
-        f"step, {world} processes, {device.type}", (ours, times["ours"]), (other, times["other"])
-    )
-    extra = {k: n for k, n in answer["calls"][0].items() if k not in ("all_gather", "all_reduce")}
-    result.notes.append(f"other collectives of ours: {extra or 'none'}")
+@contextmanager
+def _counting() -> Iterator[Counter[str]]:
+    """Count this process's collectives while the context is open, by kind."""
+    counts: Counter[str] = Counter()
+    originals = {name: getattr(dist, name) for name in _COUNTED if hasattr(dist, name)}
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[_COUNTED[name]] += 1
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    try:
+        for name in originals:
+            setattr(dist, name, counted(name))
+        yield counts
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
 
 
 def _measure(
-    device: torch.device, sizes: Any, channels: int, plan: Plan, per_level: type[nn.Module]
+    device: torch.device, sizes: Any, channels: int, options: Options, per_level: type[nn.Module]
 ) -> dict[str, Any]:
     """Run on one rank: check, count, time."""
-    from benchmarks.head_check import check_heads, output_gradients
-    from benchmarks.retinanet_heads import HeadSize, head_step, our_head, per_level_head
+    from benchmarks.heads import (
+        HeadSize,
+        check_heads,
+        head_step,
+        our_head,
+        output_gradients,
+        per_level_head,
+    )
 
-    rank = torch.distributed.get_rank()
+    rank = dist.get_rank()
     size = HeadSize(channels, 4, 2, 1)
     ours = our_head(size, 4, norm="SyncBN").to(device)
     other = per_level_head(size, per_level).to(device)
@@ -84,18 +106,17 @@ def _measure(
     pair = f"one collective = one per level ({per_level.__name__})"
     checks = {pair: check_heads(pair, ours, other, features)}
     dys = output_gradients(ours, features)
-    calls, sent = [], []
+    counts = []
     for head in (ours, other):
-        with counting_traffic() as traffic:
+        with _counting() as of_head:
             head_step(head, features, dys)
-        calls.append(dict(traffic.calls))
-        sent.append(traffic.sent)
-    times = alternate_together(
-        {
-            "ours": lambda: head_step(ours, features, dys),
-            "other": lambda: head_step(other, features, dys),
-        },
-        device,
-        plan,
-    )
-    return {"checks": checks, "calls": calls, "sent": sent, "times": times}
+        counts.append(of_head)
+    steps = {
+        "ours": lambda: head_step(ours, features, dys),
+        "other": lambda: head_step(other, features, dys),
+    }
+    return {
+        "checks": checks,
+        "counts": counts,
+        "times": alternate(steps, options, 6.0, together=device),
+    }

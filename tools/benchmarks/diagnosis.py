@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 import torchvision
 
 from benchmarks.equality import require_equal
-from benchmarks.options import Options
 from benchmarks.result import Result
-from benchmarks.timing import Plan, alternate
+from benchmarks.timing import Options, Step, alternate
 from rethinking_bn.diagnosis import diagnose
 from rethinking_bn.population import estimate_population_statistics
 
@@ -39,15 +37,14 @@ def run(options: Options) -> Result:
     errors = 1 + torch.tensor([finding.evidence["z"] for finding in fit])
     what = f"{case}: stored statistics are the exact ones"
     result.checks[what] = require_equal(what, [errors], [torch.ones_like(errors)], _NEAR)
-    steps: dict[str, Callable[[], Any]] = {
-        "population training": lambda: _population(trained, batches),
-        "diagnosis, no output effects": lambda: diagnose(
-            model, batches, output_batches=0, progress=False
+    steps: dict[str, Step] = {
+        "population training": partial(_population, trained, batches),
+        "diagnosis, no output effects": partial(
+            diagnose, model, batches, output_batches=0, progress=False
         ),
-        "diagnosis": lambda: diagnose(model, batches, progress=False),
+        "diagnosis": partial(diagnose, model, batches, progress=False),
     }
-    plan = options.plan(60.0) if options.quick else Plan(60.0, min_rounds=3, warmup=0)
-    times = alternate(steps, options.device, plan)
+    times = alternate(steps, options, 60.0, rounds=(3, 60), warmup=0)
     base = ("population training", times["population training"])
     for other in ("diagnosis, no output effects", "diagnosis"):
         result.measure(case, (other, times[other]), base)

@@ -44,11 +44,10 @@ def require_equal(
     sizes = [x.abs().max().item() if x.numel() else 0.0 for x in exact]
     worst = 0.0
     for index, (a, b, size) in enumerate(zip(ours, exact, sizes, strict=True)):
-        scale = max(size, _SMALL * max(sizes))
         if b.numel() == 0:
             continue
         difference = (a.detach().double().cpu() - b).abs().max().item()
-        error = difference / scale if scale > 0 else difference
+        error = difference / (max(size, _SMALL * max(sizes)) or 1.0)
         if not error <= tolerance:  # also catches NaN
             raise ResultsDiffer(
                 f"{what}: tensor {index} of {len(exact)}, shape {tuple(b.shape)}, differs by "
@@ -61,16 +60,9 @@ def require_equal(
 def require_equal_state(
     what: str, ours: Mapping[str, Tensor], others: Mapping[str, Tensor], tolerance: float
 ) -> float:
-    """Compare the floating-point entries of two state dicts, key by key.
-
-    Raises:
-        ResultsDiffer: when keys or values differ.
-    """
+    """Compare the floating-point entries of two state dicts, key by key."""
     keys = [{k for k, v in state.items() if v.is_floating_point()} for state in (ours, others)]
     if keys[0] != keys[1]:
         raise ResultsDiffer(f"{what}: only one side has {sorted(keys[0] ^ keys[1])}")
-    names = sorted(keys[0])
-    return max(
-        (require_equal(f"{what}, {k}", [ours[k]], [others[k]], tolerance) for k in names),
-        default=0.0,
-    )
+    errors = [require_equal(f"{what}, {k}", [ours[k]], [others[k]], tolerance) for k in keys[0]]
+    return max(errors, default=0.0)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING
+from functools import partial
 
-from torch import nn
-
-from benchmarks.contenders import FPN_SIZES, TOY_SIZES, make_levels
-from benchmarks.options import Options, missing
+from benchmarks.levels import FULL_SIZES, TOY_SIZES, make_levels
 from benchmarks.result import Result
-from benchmarks.timing import Step, alternate, spread
-
-if TYPE_CHECKING:
-    from benchmarks.retinanet_heads import HeadSize
+from benchmarks.timing import Options, alternate, missing, spread
+from rethinking_bn.layers import MultiDomainBatchNorm2d
 
 _OURS, _OURS_4, _OURS_NONE = "ours, row 1", "ours, row 4", "ours, no norm"
+_COMPILED = "ours, row 1 compiled"
 _THEIRS, _NONE = "detectron2, BN", "detectron2, no norm"
 
 
@@ -26,27 +21,20 @@ def run(options: Options) -> Result:
     half a minute.
     """
     result = Result("head")
-    reason = missing("detectron2")
-    if reason:
+    if (reason := missing("detectron2")) is not None:
         result.skip("everything", reason)
         return result
-    with warnings.catch_warnings():
-        # detectron2 uses what recent versions of torch deprecate
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        from benchmarks.retinanet_heads import HeadSize
+    from benchmarks.heads import (
+        HeadSize,
+        check_heads,
+        detectron2_head,
+        head_step,
+        our_head,
+        output_gradients,
+    )
 
-        size = options.pick(
-            quick=HeadSize(8, 1, 2, 1), cpu=HeadSize(64, 4, 4, 9), cuda=HeadSize(256)
-        )
-        _compare(result, size, options)
-    return result
-
-
-def _compare(result: Result, size: HeadSize, options: Options) -> None:
-    from benchmarks.head_check import check_heads, output_gradients
-    from benchmarks.retinanet_heads import ConcatenatedHead, detectron2_head, head_step, our_head
-
-    sizes = options.pick(quick=TOY_SIZES, cpu=FPN_SIZES, cuda=FPN_SIZES)
+    size = options.pick(quick=HeadSize(8, 1, 2, 1), cpu=HeadSize(64, 4, 4, 9), cuda=HeadSize(256))
+    sizes = options.pick(quick=TOY_SIZES, cpu=FULL_SIZES, cuda=FULL_SIZES)
     images = options.pick(quick=2, cpu=1, cuda=2)
     features = make_levels(sizes, size.channels, images=images, device=options.device).xs
     heads = {
@@ -59,38 +47,35 @@ def _compare(result: Result, size: HeadSize, options: Options) -> None:
     for head in heads.values():
         head.to(options.device)
     one_image = [x[:1] for x in features]
-    for name, other_name, other in (
-        (_OURS_4, _THEIRS, heads[_THEIRS]),
-        (_OURS, "levels concatenated", ConcatenatedHead(heads[_OURS])),
-    ):
-        pair = f"{name} = {other_name}"
-        result.checks[pair] = check_heads(pair, heads[name], other, one_image)
+    pair = f"{_OURS_4} = {_THEIRS}"
+    result.checks[pair] = check_heads(pair, heads[_OURS_4], heads[_THEIRS], one_image)
+    heads[_COMPILED] = our_head(size, 1).to(options.device)
+    for layer in heads[_COMPILED].modules():
+        if isinstance(layer, MultiDomainBatchNorm2d):
+            layer.compile(dynamic=True)
     dys = output_gradients(heads[_NONE], features)
-
-    def stepper(head: nn.Module) -> Step:
-        return lambda: head_step(head, features, dys)
-
-    steps = {name: stepper(head) for name, head in heads.items()}
-    times = alternate(steps, options.device, options.plan(24.0))
+    steps = {name: partial(head_step, head, features, dys) for name, head in heads.items()}
+    times = alternate(steps, options, 40.0)
     for name, without, case in (
         (_OURS, _OURS_NONE, "added by the norm, each head less itself without one"),
-        (_OURS, _NONE, "added over detectron2's head without norm"),
+        (_COMPILED, _OURS_NONE, "added by the norm, each head less itself without one"),
         (_OURS_4, _OURS_NONE, "added by the norm, each head less itself without one"),
+        (_OURS, _NONE, "added over detectron2's head without norm"),
     ):
-        added, beside = _difference(times, name, without), _difference(times, _THEIRS, _NONE)
+        added, beside = (
+            [a - b for a, b in zip(times[side], times[plain], strict=True)]
+            for side, plain in ((name, without), (_THEIRS, _NONE))
+        )
         # A round's difference may be noise: no ratio unless both sides' are well above 0.
         typical = spread(beside)
         told = min(typical.low, spread(added).low) > 0
         paired = [value / typical.median for value in added] if told else []
         result.measure(case, (name, added), (_THEIRS, beside), paired=paired)
-    for name in (_OURS, _OURS_4, _THEIRS, _OURS_NONE):
+    for name in (_OURS, _COMPILED, _OURS_4, _THEIRS, _OURS_NONE):
         result.measure("whole step", (name, times[name]), (_NONE, times[_NONE]))
     result.notes.append(
         f"head: {size}, features {[tuple(x.shape) for x in features]}; detectron2 runs level by "
         "level, ours layer by layer, which statistics over levels need: the step without norm "
         "shows what that alone costs"
     )
-
-
-def _difference(times: dict[str, list[float]], name: str, without: str) -> list[float]:
-    return [a - b for a, b in zip(times[name], times[without], strict=True)]
+    return result

@@ -3,38 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.comparators.mabn import EagerMABN2d
 from benchmarks.equality import require_equal, tolerance_of
-from benchmarks.floor import floor_table
-from benchmarks.options import Options
 from benchmarks.result import Result
-from benchmarks.timing import Step, alternate, spread
-from rethinking_bn.layers.mabn.layer import MABN2d
-
-Shape = tuple[int, int, int, int]
+from benchmarks.timing import Options, alternate
+from rethinking_bn.layers import MABN2d
 
 _IMAGES = 2
 _WINDOW = 4  # m, so that a short check reaches the moving averages; 16 in training, at equal cost
-_WARMUP = 5
-_CORRECTION_START = 7
+_WARMUP, _CORRECTION_START = 5, 7  # iterations
 _CHECKED = 10  # iterations: warm-up, moving averages without and with correction
+_MOMENTUM, _R_MAX, _EPS = 0.02, 5.0, 1e-5
+
+
+class EagerMABN2d(nn.Module):
+    """MABN (Yan et al., ICLR 2020, arXiv 2001.06838) as one would write it down."""
+
+    running_mean_square: Tensor
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean_square", torch.ones(num_features))
+        self.iteration = 0
+        self.forward_window: list[Tensor] = []
+        self.backward_window: list[Tensor] = []
+
+    def average(self, window: list[Tensor], value: Tensor) -> Tensor:
+        """Take a value into one of the windows; return what stands for it."""
+        window.append(value)
+        del window[:-_WINDOW]
+        moving = self.iteration > _WINDOW and self.iteration >= _WARMUP
+        return torch.stack(window).mean(0) if moving else value
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.iteration += 1
+        with torch.no_grad():
+            smoothed = self.average(self.forward_window, x.square().mean((0, 2, 3)))
+            running = self.running_mean_square
+            r = (smoothed + _EPS).sqrt() / (running + _EPS).sqrt()
+            if self.iteration <= max(_CORRECTION_START, _WARMUP):
+                r = torch.ones_like(r)
+            r = r.clamp(1 / _R_MAX, _R_MAX)
+            running.copy_((1 - _MOMENTUM) * running + _MOMENTUM * smoothed)
+        y: Tensor = _Eager.apply(x, self.weight, self.bias, smoothed, r, self)
+        return y
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, smoothed, r, ctx.layer = inputs
+        scale = (smoothed + _EPS).sqrt().view(1, -1, 1, 1)
+        z = x / scale
+        ctx.save_for_backward(z, weight, scale, r)
+        rz = r.view(1, -1, 1, 1) * z
+        return weight.view(1, -1, 1, 1) * rz + bias.view(1, -1, 1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight, scale, r = ctx.saved_tensors
+        layer = ctx.layer
+        g = dy * (weight * r).view(1, -1, 1, 1)
+        p = layer.average(layer.backward_window, (g * z).mean((0, 2, 3)))
+        dx = (g - z * p.view(1, -1, 1, 1)) / scale
+        dweight = (dy * r.view(1, -1, 1, 1) * z).sum((0, 2, 3))
+        return dx, dweight, dy.sum((0, 2, 3)), None, None, None
 
 
 def run(options: Options) -> Result:
     """Compare at the shapes of two layers of a Mask R-CNN backbone, batch 2, float32."""
     result = Result("mabn")
-    full: tuple[Shape, ...] = ((_IMAGES, 256, 50, 84), (_IMAGES, 64, 200, 336))
-    shapes = options.pick(quick=((_IMAGES, 8, 5, 6),), cpu=full, cuda=full)
-    for shape in shapes:
-        _compare(result, shape, options)
+    full = ((256, 50, 84), (64, 200, 336))
+    for shape in options.pick(quick=((8, 5, 6),), cpu=full, cuda=full):
+        _compare(result, (_IMAGES, *shape), options)
     return result
 
 
-def _compare(result: Result, shape: Shape, options: Options) -> None:
+def _compare(result: Result, shape: Sequence[int], options: Options) -> None:
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(shape, generator=generator).to(options.device) for _ in range(2))
     x.requires_grad_()
@@ -46,7 +98,7 @@ def _compare(result: Result, shape: Shape, options: Options) -> None:
         warmup_iters=_WARMUP,
         correction_start=_CORRECTION_START,
     ).to(options.device)
-    eager = EagerMABN2d(channels, _WINDOW, _WARMUP, _CORRECTION_START).to(options.device)
+    eager = EagerMABN2d(channels).to(options.device)
     case = f"{shape}"
     _check(result, case, ours, eager, x, dy)
     modules: dict[str, nn.Module] = {
@@ -54,17 +106,10 @@ def _compare(result: Result, shape: Shape, options: Options) -> None:
         "eager formulas": eager,
         "nn.BatchNorm2d": nn.BatchNorm2d(channels).to(options.device),
     }
-    steps = {name: _stepper(module, x, dy) for name, module in modules.items()}
-    times = alternate(steps, options.device, options.plan(7.0))
+    steps = {name: partial(_step, module, x, dy) for name, module in modules.items()}
+    times = alternate(steps, options, 7.0)
     for other in ("eager formulas", "nn.BatchNorm2d"):
         result.measure(case, ("MABN2d", times["MABN2d"]), (other, times[other]))
-    measured = {name: spread(values) for name, values in times.items()}
-    nbytes = x.numel() * x.element_size()
-    result.tables.append(floor_table(nbytes, measured, options.device, options.plan(1.0)))
-
-
-def _stepper(module: nn.Module, x: Tensor, dy: Tensor) -> Step:
-    return lambda: _step(module, x, dy)
 
 
 def _step(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Sequence[Tensor]]:

@@ -1,16 +1,16 @@
-"""What a comparison found: measurements, tables, checks and notes."""
+"""What a comparison found, as Markdown and JSON."""
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import Spread, ratios, spread
+from benchmarks.timing import Spread, spread
+from rethinking_bn.files import replace, write_json
 
-Cell = str | int | float
+_COLUMNS = ("case", "ours", "beside", "ours", "beside", "ratio", "goal")
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Measurement:
         unit: of the values.
         our_value, other_value: median and quartiles.
         ratio: ours / other, round by round; None where it cannot be told from noise.
+        goal: what the ratio is to stay below, where there is such a thing.
     """
 
     case: str
@@ -32,47 +33,25 @@ class Measurement:
     our_value: Spread
     other_value: Spread
     ratio: Spread | None
+    goal: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        values = asdict(self)
-        for name in ("our_value", "other_value", "ratio"):
-            value = getattr(self, name)
-            values[name] = None if value is None else value._asdict()
-        return values
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table; with ``plot`` the first column is the x axis and the others are curves."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[Cell, ...]]
-    plot: bool = False
+    def cells(self) -> tuple[str, ...]:
+        """Return the row of the table."""
+        values = [f"{_text(v)} {self.unit}".rstrip() for v in (self.our_value, self.other_value)]
+        ratio = "within noise" if self.ratio is None else _text(self.ratio)
+        goal = "" if self.goal is None else f"≤ {self.goal:g}"
+        return (self.case, self.ours, self.other, *values, ratio, goal)
 
 
 @dataclass
 class Result:
-    """The outcome of one comparison."""
+    """The outcome of one comparison; ``checks`` holds largest relative errors."""
 
     name: str
     seconds: float = 0.0
     checks: dict[str, float] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def attempt(self, what: str) -> Iterator[None]:
-        """Record a failure of what is inside, with its traceback on stderr, and go on."""
-        try:
-            yield
-        except Exception as error:
-            traceback.print_exc()
-            line = (str(error).strip() or "no message").splitlines()[0]
-            self.failures.append(f"{what}: {type(error).__name__}: {line}")
 
     def measure(
         self,
@@ -82,6 +61,7 @@ class Result:
         *,
         unit: str = "ms",
         scale: float = 1e3,
+        goal: float | None = None,
         paired: Sequence[float] | None = None,
     ) -> None:
         """Add a measurement.
@@ -89,27 +69,44 @@ class Result:
         Args:
             ours, other: name and repeated values, in the same rounds.
             scale: what turns the values into ``unit``.
-            paired: the ratios, where they are not those of the values round by round.
+            paired: the ratios, where they are not those of the values round by round, by which a
+                drift of the machine cancels.
         """
-        of_rounds = ratios(ours[1], other[1]) if paired is None else paired
+        if paired is None:
+            paired = [a / b for a, b in zip(ours[1], other[1], strict=True) if b > 0]
         values = [spread([value * scale for value in side[1]]) for side in (ours, other)]
-        ratio = spread(of_rounds) if of_rounds else None
+        ratio = spread(paired) if paired else None
         self.measurements.append(
-            Measurement(case, ours[0], other[0], unit, values[0], values[1], ratio)
+            Measurement(case, ours[0], other[0], unit, values[0], values[1], ratio, goal)
         )
 
     def skip(self, what: str, reason: str) -> None:
         """Say what was left out, and why."""
         self.notes.append(f"skipped: {what}: {reason}")
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {
-            "name": self.name,
-            "seconds": self.seconds,
-            "largest_relative_errors": self.checks,
-            "measurements": [measurement.to_json() for measurement in self.measurements],
-            "tables": [asdict(table) for table in self.tables],
-            "notes": self.notes,
-            "failures": self.failures,
-        }
+    def as_markdown(self) -> str:
+        """Return the table and the notes; quartiles are in brackets."""
+        lines = [_COLUMNS, ("---",) * len(_COLUMNS), *(m.cells() for m in self.measurements)]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts = [f"## {self.name} ({self.seconds:.0f} s)", *([table] if self.measurements else [])]
+        if self.checks:
+            what, error = max(self.checks.items(), key=lambda item: item[1])
+            parts.append(
+                f"Equal results were checked first ({len(self.checks)} checks; largest relative "
+                f"error {error:.1e}: {what})."
+            )
+        return "\n\n".join([*parts, *(f"- {note}" for note in self.notes)]) + "\n"
+
+
+def _text(value: Spread) -> str:
+    median, low, high = (f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.3g}" for v in value)
+    return median if value.low == value.high else f"{median} [{low}, {high}]"
+
+
+def write_report(folder: Path, name: str, report: dict[str, Any], results: list[Result]) -> Path:
+    """Write ``<name>.json`` and ``.md``; return the path of the JSON."""
+    path = folder / f"{name}.json"
+    write_json(path, {**report, "comparisons": [asdict(result) for result in results]})
+    markdown = "\n".join(result.as_markdown() for result in results)
+    replace(path.with_suffix(".md"), lambda aside: aside.write_text(markdown, encoding="utf-8"))
+    return path

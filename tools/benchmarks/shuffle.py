@@ -2,28 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.comparators.shuffle import PaddedShuffle, PaddedState
 from benchmarks.equality import ResultsDiffer, require_equal
-from benchmarks.options import Options
-from benchmarks.processes import alternate_together
-from benchmarks.result import Result, Table
-from benchmarks.timing import Plan, Step, spread
-from benchmarks.traffic import counting_traffic
+from benchmarks.result import Result
+from benchmarks.timing import Options, alternate
 from rethinking_bn.distributed import all_gather_object, get_rank
 from rethinking_bn.layers import shuffle_rows, unshuffle_rows
 from studies.processes import run_processes
 
 _OURS, _OTHER = "shuffle_rows", "padded all_gather"
-_BARE = "four bare all_to_all_single"  # the floor: no rows picked, packed or put in their places
 _SEED = 17
 
-Row = tuple[str | int | float, ...]
+
+class PaddedState(NamedTuple):
+    """The rows each rank holds before; the number of the row in each slot; the slots of a rank."""
+
+    rows: list[int]
+    order: Tensor
+    slots: list[int]
+
+
+class PaddedShuffle:
+    """Pad, all_gather, and keep the rows that the permutation gives to this rank.
+
+    What examples of shuffled BatchNorm do: every row travels to every rank, and the backward adds
+    up gradients of the size of all rows by an all_reduce. With a batch that is not a multiple of
+    the ranks, those examples leave the last rank short; here slots differ by at most one.
+    """
+
+    def plan(self, x: Tensor, seed: int) -> PaddedState:
+        """Exchange the row counts and draw the permutation of a seed that all ranks share."""
+        world = dist.get_world_size()
+        counts = [torch.empty(1, dtype=torch.int64, device=x.device) for _ in range(world)]
+        dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+        rows = [int(count) for count in counts]
+        total = sum(rows)
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+        slots = [(r + 1) * total // world - r * total // world for r in range(world)]
+        return PaddedState(rows, order.to(x.device), slots)
+
+    def shuffle(self, x: Tensor, state: PaddedState) -> Tensor:
+        """Return the rows of this rank's slots."""
+        return _everyones(x, state.rows)[state.order.split(state.slots)[dist.get_rank()]]
+
+    def unshuffle(self, rows: Tensor, state: PaddedState) -> Tensor:
+        """Return this rank's rows in their old order."""
+        own = state.order.argsort().split(state.rows)[dist.get_rank()]
+        return _everyones(rows, state.slots)[own]
+
+
+def _everyones(x: Tensor, sizes: list[int]) -> Tensor:
+    padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
+    gathered = _Gather.apply(padded)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        gathered = x.new_empty(dist.get_world_size(), *x.shape)
+        dist.all_gather(list(gathered), x.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[dist.get_rank()]
 
 
 def run(options: Options, other: type[PaddedShuffle] = PaddedShuffle) -> Result:
@@ -33,97 +83,49 @@ def run(options: Options, other: type[PaddedShuffle] = PaddedShuffle) -> Result:
         other: the other side's implementation.
     """
     result = Result("shuffle")
-    worlds = options.pick(quick=(2,), cpu=(2, 4, 8), cuda=(2, 4, 8))
     rows = options.pick(quick=6, cpu=128, cuda=1024)
     shape = options.pick(quick=(3, 2, 2), cpu=(256, 7, 7), cuda=(256, 7, 7))
-    ranks: list[Row] = []
-    for world in worlds:
+    for world in options.pick(quick=(2,), cpu=(2, 4, 8), cuda=(2, 4, 8)):
         device = options.device_for(world)
-        counts = [rows // 2, rows, 2 * rows] if world == worlds[0] else [rows]
-        args = (counts, shape, options.plan(5.0))
-        answers = run_processes(
-            _measure, world, *args, other, device=device, expected=ResultsDiffer
-        )
+        args = (rows, shape, options, other)
+        answers = run_processes(_measure, world, *args, device=device, expected=ResultsDiffer)
         for name in answers[0]["checks"]:
             worst = max(answer["checks"][name] for answer in answers)
             result.checks[f"{world} ranks, {name}"] = worst
-        by_rows = answers[0]["times"]
-        times = by_rows[rows]
+        times = answers[0]["times"]
         case = f"{world} processes, {rows} rows of {shape}, {device.type}"
         result.measure(case, (_OURS, times[_OURS]), (_OTHER, times[_OTHER]))
-        result.measure(case, (_OURS, times[_OURS]), (_BARE, times[_BARE]))
-        pair = [
-            (side, [max(answer["sent"][rows][side] for answer in answers)])
-            for side in (_OURS, _OTHER)
-        ]
-        name = f"{case}, most sent by a rank"
-        result.measure(name, pair[0], pair[1], unit="MiB", scale=1 / 2**20)
-        ranks.append((world, *_medians(times)))
-        if len(by_rows) > 1:
-            table: list[Row] = [(count, *_medians(value)) for count, value in by_rows.items()]
-            title = f"ms by rows of a rank, {world} processes"
-            result.tables.append(Table(title, ("rows", _OURS, _OTHER), table, plot=True))
-    title = f"ms by ranks, {rows} rows each"
-    result.tables.append(Table(title, ("ranks", _OURS, _OTHER), ranks, plot=True))
     result.notes.append("a round lasts as long as its slowest rank; one thread a process")
     return result
 
 
-def _medians(times: dict[str, list[float]]) -> tuple[float, float]:
-    return spread(times[_OURS]).median * 1e3, spread(times[_OTHER]).median * 1e3
-
-
 def _measure(
     device: torch.device,
-    counts: list[int],
+    count: int,
     shape: tuple[int, ...],
-    plan: Plan,
+    options: Options,
     other: type[PaddedShuffle],
 ) -> dict[str, Any]:
-    """Run on one rank: check with uneven rows, then count and time with even ones."""
-    padded, rank = other(), get_rank()
-    checks = _check(device, max(counts[0] // 4, 2), shape, padded)
-    sent: dict[int, dict[str, float]] = {}
-    times: dict[int, dict[str, list[float]]] = {}
-    for count in counts:
-        generator = torch.Generator().manual_seed(rank)
-        x = torch.randn(count, *shape, generator=generator).to(device).requires_grad_()
-        dy = torch.randn(count, *shape, generator=generator).to(device)
+    """Run on one rank: check with uneven rows, then time with even ones."""
+    padded = other()
+    checks = _check(device, max(count // 4, 2), shape, padded)
+    generator = torch.Generator().manual_seed(get_rank())
+    x = torch.randn(count, *shape, generator=generator).to(device).requires_grad_()
+    dy = torch.randn(count, *shape, generator=generator).to(device)
 
-        def ours(x: Tensor = x, dy: Tensor = dy) -> Tensor:
-            rows, state = shuffle_rows(x, generator_seed=_SEED)
-            return torch.autograd.grad(unshuffle_rows(rows, state), x, dy)[0]
+    def ours() -> Tensor:
+        rows, state = shuffle_rows(x, generator_seed=_SEED)
+        return torch.autograd.grad(unshuffle_rows(rows, state), x, dy)[0]
 
-        def theirs(x: Tensor = x, dy: Tensor = dy) -> Tensor:
-            state = padded.plan(x, _SEED)
-            rows = padded.shuffle(x, state)
-            return torch.autograd.grad(padded.unshuffle(rows, state), x, dy)[0]
+    def theirs() -> Tensor:
+        state = padded.plan(x, _SEED)
+        rows = padded.shuffle(x, state)
+        return torch.autograd.grad(padded.unshuffle(rows, state), x, dy)[0]
 
-        sides = {_OURS: ours, _OTHER: theirs}
-        sent[count] = {}
-        for name, step in sides.items():
-            with counting_traffic() as traffic:
-                gradient = step()
-            sent[count][name] = traffic.sent
-            require_equal(f"{name}: gradient of the identity", [gradient], [dy], 0.0)
-        times[count] = alternate_together(
-            {**sides, _BARE: _bare_exchanges(x.detach())}, device, plan
-        )
-    return {"checks": checks, "times": times, "sent": sent}
-
-
-def _bare_exchanges(rows: Tensor) -> Step:
-    """Send what shuffle, unshuffle and their backward do: all rows but a W-th, four times."""
-    world, rank = dist.get_world_size(), get_rank()
-    sizes = [0 if r == rank else len(rows) // world for r in range(world)]
-    sent = rows[: sum(sizes)].contiguous()
-    received = torch.empty_like(sent)
-
-    def step() -> None:
-        for _ in range(4):
-            dist.all_to_all_single(received, sent, sizes, sizes)
-
-    return step
+    sides = {_OURS: ours, _OTHER: theirs}
+    for name, step in sides.items():
+        checks[f"{name}, gradient"] = require_equal(name, [step()], [dy], 0.0)
+    return {"checks": checks, "times": alternate(sides, options, 8.0, together=device)}
 
 
 def _check(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import io
 import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -15,9 +17,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# The server imports everything once and forks a clean process per rank, quicker than starting each.
+# The server imports everything once and forks a clean process per rank: quicker than starting each,
+# and without the threads and locks that a fork of this process would inherit. What needs detectron2
+# is imported where it can be.
 _CONTEXT: Any = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", __name__])
+_ROOMS = ("layers", "modeling", "engine")
+_CONTEXT.set_forkserver_preload(["torch.distributed", *(f"rethinking_bn.{r}" for r in _ROOMS)])
+_GRACE = 30.0  # seconds that the others have to fail, too, once a rank has failed
 
 
 def run_processes(
@@ -31,8 +37,8 @@ def run_processes(
     """Call ``function(device, *args)`` on ``world`` processes, each with one thread.
 
     Args:
-        function: defined at the top of a module; returns plain values. The default process group
-            is there: nccl on GPUs, gloo on CPUs.
+        function: defined at the top of a module. The default process group is there: nccl on GPUs,
+            gloo on CPUs. What it returns can be pickled; tensors arrive as copies.
         device: kind of device, "cpu" by default; on GPUs, rank r gets number r.
         timeout: seconds for everything; processes still there then are ended.
         expected: an exception that is an answer too: raised here with its message, when a rank did.
@@ -41,37 +47,46 @@ def run_processes(
         What the ranks returned, rank 0 first.
 
     Raises:
-        RuntimeError: when a rank raised anything not expected, with its traceback.
+        RuntimeError: when ranks raised anything not expected, with their tracebacks.
         TimeoutError: when ranks have not answered in time.
     """
     device = torch.device("cpu") if device is None else device
     with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
-        for rank in range(world):
+        common = (function, world, folder, device, timeout, expected, args)
+        with _started(_rank, [(rank, *common) for rank in range(world)]) as pipes:
+            return _collect(pipes, timeout)
+
+
+@contextmanager
+def _started(
+    target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]
+) -> Generator[list[Connection], None, None]:
+    """Start a process for each tuple of arguments; those that are left at the end are killed."""
+    pipes: list[Connection] = []
+    processes: list[Any] = []
+    done = False
+    try:
+        for each in arguments:
             receiver, sender = _CONTEXT.Pipe(duplex=False)
-            target = (sender, function, rank, world, folder, device, timeout, expected, args)
-            process = _CONTEXT.Process(target=_worker, args=target, daemon=True)
+            process = _CONTEXT.Process(target=target, args=(sender, *each), daemon=True)
             process.start()
             sender.close()
             pipes.append(receiver)
             processes.append(process)
-        done = False
-        try:
-            results = _collect(pipes, timeout)
-            done = True
-            return results
-        finally:
-            for process in processes:
-                process.join(timeout=10 if done else 0)
-                if process.is_alive():  # left waiting for a rank that failed
-                    process.kill()
-                    process.join()
+        yield pipes
+        done = True
+    finally:
+        for process in processes:
+            process.join(timeout=10 if done else 0)
+            if process.is_alive():
+                process.kill()
+                process.join()
 
 
-def _worker(
+def _rank(
     sender: Connection,
-    function: Callable[..., Any],
     rank: int,
+    function: Callable[..., Any],
     world: int,
     folder: str,
     device: torch.device,
@@ -91,37 +106,47 @@ def _worker(
             world_size=world,
             timeout=datetime.timedelta(seconds=timeout),
         )
-        sender.send(("done", function(device, *args)))
-        dist.barrier()
-        dist.destroy_process_group()
+        # Tensors sent as they are would be shared memory that dies with this process.
+        buffer = io.BytesIO()
+        torch.save(function(device, *args), buffer)
+        sender.send(("done", buffer.getvalue()))
     except expected as error:
         sender.send(("expected", type(error)(f"rank {rank}: {error}")))
     except BaseException:
-        sender.send(("failed", f"rank {rank}:\n{traceback.format_exc()}"))
+        sender.send(("failed", traceback.format_exc()))
     finally:
         sender.close()
 
 
 def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
     deadline = time.monotonic() + timeout
-    results: dict[int, Any] = {}
-    while len(results) < len(pipes):
-        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+    answers: dict[int, tuple[str, Any]] = {}
+    while len(answers) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in answers]
         ready = wait(waiting, timeout=max(deadline - time.monotonic(), 0))
         if not ready:
-            late = [rank for rank in range(len(pipes)) if rank not in results]
-            raise TimeoutError(f"ranks {late} have not answered in {timeout:.0f} s")
-        for rank, pipe in enumerate(pipes):
-            if rank in results or pipe not in ready:
-                continue
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
             try:
-                outcome, value = pipe.recv()
+                answer = pipe.recv()
             except EOFError:
-                outcome, value = "failed", f"rank {rank} ended without an answer"
-            if outcome != "done":
-                raise value if outcome == "expected" else RuntimeError(value)
-            results[rank] = value
-    return [results[rank] for rank in range(len(pipes))]
+                answer = ("failed", "the process ended without an answer")
+            answers[pipes.index(pipe)] = answer
+            if answer[0] != "done":
+                deadline = min(deadline, time.monotonic() + _GRACE)
+    for outcome, value in answers.values():
+        if outcome == "expected":
+            raise value
+    late = [rank for rank in range(len(pipes)) if rank not in answers]
+    said = [f"rank {rank}:\n{text}" for rank, (kind, text) in answers.items() if kind == "failed"]
+    missing = f"ranks {late} have not answered in time"
+    if said:
+        raise RuntimeError("\n".join([*said, missing] if late else said))
+    if late:
+        raise TimeoutError(missing)
+    loaded = (io.BytesIO(answers[rank][1]) for rank in range(len(pipes)))
+    return [torch.load(buffer, weights_only=False) for buffer in loaded]
 
 
 def run_beside(
@@ -139,18 +164,11 @@ def run_beside(
     Raises:
         RuntimeError: when a job raised, with its traceback, or its process was killed.
     """
-    processes: dict[Connection, Any] = {}
-    try:
-        for job in jobs:
-            receiver, sender = _CONTEXT.Pipe(duplex=False)
-            arguments = (sender, function, job, max(1, threads // len(jobs)))
-            process = _CONTEXT.Process(target=_job, args=arguments, daemon=True)
-            process.start()
-            processes[receiver] = process
-            sender.close()
-        waiting = set(processes)
+    each = max(1, threads // len(jobs))
+    with _started(_job, [(function, job, each) for job in jobs]) as waiting:
+        waiting = list(waiting)
         while waiting:
-            for pipe in wait(list(waiting)):
+            for pipe in wait(waiting):
                 assert isinstance(pipe, Connection)
                 try:
                     outcome, value = pipe.recv()
@@ -162,10 +180,6 @@ def run_beside(
                     waiting.remove(pipe)
                 else:
                     yield value
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.join()
 
 
 def _job(sender: Connection, function: Any, job: tuple[Any, ...], threads: int) -> None:

@@ -1,1 +1,0 @@
-"""What people run today, written plainly: the other side of each comparison."""
