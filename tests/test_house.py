@@ -68,4 +68,4 @@ def test_no_file_is_too_long() -> None:
         str(file.relative_to(PACKAGE)): len(file.read_text(encoding="utf-8").splitlines())
         for file in PACKAGE.rglob("*.py")
     }
-    assert {name: lines for name, lines in lengths.items() if lines > 330} == {}
+    assert {name: lines for name, lines in lengths.items() if lines > 350} == {}
