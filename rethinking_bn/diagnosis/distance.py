@@ -8,8 +8,7 @@ from torch import Tensor
 from rethinking_bn.diagnosis.layers import DiagnosedLayer, Statistics
 from rethinking_bn.diagnosis.record import Record
 from rethinking_bn.diagnosis.significance import Verdict, judge, off_by, ratio, rms, to_z
-from rethinking_bn.numerics.merge import merge_moments
-from rethinking_bn.numerics.moments import Moments
+from rethinking_bn.numerics.moments import Moments, merge_moments
 
 DEAD = 1e-3  # of eps: the variance below which a channel is dead
 

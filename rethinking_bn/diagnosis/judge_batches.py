@@ -20,7 +20,7 @@ from rethinking_bn.diagnosis.significance import (
     rms,
     to_z,
 )
-from rethinking_bn.numerics.merge import merge_moments
+from rethinking_bn.numerics.moments import merge_moments
 
 # note, warning, severe; what they count is said in diagnose's docstring
 USES = (0.05, 0.15, 0.4)

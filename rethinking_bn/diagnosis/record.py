@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from rethinking_bn.diagnosis.layers import DiagnosedLayer
-from rethinking_bn.numerics.local_moments import local_moments
-from rethinking_bn.numerics.merge import merge_moments
-from rethinking_bn.numerics.moments import Moments, statistics_dtype
+from rethinking_bn.numerics.channels import statistics_dtype
+from rethinking_bn.numerics.moments import Moments, local_moments, merge_moments
 from rethinking_bn.population.observers import MomentsAccumulator, TorchLayer, leaves_moments
 
 _BLOCK = 32  # forwards that are merged at once in float64

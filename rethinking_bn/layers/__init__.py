@@ -9,9 +9,7 @@ from rethinking_bn.layers.multi_domain import MultiDomainBatchNorm2d
 from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.layers.registry import get_norm, norm_names
 from rethinking_bn.layers.split import SplitBatchNorm2d, row_domains
-from rethinking_bn.numerics.local_moments import local_moments
-from rethinking_bn.numerics.merge import merge_moments, mix_statistics
-from rethinking_bn.numerics.moments import Moments
+from rethinking_bn.numerics.moments import Moments, local_moments, merge_moments, mix_statistics
 from rethinking_bn.shuffle.rows import shuffle_rows, unshuffle_rows
 
 __all__ = [

@@ -15,11 +15,9 @@ from torch.fx import Proxy
 from rethinking_bn.distributed import get_world_size
 from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.layers.symbolic import as_leaf
-from rethinking_bn.numerics.channel_ops import affine_normalize, exported_normalize
-from rethinking_bn.numerics.merge import merge_moments
-from rethinking_bn.numerics.moments import Moments
+from rethinking_bn.numerics.channels import affine_normalize, exported_normalize
+from rethinking_bn.numerics.moments import Moments, merged
 from rethinking_bn.numerics.normalize import normalize
-from rethinking_bn.numerics.row_groups import check_row_groups, normalize_row_groups
 from rethinking_bn.numerics.running import write_statistics
 
 logger = logging.getLogger(__name__)
@@ -121,34 +119,27 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
             if not self._groups or len(self._groups) == 1:
                 return self._infer_exported(x)
             return torch.cat([self._infer_exported(part) for part in x.split(self._groups)])
-        holders = [self] if self._moves_statistics() else []
+        observed = self.training and self._observer is not None
         groups = self._groups_of(x)
-        if groups is not None and len(groups) != 1 and (groups or len(x)):
-            outputs, local = normalize_row_groups(
-                x,
-                groups,
-                self.weight,
-                self.bias,
-                eps=self.eps,
-                holders=holders,
-                momentum=self.momentum,
-            )
-        else:
-            outputs, local = normalize(
-                [x],
-                None if self.weight is None else [self.weight],
-                None if self.bias is None else [self.bias],
-                parts=[0],
-                pools=[0],
-                eps=self.eps,
-                sync=self.sync and self.training,
-                group=self.process_group,
-                holders=holders,
-                momentum=self.momentum,
-            )
-        if self.training and self._observer is not None and local is not None:
-            self._observer(Moments(*(v[None] for v in merge_moments(*local))))
-        return outputs[0]
+        apart = groups is not None and len(groups) != 1 and (len(groups) > 0 or len(x) > 0)
+        xs = x.split(groups) if groups is not None and apart else [x]
+        each = list(range(len(xs)))
+        outputs, local = normalize(
+            xs,
+            self.weight,
+            self.bias,
+            parts=each,
+            pools=each,
+            eps=self.eps,
+            sync=self.sync and self.training,
+            group=self.process_group,
+            holders=[self] if self._moves_statistics() else [],
+            momentum=self.momentum,
+            report=observed,
+        )
+        if self._observer is not None and local is not None:
+            self._observer(merged(local))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _moves_statistics(self) -> bool:
         kept = self.track_running_stats and self.running_mean is not None
@@ -157,7 +148,10 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
 
     def _groups_of(self, x: Tensor) -> tuple[int, ...] | None:
         if self._groups is not None:
-            check_row_groups(self._groups, len(x))
+            if sum(self._groups) != len(x):
+                raise ValueError(
+                    f"row groups {self._groups} do not sum up to the {len(x)} rows given"
+                )
             return self._groups
         if not self.rows_at_a_time:
             return None

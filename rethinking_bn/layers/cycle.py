@@ -13,7 +13,7 @@ from torch.fx import Proxy
 
 from rethinking_bn.layers.domain_state import DomainBatchNormBase
 from rethinking_bn.layers.symbolic import as_leaf
-from rethinking_bn.numerics.channel_ops import affine_normalize
+from rethinking_bn.numerics.channels import affine_normalize
 from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.numerics.normalize import normalize
 from rethinking_bn.randomness import is_recomputing
@@ -138,6 +138,7 @@ class CycleBatchNorm2d(DomainBatchNormBase):
                 group=self.process_group,
                 holders=[stats] if moves else (),
                 momentum=self.momentum,
+                report=self.training and self._observer is not None,
             )
             y = outputs[0]
             if self.training and self._observer is not None and local is not None:

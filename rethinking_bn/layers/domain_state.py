@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rethinking_bn.layers.population_layer import PopulationLayer
-from rethinking_bn.numerics.channel_ops import exported_normalize
-from rethinking_bn.numerics.merge import mix_statistics
-from rethinking_bn.numerics.moments import Moments
+from rethinking_bn.numerics.channels import exported_normalize
+from rethinking_bn.numerics.moments import Moments, mix_statistics
 from rethinking_bn.numerics.running import write_statistics
 
 Choice = Literal["shared", "domain_specific"]

@@ -11,7 +11,7 @@ from torch.fx import Proxy
 
 from rethinking_bn.layers.domain_state import Choice, DomainBatchNormBase, check_choice
 from rethinking_bn.layers.symbolic import as_leaf
-from rethinking_bn.numerics.channel_ops import affine_normalize
+from rethinking_bn.numerics.channels import affine_normalize
 from rethinking_bn.numerics.normalize import normalize
 
 _S: Choice = "shared"
@@ -143,6 +143,7 @@ class MultiDomainBatchNorm2d(DomainBatchNormBase):
             group=self.process_group,
             holders=self._statistics_holders() if moves else (),
             momentum=self.momentum,
+            report=self.training and self._observer is not None,
         )
         if self.training and self._observer is not None and local is not None:
             self._observer(local)

@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rethinking_bn.numerics.channel_ops import (
+from rethinking_bn.numerics.channels import (
     affine_normalize,
-    are_few,
-    combine_each,
+    combine,
     gradient_sums,
-    scale_and_shift,
+    refuse,
+    statistics_dtype,
 )
-from rethinking_bn.numerics.moments import statistics_dtype
-from rethinking_bn.numerics.normalize_function import differentiable_once
 
 #: a truth that the host knows, or the device alone
 Truth = bool | Tensor
@@ -115,15 +113,17 @@ class _MovingAverageNormalize(torch.autograd.Function):
         a = spread.rsqrt().mul_(scale)
         ctx.statistics, ctx.eps, ctx.average = statistics, eps, average
         ctx.spread, ctx.scale, ctx.a = spread, scale, a
-        ctx.few = a.dtype == xs[0].dtype and are_few(xs)
-        if bias is not None and ctx.few:
-            return scale_and_shift(xs, a[None], bias[None])
         zero = torch.zeros_like(smoothed)
         return tuple(affine_normalize(x, zero, smoothed, scale, bias, eps) for x in xs)
 
     @staticmethod
-    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        with torch.no_grad():
+            gradients = _MovingAverageNormalize._gradients(ctx, grads)
+        return tuple(refuse(gradients) if torch.is_grad_enabled() else gradients)
+
+    @staticmethod
+    def _gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
         weight, *xs = ctx.saved_tensors
         statistics: Statistics = ctx.statistics
         smoothed = statistics.smoothed
@@ -142,7 +142,10 @@ class _MovingAverageNormalize(torch.autograd.Function):
         # dx = a·dy + b·x per channel
         b = torch.addcdiv(zero, averaged, ctx.spread, value=-1)
         needed = ctx.needs_input_grad[-len(xs) :]
-        grad_x = combine_each(grads, xs, ctx.a[None], b[None], zero[None], needed, ctx.few)
+        grad_x = [
+            combine(dy, x, ctx.a, b, zero) if need else None
+            for dy, x, need in zip(grads, xs, needed, strict=True)
+        ]
         grad_weight = grad_bias = None
         if weight is not None:
             grad_weight = (sum_dy_z * statistics.correction).to(weight.dtype)

@@ -1,9 +1,14 @@
 """The numeric core: normalise tensors by moments pooled over a chosen set of (tensors x ranks).
 
 Every BN variant of the package is a choice of that set. Each tensor belongs to a *part*, whose
-moments the caller gets back (for its population statistics), and each part to a *pool*, by whose
-moments its tensors are normalised. Shared BN puts all levels into one pool, domain-specific BN
-each into its own, and SyncBN pools every part over the ranks as well.
+moments the running statistics take, and each part to a *pool*, by whose moments its tensors are
+normalised. Shared BN puts all levels into one pool, domain-specific BN each into its own, and
+SyncBN pools every part over the ranks as well. There are three ways:
+
+1. a tensor that is a pool of its own, on one rank: torch's own operator (:func:`_alone`);
+2. a pool of several tensors or ranks: one autograd function (:class:`_Normalize`);
+3. plain operators (:func:`_in_plain_operators`), where a compiler, an exporter or torch.func looks
+   on, and for a derivative of a derivative.
 """
 
 from __future__ import annotations
@@ -16,26 +21,26 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rethinking_bn.distributed import get_world_size
-from rethinking_bn.numerics.batch_statistics import (
-    BatchStatistics,
-    batch_statistics,
-    pool_parts,
+from rethinking_bn.distributed import all_reduce_sum, get_world_size
+from rethinking_bn.numerics.channels import (
+    affine_normalize,
+    broadcast,
+    combine,
+    fused,
+    gradient_sums,
+    is_plain,
+    refuse,
+    statistics_dtype,
+    suits_torch,
 )
-from rethinking_bn.numerics.channel_ops import are_few, broadcast
-from rethinking_bn.numerics.local_moments import local_moments, plain_moments
-from rethinking_bn.numerics.merge import merge_moments, stack_moments
-from rethinking_bn.numerics.moments import Moments
-from rethinking_bn.numerics.native import (
-    moves_natively,
-    normalize_and_move,
-    normalize_each,
-    suits_native,
+from rethinking_bn.numerics.moments import (
+    Moments,
+    merge_over_ranks,
+    merged,
+    moments_of,
+    on_device,
 )
-from rethinking_bn.numerics.normalize_function import Normalize
-from rethinking_bn.numerics.running import update_running_statistics
-from rethinking_bn.numerics.sync import merge_over_ranks
-from rethinking_bn.numerics.triton.choice import takes_triton
+from rethinking_bn.numerics.running import keep_if_finite, update_running_statistics
 
 Rows = Tensor | Sequence[Tensor] | None
 
@@ -45,11 +50,25 @@ class Normalized(NamedTuple):
 
     Attributes:
         outputs: L tensors, shaped and typed as the inputs.
-        local: this rank's moments, one row per part; or None where running statistics took them.
+        local: this rank's moments, one row per part; None unless they were asked for.
     """
 
     outputs: list[Tensor]
     local: Moments | None
+
+
+class _Call(NamedTuple):
+    """The arguments of :func:`normalize` but the tensors; pool_of has the pool of each tensor."""
+
+    pool_of: Sequence[int]
+    one_part: bool
+    one_pool: bool
+    eps: float
+    sync: bool
+    group: ProcessGroup | None
+    holders: Sequence[Any]
+    momentum: float | None
+    report: bool
 
 
 def normalize(
@@ -64,6 +83,7 @@ def normalize(
     group: ProcessGroup | None = None,
     holders: Sequence[Any] = (),
     momentum: float | None = None,
+    report: bool = False,
 ) -> Normalized:
     """Normalise each tensor by its pool's mean and biased variance, then apply its affine.
 
@@ -71,8 +91,7 @@ def normalize(
     mean and the variance, over everything in the pool; the affine's gradient is this rank's sum.
     Synchronised, the forward and the backward take one collective each, however many tensors
     there are, and every rank takes both whatever it holds and whatever needs a gradient there.
-    Differentiable once; under a transform of torch.func, and where torch.export makes a program of
-    a model in training mode, as often as its plain operators are.
+    On one rank derivatives of every order are exact; over ranks there are first ones only.
 
     Args:
         xs: L tensors (N, C, *) of one type; any of them may be empty. Not copied.
@@ -84,161 +103,238 @@ def normalize(
         sync: pool over the ranks of ``group`` (None: the default group).
         holders, momentum: where the parts' running statistics are, and how far they move towards
             the pooled moments: see :func:`update_running_statistics`. None: they stay.
+        report: return this rank's moments.
 
     Raises:
         NotImplementedError: for more than one rank under a transform of torch.func or torch.export.
     """
+    weights, biases = _as_list(weight), _as_list(bias)
+    for index in (parts, pools) if len(xs) > 1 else ():
+        if any(index) and list(index) != list(range(len(index))):
+            raise ValueError(f"rows are merged into one or not at all, got the index {list(index)}")
     sync = sync and get_world_size(group) > 1
-    index, one_part, one_pool = _index(parts, pools)
-    if takes_triton(xs, weight, bias, holders):
-        from rethinking_bn.numerics.triton import batch_norm  # imports Triton
+    one_part, one_pool = not any(parts), not any(pools)
+    pool_of = [pools[part] for part in parts]
+    call = _Call(pool_of, one_part, one_pool, eps, sync, group, holders, momentum, report)
+    plain = is_plain(xs[0])
+    if plain:
+        _check_transform(sync)
+    elif not sync and len(xs) == 1:
+        y, local = _alone(xs[0], weights[0], biases[0], call)
+        return Normalized([y], local)
+    elif not (sync or one_pool):
+        return _each_alone(xs, weights, biases, call)
+    if sync or not plain:
+        return _together(xs, weights, biases, call)
+    outputs, local = _in_plain_operators(xs, weights, biases, call)
+    if holders:
+        update_running_statistics(holders, local, momentum)
+    return Normalized(outputs, local)
 
-        return Normalized(
-            *batch_norm.normalize(
-                xs,
-                weight,
-                bias,
-                one_part=one_part,
-                pooled=one_pool,
-                eps=eps,
-                sync=sync,
-                group=group,
-                holders=holders,
-                momentum=momentum,
-            )
-        )
+
+def _as_list(rows: Rows) -> Sequence[Any]:
+    """Return one row for all tensors, or one each."""
+    if rows is None:
+        return (None,)
+    if isinstance(rows, Tensor):
+        return (rows,) if rows.dim() == 1 else rows.unbind()
+    return rows
+
+
+def _per_tensor(rows: Sequence[Any], tensors: int) -> Sequence[Any]:
+    return [rows[0]] * tensors if len(rows) == 1 else rows
+
+
+def _check_transform(sync: bool) -> None:
     if torch.jit.is_tracing():
         warnings.warn(
             "mini-batch statistics of several tensors, or in training mode, are traced for inputs "
             "of this size only",
             torch.jit.TracerWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    weights, biases = _as_list(weight), _as_list(bias)
     exported = torch.compiler.is_exporting()
-    transformed = exported or torch._C._are_functorch_transforms_active()
-    needs_device = sync or transformed or torch.compiler.is_compiling()
-    if len(xs) == len(holders) == 1 and not needs_device:
-        if momentum is not None and moves_natively(xs[0], holders[0]):
-            arguments = xs[0], weights[0], biases[0], holders[0], momentum, eps
-            return Normalized([normalize_and_move(*arguments)], None)
-    call = _Call(xs, weights, biases, index, one_part, one_pool, eps)
-    local: BatchStatistics | Moments
-    pooled: BatchStatistics | Moments
-    if transformed:
-        if sync:
-            what = "torch.export" if exported else "torch.func"
-            raise NotImplementedError(f"{what} cannot transform statistics pooled over ranks")
-        outputs, local = _in_plain_operators(call)
-        pooled = local
-    elif needs_device:
-        outputs, local, pooled = _by_moments(call, sync, group)
-    else:
-        outputs, local = _on_this_rank(call)
-        pooled = local
+    if sync and (exported or torch._C._are_functorch_transforms_active()):
+        what = "torch.export" if exported else "torch.func"
+        raise NotImplementedError(f"{what} cannot transform statistics pooled over ranks")
+
+
+# --- 1: torch's own operator ----------------------------------------------------------------------
+
+
+def _each_alone(
+    xs: Sequence[Tensor], weights: Sequence[Any], biases: Sequence[Any], call: _Call
+) -> Normalized:
+    """Normalise L tensors one after the other, as so many nn.BatchNorm2d, or one called L times."""
+    rows = (_per_tensor(r, len(xs)) for r in (weights, biases, call.holders or (None,)))
+    each = [
+        _alone(x, weight, bias, call._replace(holders=() if holder is None else (holder,)))
+        for x, weight, bias, holder in zip(xs, *rows, strict=True)
+    ]
+    moments = [m for _, m in each if m is not None]
+    local = Moments(*(torch.cat(v) for v in zip(*moments, strict=True))) if moments else None
+    return Normalized([y for y, _ in each], local)
+
+
+def _alone(x: Tensor, weight: Any, bias: Any, call: _Call) -> tuple[Tensor, Moments | None]:
+    """Normalise one tensor by torch's operator, which moves copies of the running statistics."""
+    if not suits_torch(x):
+        one = call._replace(pool_of=(0,), one_part=True, one_pool=True)
+        (y,), local = _together([x], (weight,), (bias,), one)
+        return y, local
+    _, _, _, eps, _, _, holders, momentum, report = call
+    if not (holders or report):
+        return fused(x, weight, bias, None, None, True, 0.0, eps), None
+    dtype = statistics_dtype(x.dtype)
+    if holders and momentum is not None and not report:
+        mean, variance = holders[0].running_mean, holders[0].running_var
+        if mean.dtype == variance.dtype == dtype:
+            mean, variance = torch.stack([mean, variance]).unbind()
+            y = fused(x, weight, bias, mean, variance, True, momentum, eps)
+            keep_if_finite(holders[0], mean, variance)
+            return y, None
+    # From zeros, a step of momentum 1 leaves the batch's mean and unbiased variance.
+    mean, variance = x.new_zeros(2, x.shape[1], dtype=dtype).unbind()
+    y = fused(x, weight, bias, mean, variance, True, 1.0, eps)
+    size = x.numel() // x.shape[1]
+    local = Moments(on_device([size], mean), mean[None], variance[None] * (size - 1))
     if holders:
-        update_running_statistics(holders, pooled, momentum)
-        return Normalized(outputs, None)
-    return Normalized(outputs, local if isinstance(local, Moments) else local.moments())
+        update_running_statistics(holders, local, momentum)
+    return y, local if report else None
 
 
-class _Call(NamedTuple):
-    """The arguments: a weight and a bias for all tensors or one each, the pool of each tensor,
-    and whether all are one part, and one pool."""
-
-    xs: Sequence[Tensor]
-    weights: Sequence[Any]
-    biases: Sequence[Any]
-    pool_of: list[int]
-    one_part: bool
-    one_pool: bool
-    eps: float
+# --- 2: one autograd function ---------------------------------------------------------------------
 
 
-def _as_list(rows: Rows) -> Sequence[Any]:
-    if rows is None:
-        return [None]
-    return rows.unbind() if isinstance(rows, Tensor) else rows
-
-
-def _as_tensor(rows: Sequence[Any]) -> Any:
-    """Return (C,) or None for all, or (L, C)."""
-    return rows[0] if len(rows) == 1 else torch.stack(list(rows))
-
-
-def _index(parts: Sequence[int], pools: Sequence[int]) -> tuple[list[int], bool, bool]:
-    """Return each tensor's pool, and whether all parts, and all pools, are one."""
-    for index in (parts, pools):
-        if any(index) and list(index) != list(range(len(index))):
-            raise ValueError(f"rows are merged into one or not at all, got the index {list(index)}")
-    return [pools[part] for part in parts], not any(parts), not any(pools)
-
-
-def _on_this_rank(call: _Call) -> tuple[list[Tensor], BatchStatistics]:
-    """Normalise by statistics of this process, whose counts the host knows."""
-    xs, weights, biases, index, one_part, one_pool, eps = call
-    each = len(xs) == 1 or not one_pool
-    if each and all(x.numel() == 0 or suits_native(x) for x in xs):
-        return normalize_each(xs, weights, biases, eps)
-    few = are_few(xs)
+def _together(
+    xs: Sequence[Tensor], weights: Sequence[Any], biases: Sequence[Any], call: _Call
+) -> Normalized:
+    """Normalise by pooled moments, in one autograd function."""
     with torch.no_grad():
-        statistics = batch_statistics(xs, few)
-        pool = pool_parts(statistics) if one_pool else statistics
-        mean, variance = pool.values
-    weight, bias = _as_tensor(weights), _as_tensor(biases)
-    outputs = Normalize.apply(
-        weight, bias, mean, variance, pool.counts, index, eps, few, None, False, *xs
-    )
-    return list(outputs), pool if one_part else statistics
-
-
-def _by_moments(
-    call: _Call, sync: bool, group: ProcessGroup | None
-) -> tuple[list[Tensor], Moments, Moments]:
-    """Normalise by statistics whose counts are on the device: other ranks', or a compiler's.
-
-    Returns:
-        The outputs, this rank's moments, and those of all ranks, one row per part.
-    """
-    xs, weights, biases, index, one_part, one_pool, eps = call
-    with torch.no_grad():
-        compiling = torch.compiler.is_compiling()
-        few = are_few(xs)
-        local = _each_moments(xs) if compiling else batch_statistics(xs, few).moments()
-        local = _merged(local) if one_part else local
-        pooled = merge_over_ranks(local, group) if sync else local
-        pool = _merged(pooled) if one_pool else pooled
-        count, mean, variance = pool.count, pool.mean, pool.variance()
-    if sync and torch.is_grad_enabled():
-        # The other ranks may wait in the backward's collective: it is part of this rank's graph
-        # even if nothing here needs a gradient.
+        local = moments_of(xs, plain=is_plain(xs[0]))
+        local = merged(local) if call.one_part else local
+        pooled = merge_over_ranks(local, call.group) if call.sync else local
+        pool = merged(pooled) if call.one_pool else pooled
+        mean, variance, count = pool.mean, pool.variance(), pool.count
+    if call.sync and torch.is_grad_enabled():
+        # in the graph even where nothing here needs a gradient: other ranks wait in the backward
         count = count.detach().requires_grad_()
-    weight, bias = _as_tensor(weights), _as_tensor(biases)
-    outputs = Normalize.apply(
-        weight, bias, mean, variance, count, index, eps, few, group if sync else None, sync, *xs
-    )
-    return list(outputs), local, pooled
+    statistics = (mean, variance, count)
+    outputs = _Normalize.apply(call, len(weights), *statistics, *weights, *biases, *xs)
+    if call.holders:
+        update_running_statistics(call.holders, pooled, call.momentum)
+    return Normalized(list(outputs), local if call.report else None)
 
 
-def _each_moments(xs: Sequence[Tensor]) -> Moments:
-    return stack_moments([local_moments(x) for x in xs])
+class _Normalize(torch.autograd.Function):
+    """Normalisation by given pool statistics whose backward knows they came from the inputs.
+
+    Its inputs are the call, the number of weights (1 or L), the pools' mean and variance (P, C)
+    and count (P,), the weights, as many biases, and the xs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, affines: int, *statistics_and_tensors: Any
+    ) -> tuple[Tensor, ...]:
+        mean, variance, count, *tensors = statistics_and_tensors
+        affine, xs = tensors[: 2 * affines], tensors[2 * affines :]
+        ctx.call, ctx.statistics = call, (mean, variance, count.detach())
+        ctx.types = [None if t is None else t.dtype for t in affine]
+        ctx.save_for_backward(*affine[:affines], *xs)
+        means, variances = mean.unbind(), variance.unbind()
+        rows = (_per_tensor(r, len(xs)) for r in (affine[:affines], affine[affines:]))
+        return tuple(
+            affine_normalize(x, means[p], variances[p], weight, bias, call.eps)
+            for x, p, weight, bias in zip(xs, call.pool_of, *rows, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+        """Return the gradients; synchronised, a collective that every rank must reach."""
+        saved, affines = ctx.saved_tensors, len(ctx.types) // 2
+        weights, xs = saved[:affines], saved[affines:]
+        if torch.is_grad_enabled() and not ctx.call.sync:
+            return (None,) * 5 + tuple(_recorded_gradients(ctx, weights, xs, dys))
+        with torch.no_grad():
+            gradients = _gradients(ctx, weights, xs, dys)
+        if torch.is_grad_enabled():
+            gradients = refuse(gradients)
+        return (None,) * 5 + tuple(gradients)
 
 
-def _in_plain_operators(call: _Call) -> tuple[list[Tensor], Moments]:
-    """Normalise on one rank, in operators that torch.func can transform in every way."""
-    xs, weights, biases, index, one_part, one_pool, eps = call
-    local = stack_moments([plain_moments(x) for x in xs])
-    local = _merged(local) if one_part else local
-    pool = _merged(local) if one_pool else local
-    mean, invstd = pool.mean, (pool.variance() + eps).rsqrt()
+def _gradients(
+    ctx: Any, weights: Sequence[Any], xs: Sequence[Tensor], dys: Sequence[Tensor]
+) -> list[Any]:
+    """Return the gradients of the weights, the biases and the xs."""
+    call: _Call = ctx.call
+    mean, variance, count = ctx.statistics
+    means, variances = mean.unbind(), variance.unbind()
+    pairs = [
+        gradient_sums(dy, x, means[p], variances[p], call.eps)
+        for dy, x, p in zip(dys, xs, call.pool_of, strict=True)
+    ]
+    # (L, 2, C): Σ dy and Σ dy·x̂ of each tensor
+    sums = torch.stack([v for pair in pairs for v in pair]).unflatten(0, (len(xs), 2))
+    a = invstd = (variance + call.eps).rsqrt()
+    weighted = sums
+    if weights[0] is not None:
+        rows = torch.stack(list(weights))  # (1, C), or (L, C)
+        a, weighted = invstd * rows, sums * rows[:, None]
+    pooled = weighted.sum(0, keepdim=True) if call.one_pool else weighted
+    if call.sync:
+        pooled = all_reduce_sum(pooled, call.group)
+    # dx = weight · invstd · dy - invstd · (Σ + x̂ · Σ') / n, which is a·dy + b·x + c per channel
+    c, b = (pooled * (invstd / -count.clamp(min=1)[:, None])[:, None]).unbind(1)
+    b = b * invstd
+    c = torch.addcmul(c, b, mean, value=-1)
+    rows_of = (_per_tensor(r.unbind(), len(xs)) for r in (a, b, c))
+    needed = ctx.needs_input_grad[-len(xs) :]
+    grad_x = [
+        combine(dy, x, *coefficients) if need else None
+        for dy, x, need, *coefficients in zip(dys, xs, needed, *rows_of, strict=True)
+    ]
+    own = sums.sum(0, keepdim=True) if len(weights) == 1 else sums
+    affine = [*own[:, 1].unbind(), *own[:, 0].unbind()]
+    typed = zip(affine, ctx.types, strict=True)
+    return [*(None if dtype is None else g.to(dtype) for g, dtype in typed), *grad_x]
+
+
+def _recorded_gradients(
+    ctx: Any, weights: Sequence[Any], xs: Sequence[Tensor], dys: Sequence[Tensor]
+) -> list[Any]:
+    """Return the gradients as functions of everything: those of plain operators, run once more."""
+    # Aliases end the graph of the inner gradients, where one input was computed from another.
+    weights = [w if w is None else w.view_as(w) for w in weights]
+    xs = [x.view_as(x) for x in xs]
+    zero = ctx.statistics[0][0] * 0
+    types = ctx.types[len(weights) :]
+    biases = [t if t is None else zero.to(t, copy=True).requires_grad_() for t in types]
+    outputs, _ = _in_plain_operators(xs, weights, biases, ctx.call)
+    inputs = zip((*weights, *biases, *xs), ctx.needs_input_grad[5:], strict=True)
+    needed = [(t, need) for t, need in inputs]
+    pairs = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if y.requires_grad]
+    ys, gradients = zip(*pairs, strict=True)
+    wanted = [t for t, need in needed if need]
+    found = iter(torch.autograd.grad(ys, wanted, gradients, create_graph=True))
+    return [next(found) if need else None for _, need in needed]
+
+
+# --- 3: plain operators ---------------------------------------------------------------------------
+
+
+def _in_plain_operators(
+    xs: Sequence[Tensor], weights: Sequence[Any], biases: Sequence[Any], call: _Call
+) -> tuple[list[Tensor], Moments]:
+    """Normalise on one rank, in operators that can be transformed in every way."""
+    local = moments_of(xs, plain=True)
+    local = merged(local) if call.one_part else local
+    pool = merged(local) if call.one_pool else local
+    mean, invstd = pool.mean, (pool.variance() + call.eps).rsqrt()
+    rows = (_per_tensor(r, len(xs)) for r in (weights, biases))
     outputs = []
-    for i, (x, p) in enumerate(zip(xs, index, strict=True)):
-        weight, bias = (rows[i if len(rows) > 1 else 0] for rows in (weights, biases))
+    for x, p, weight, bias in zip(xs, call.pool_of, *rows, strict=True):
         scale = invstd[p] if weight is None else invstd[p] * weight
         y = (x - broadcast(mean[p], x)) * broadcast(scale, x)
         outputs.append((y if bias is None else y + broadcast(bias, x)).to(x.dtype))
     return outputs, local
-
-
-def _merged(rows: Moments) -> Moments:
-    return rows if len(rows.count) == 1 else Moments(*(v[None] for v in merge_moments(*rows)))

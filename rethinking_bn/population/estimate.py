@@ -23,8 +23,7 @@ from rethinking_bn.distributed import (
     get_rank,
     get_world_size,
 )
-from rethinking_bn.numerics.merge import merge_moments
-from rethinking_bn.numerics.moments import Moments
+from rethinking_bn.numerics.moments import Moments, merge_moments
 from rethinking_bn.population.forwards import Autocast, Forward, PopulationRun
 from rethinking_bn.population.model_state import ModelState, unwrap
 from rethinking_bn.population.observers import (

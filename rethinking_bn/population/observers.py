@@ -12,9 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from rethinking_bn.layers.population_layer import PopulationLayer
-from rethinking_bn.numerics.local_moments import local_moments
-from rethinking_bn.numerics.merge import merge_moments
-from rethinking_bn.numerics.moments import Moments
+from rethinking_bn.numerics.moments import Moments, local_moments, merge_moments
 from rethinking_bn.numerics.normalize import normalize
 
 _BLOCK = 32  # forwards between two merges in float64
@@ -221,9 +219,9 @@ class ThawedLayer(TorchLayer):
     def _forward(self, x: Tensor) -> Tensor:
         layer = self.layer
         outputs, local = normalize(
-            [x], [layer.weight], [layer.bias], parts=[0], pools=[0], eps=layer.eps
+            [x], [layer.weight], [layer.bias], parts=[0], pools=[0], eps=layer.eps, report=True
         )
-        assert local is not None  # for the type checker: there are no holders
+        assert local is not None  # for the type checker
         self.moments.add(local)
         return outputs[0]
 

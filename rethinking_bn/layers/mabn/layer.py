@@ -15,7 +15,7 @@ from rethinking_bn.layers.mabn.replay import ForwardRecords
 from rethinking_bn.layers.mabn.ring import FullPrecisionBuffers, ValueRing, window
 from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.layers.symbolic import as_leaf
-from rethinking_bn.numerics.channel_ops import affine_normalize, exported_normalize
+from rethinking_bn.numerics.channels import affine_normalize, exported_normalize
 from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.numerics.moving_average import (
     Statistics,
@@ -24,7 +24,6 @@ from rethinking_bn.numerics.moving_average import (
     mabn_normalize,
     mean_square,
 )
-from rethinking_bn.numerics.triton.choice import takes_triton
 from rethinking_bn.randomness import is_recomputing
 
 
@@ -219,25 +218,15 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             return [affine_normalize(x, one, one, self.weight, self.bias, self.eps) for x in xs]
         self._know_batch_size(len(present[0]))
         weight, bias = self.weight, self.bias
-        kernels: Any = None
-        affine = ([weight], [bias]) if self.affine else (None, None)
-        # the type of R is that of the rings
-        if takes_triton(xs, *affine) and self.running_mean_square.dtype == torch.float32:
-            from rethinking_bn.numerics.triton import mabn as kernels  # imports Triton
         with torch.no_grad():
             statistics = None
             if is_recomputing():
                 statistics = self._records.recall(mean_square(present)[1])
             known = statistics is not None
             if statistics is None:
-                statistics = self._advance(xs, present, kernels)
+                statistics = self._advance(present)
         arguments = (xs, weight, bias, statistics, self.eps)
-        if kernels is None:
-            outputs = mabn_normalize(*arguments, self._average_gradient)
-        else:
-            counter, gradients = self.mean_square_ring.count, self.gradient_ring
-            state = (None if known else counter, gradients.values, gradients.count)
-            outputs = kernels.normalize(*arguments, *state)
+        outputs = mabn_normalize(*arguments, self._average_gradient)
         if not (known or torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
             self._records.remember(statistics, hold=not outputs[0].requires_grad)
         return outputs
@@ -262,15 +251,11 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
             for ring in (self.mean_square_ring, self.gradient_ring):
                 ring.set_length(length, self.running_mean_square)
 
-    def _advance(self, xs: list[Tensor], present: list[Tensor], kernels: Any) -> Statistics:
-        """Make one iteration of the state; the kernels leave its count to their normalisation."""
+    def _advance(self, present: list[Tensor]) -> Statistics:
+        """Make one iteration of the state."""
         ring, running = self.mean_square_ring, self.running_mean_square
         first_moving = max(len(ring.values) + 1, self.warmup_iters)
         last_uncorrected = max(self.correction_start, self.warmup_iters)
-        if kernels is not None:
-            options = {"eps": self.eps, "momentum": self.momentum, "r_max": self.r_max}
-            options |= {"first_moving": first_moving, "last_uncorrected": last_uncorrected}
-            return kernels.advance(xs, running, ring.values, ring.count, **options)
         own = mean_square(present)[1]
         t = ring.push(own, own < math.inf)  # NaN is not less either
         moving = t >= first_moving
