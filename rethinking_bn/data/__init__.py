@@ -1,10 +1,4 @@
-"""The generated shapes data set and its corrupted twins.
-
-Everything exported here works without detectron2; :mod:`.register` makes the data sets known
-to it. Objects are circles, squares and triangles of log-uniform size, so that every level of a
-feature pyramid gets some. Boxes, masks and areas are those of full shapes, of which at least
-70 % is in sight.
-"""
+"""The generated shapes data set and its corrupted twins, read without detectron2."""
 
 from __future__ import annotations
 

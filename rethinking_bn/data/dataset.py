@@ -76,9 +76,7 @@ class ShapesDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     (n,) int64 zeros, ``image_id`` (1,) int64 and, if asked for, ``masks`` (n, H, W) uint8.
 
     Args:
-        name: as in :func:`~.storage.ensure_shapes`.
-        root: likewise.
-        num_images: likewise.
+        name, root, num_images: as in :func:`~.storage.ensure_shapes`.
         masks: whether targets hold masks.
         first_label: the label of the first class: 0, or 1 where 0 means background (torchvision's
             Mask R-CNN). category_id in the JSON starts at 1.
@@ -122,10 +120,8 @@ class ShapesDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     def _image(self, record: ShapesRecord) -> Tensor:
         """Return a tensor of the caller's own, whether or not the image is kept."""
-        image = None if self._images is None else self._images.get(record.image_id)
-        if image is None:
-            image = torch.from_numpy(record.read_image().transpose(2, 0, 1).copy())
-            if self._images is None:
-                return image
-            self._images[record.image_id] = image
-        return image.clone()
+        kept = {} if self._images is None else self._images
+        if record.image_id not in kept:
+            pixels = record.read_image().transpose(2, 0, 1).copy()
+            kept[record.image_id] = torch.from_numpy(pixels)
+        return kept[record.image_id].clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from rethinking_bn._detectron2 import require_detectron2
@@ -33,10 +34,9 @@ def domain_groups(cfg: CfgNode) -> tuple[tuple[str, ...], ...]:
     groups = cfg.MODEL.get("DOMAIN_BN", {}).get("DATASETS", ())  # absent in other projects
     key = f"MODEL.DOMAIN_BN.DATASETS {list(groups)}"
     for group in groups:
-        if not isinstance(group, (list, tuple)) or not all(isinstance(n, str) for n in group):
+        is_list = isinstance(group, (list, tuple)) and len(group) > 0
+        if not is_list or not all(isinstance(name, str) for name in group):
             raise ValueError(f"{key} must be a list of groups, each a list of data set names")
-        if not group:
-            raise ValueError(f"{key} has an empty group")
     names = [name for group in groups for name in group]
     for name in names:
         if names.count(name) > 1:
@@ -53,10 +53,9 @@ def domain_of(cfg: CfgNode, name: str) -> int:
     for domain, group in enumerate(domain_groups(cfg)):
         if name in group:
             return domain
+    groups = [list(group) for group in domain_groups(cfg)]
     raise ValueError(
-        f"data set {name!r} is in no group of MODEL.DOMAIN_BN.DATASETS "
-        f"{[list(group) for group in domain_groups(cfg)]}: add it to the domain it is to be "
-        "normalised as"
+        f"data set {name!r} is in no group of MODEL.DOMAIN_BN.DATASETS {groups}: add it to one"
     )
 
 
@@ -97,25 +96,15 @@ def marked_training_dicts(cfg: CfgNode) -> list[Sample]:
     return marked
 
 
-class DomainMapper:
-    """A mapper whose images are of one domain.
-
-    Args:
-        domain: of all images.
-        mapper: turns a dataset dict into the model's input.
-    """
-
-    def __init__(self, domain: int, mapper: Callable[[Sample], Sample | None]) -> None:
-        self.domain, self.mapper = domain, mapper
-
-    def __call__(self, sample: Sample) -> Sample | None:
-        mapped = self.mapper(sample)
-        return None if mapped is None else {**mapped, DOMAIN: self.domain}
+def _map(mapper: Callable[[Sample], Sample | None], domain: int, sample: Sample) -> Sample | None:
+    """Map a dataset dict to the model's input, and say its domain there."""
+    mapped = mapper(sample)
+    return None if mapped is None else {**mapped, DOMAIN: domain}
 
 
 def build_test_loader(cfg: CfgNode, name: str) -> Iterable[list[Sample]]:
     """Build detectron2's loader of a test set, marking the images if there are domains."""
     if not domain_groups(cfg):
         return build_detection_test_loader(cfg, name)
-    mapper = DomainMapper(domain_of(cfg, name), DatasetMapper(cfg, is_train=False))
+    mapper = partial(_map, DatasetMapper(cfg, is_train=False), domain_of(cfg, name))
     return build_detection_test_loader(cfg, name, mapper=mapper)

@@ -24,14 +24,11 @@ from rethinking_bn.data.storage import (  # noqa: E402
     ensure_shapes,
 )
 
-_CATEGORY_IDS = {i + 1: i for i in range(len(CLASSES))}  # of the JSON -> contiguous, from 0
-
 
 class ShapesMetadata(Metadata):
     """Metadata whose paths generate the data set when they are asked for.
 
-    COCOEvaluator opens ``json_file`` in its constructor, before any loader has asked for the
-    data. The paths follow ``$DETECTRON2_DATASETS`` at that moment.
+    COCOEvaluator opens ``json_file`` before any loader has asked for the data.
     """
 
     @property
@@ -65,7 +62,7 @@ def register_shapes() -> None:
             name=name,
             evaluator_type="coco",
             thing_classes=list(CLASSES),
-            thing_dataset_id_to_contiguous_id=dict(_CATEGORY_IDS),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
         )
 
 
@@ -121,24 +118,22 @@ def read_classes(name: str) -> list[str]:
         content = json.loads(Path(metadata.json_file).read_text(encoding="utf-8"))
         images = {image["id"]: image["file_name"] for image in content["images"]}
         classes = {kind["id"]: str(kind["name"]) for kind in content["categories"]}
-        objects = {o["id"]: o for o in content["annotations"]}
-        boxes = [o for o in objects.values() if len(o["bbox"]) != 4 or min(o["bbox"][2:]) < 0]
-        strays = [
-            o
-            for o in objects.values()
-            if o["image_id"] not in images or o["category_id"] not in classes
+        objects = content["annotations"]
+        wrong = [
+            o["id"]
+            for o in objects
+            if not (o["image_id"] in images and o["category_id"] in classes)
+            or not (len(o["bbox"]) == 4 and min(o["bbox"][2:]) >= 0)
         ]
-        twice = len(content["annotations"]) - len(objects)
+        again = len(objects) - len({o["id"] for o in objects})
     except (ValueError, TypeError, KeyError) as error:  # JSON's and Unicode's are ValueErrors
         said = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{place} is no COCO annotation file: {said}") from error
-    if twice or not classes:
-        said = f"{twice} annotations have ids of others" if twice else "no categories"
-        raise ValueError(f"{place}: {said}")
-    for wrong, what in ((strays, "image or category"), (boxes, "box")):
-        if wrong:
-            raise ValueError(f"{place}: annotation {wrong[0]['id']} has no valid {what}")
-    for file_name in images.values():
-        if not Path(metadata.image_root, file_name).is_file():
-            raise FileNotFoundError(f"{place}: no image {Path(metadata.image_root, file_name)}")
+    if wrong or again or not classes:
+        what = f"annotation {wrong[0]} has no valid image, category or box" if wrong else ""
+        what = what or (f"{again} annotations have ids of others" if again else "no categories")
+        raise ValueError(f"{place}: {what}")
+    for path in (Path(metadata.image_root, file_name) for file_name in images.values()):
+        if not path.is_file():
+            raise FileNotFoundError(f"{place}: no image {path}")
     return [classes[key] for key in sorted(classes)]

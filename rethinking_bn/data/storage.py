@@ -70,7 +70,7 @@ def ensure_shapes(
     split, corruption = _PARTS[name]
     folder = Path(datasets_root() if root is None else root, "shapes", f"v{shapes.VERSION}")
     folder /= name.removeprefix("shapes_") + (f"_first{num_images}" if num_images else "")
-    if _is_complete(folder):
+    if (folder / ANNOTATIONS).is_file():
         return folder
     if corruption:
         clean = ensure_shapes(f"shapes_{split}", root=root, num_images=num_images)
@@ -79,10 +79,6 @@ def ensure_shapes(
         count = num_images or shapes.SPLITS[split]
         _write_whole(folder, lambda new: _write_split(new, split, count))
     return folder
-
-
-def _is_complete(folder: Path) -> bool:
-    return (folder / ANNOTATIONS).is_file()
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
@@ -97,7 +93,7 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         if not folder.exists():
             raise
-        if not _is_complete(folder):
+        if not (folder / ANNOTATIONS).is_file():
             raise FileExistsError(
                 f"{folder} is in the way: it holds no {ANNOTATIONS}, so it is no data set of "
                 "ours; remove it, or set DETECTRON2_DATASETS to another place"

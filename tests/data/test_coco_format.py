@@ -73,38 +73,25 @@ def test_a_name_stands_for_one_thing(root: Path) -> None:
             register_coco_format(config((name, "other.json", "tiny")))
 
 
-def _wrong(content: dict[str, Any], what: str) -> None:
-    objects = content["annotations"]
-    match what:
-        case "no 'images'":
-            del content["images"]
-        case "annotation 1 has no valid image or category":
-            objects[0]["category_id"] = 9
-        case "annotation 2 has no valid box":
-            objects[1]["bbox"] = [1, 2, 3, -4]
-        case "1 annotations have ids of others":
-            objects[1]["id"] = 1
-        case "no categories":
-            content["categories"], content["annotations"] = [], []
-        case "no image .*9.png":
-            content["images"][2]["file_name"] = "9.png"
+def _annotation(number: int, **changed: Any) -> Any:
+    return lambda content: content["annotations"][number].update(changed)
 
 
 @pytest.mark.parametrize(
-    "what",
+    ("what", "change"),
     [
-        "no 'images'",
-        "annotation 1 has no valid image or category",
-        "annotation 2 has no valid box",
-        "1 annotations have ids of others",
-        "no categories",
-        "no image .*9.png",
+        ("no 'images'", lambda content: content.pop("images")),
+        ("annotation 1 has no valid image, category or box", _annotation(0, category_id=9)),
+        ("annotation 2 has no valid image, category or box", _annotation(1, bbox=[1, 2, 3, -4])),
+        ("1 annotations have ids of others", _annotation(1, id=1)),
+        ("no categories", lambda content: content.update(categories=[], annotations=[])),
+        ("no image .*9.png", lambda content: content["images"][2].update(file_name="9.png")),
     ],
 )
-def test_annotations_that_do_not_fit_are_one_line(root: Path, what: str) -> None:
+def test_annotations_that_do_not_fit_are_one_line(root: Path, what: str, change: Any) -> None:
     path = root / "tiny/tiny.json"
     content = json.loads(path.read_text())
-    _wrong(content, what)
+    change(content)
     path.write_text(json.dumps(content))
     register_coco_format(cfg := config(ENTRY))
     with pytest.raises((ValueError, FileNotFoundError), match=f"'mine'.*{path}.*{what}") as caught:

@@ -70,14 +70,6 @@ def test_jpeg_is_an_encoding_of_its_quality(image: NDArray[np.uint8]) -> None:
         np.testing.assert_array_equal(corrupt(image, "jpeg", severity=severity), expected)
 
 
-@pytest.mark.parametrize("name", CORRUPTIONS)
-def test_grey_images(name: str, image: NDArray[np.uint8]) -> None:
-    grey = np.ascontiguousarray(image[:, :, :1])
-    result = corrupt(grey, name)
-    assert result.shape == grey.shape and result.dtype == np.uint8
-    assert not np.array_equal(result, grey)
-
-
 def test_bad_arguments(image: NDArray[np.uint8]) -> None:
     with pytest.raises(ValueError, match="'fog'.*contrast, gaussian_noise, jpeg"):
         corrupt(image, "fog")

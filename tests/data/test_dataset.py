@@ -76,13 +76,3 @@ def test_image_without_objects(root: Path) -> None:
     (folder / "annotations.json").write_text(json.dumps(content))
     _, target = ShapesDataset("shapes_val", root=root, num_images=2)[1]
     assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
-
-
-def test_workers_read_the_same(root: Path) -> None:
-    dataset = ShapesDataset("shapes_train_gaussian_noise", root=root, num_images=3, in_memory=True)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1)
-    for (image, target), (expected, expected_target) in zip(
-        loader, (dataset[i] for i in range(3)), strict=True
-    ):
-        assert torch.equal(image, expected)
-        assert torch.equal(target["boxes"], expected_target["boxes"])

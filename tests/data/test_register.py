@@ -68,19 +68,6 @@ def test_records(name: str, root: Path) -> None:
         assert all(len(o["segmentation"][0]) >= 6 and not o["iscrowd"] for o in objects)
 
 
-def test_paths_generate_when_asked_for(root: Path) -> None:
-    metadata = MetadataCatalog.get("shapes_val_jpeg")
-    assert os.listdir(root) == []
-    assert Path(metadata.json_file).is_file()
-    assert len(os.listdir(metadata.image_root)) == COUNT
-    assert Path(metadata.get("json_file")).is_relative_to(root)
-
-
-def test_evaluator_comes_before_the_data(root: Path, tmp_path: Path) -> None:
-    evaluator = COCOEvaluator("shapes_train_contrast", output_dir=str(tmp_path / "output"))
-    assert len(evaluator._coco_api.getImgIds()) == COUNT
-
-
 class _Oracle(nn.Module):
     """Predicts the annotations of the images it is given."""
 

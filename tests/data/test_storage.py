@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,7 @@ import torch.distributed as dist
 from PIL import Image
 from pycocotools.coco import COCO
 
-from rethinking_bn.data import CLASSES, SHAPES_DATASETS, datasets_root, ensure_shapes, shapes
-from rethinking_bn.data import storage as storage_module
+from rethinking_bn.data import CLASSES, datasets_root, ensure_shapes, shapes
 from rethinking_bn.data.corruptions import corrupt
 from tests.helpers import run_distributed
 
@@ -39,12 +37,6 @@ def _content(folder: Path) -> dict[str, bytes]:
 def _entries(root: Path) -> list[str]:
     """Everything beside the data sets of this version, hidden folders included."""
     return sorted(os.listdir(root / "shapes" / f"v{shapes.VERSION}"))
-
-
-def test_names() -> None:
-    twins = [f"_{name}" for name in ("contrast", "gaussian_noise", "jpeg")]
-    expected = {f"shapes_{split}{twin}" for split in ("train", "val") for twin in ("", *twins)}
-    assert set(SHAPES_DATASETS) == expected and len(SHAPES_DATASETS) == 8
 
 
 def test_files(train: Path, root: Path) -> None:
@@ -142,12 +134,6 @@ def test_root_is_the_environment_variable(tmp_path: Path, monkeypatch: pytest.Mo
     assert datasets_root() == Path("datasets")
 
 
-def test_default_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(shapes.SPLITS, "val", 2)
-    folder = ensure_shapes("shapes_val", root=tmp_path)
-    assert folder.name == "val" and len(os.listdir(folder / "images")) == 2
-
-
 def test_what_is_there_is_not_drawn_again(train: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "draw_sample", None)
     assert ensure_shapes("shapes_train", root=train.parents[2], num_images=COUNT) == train
@@ -172,54 +158,6 @@ def test_bad_arguments(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("name", ["shapes_val", "shapes_val_contrast"])
-def test_interruption_leaves_nothing(
-    name: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clean = "shapes_val" if name != "shapes_val" else None
-    if clean:
-        ensure_shapes(clean, root=tmp_path, num_images=4)
-    saved = storage_module._save
-    calls = []
-
-    def interrupted(path: Path, *args: object) -> None:
-        calls.append(path)
-        if len(calls) == 3:
-            raise error("in mid-generation")
-        saved(path, *args)  # type: ignore[arg-type]
-        assert path.is_file()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(storage_module, "_save", interrupted)
-        with pytest.raises(error, match="in mid-generation"):
-            ensure_shapes(name, root=tmp_path, num_images=4)
-    assert len(calls) == 3
-    assert _entries(tmp_path) == (["val_first4"] if clean else [])
-    folder = ensure_shapes(name, root=tmp_path, num_images=4)  # and the next attempt succeeds
-    assert len(os.listdir(folder / "images")) == 4
-
-
-def test_loser_of_the_race_takes_the_winners(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved = storage_module._save
-    calls = []
-
-    def overtaken(path: Path, *args: object) -> None:
-        calls.append(path)
-        saved(path, *args)  # type: ignore[arg-type]
-        if len(calls) == 1:  # another process begins after us and ends before us
-            folder = ensure_shapes("shapes_val", root=tmp_path, num_images=2)
-            (folder / "winner").touch()
-
-    monkeypatch.setattr(storage_module, "_save", overtaken)
-    folder = ensure_shapes("shapes_val", root=tmp_path, num_images=2)
-    assert len(calls) == 4
-    assert (folder / "winner").is_file()
-    assert _entries(tmp_path) == ["val_first2"]
-
-
 def _generate(rank: int, root: str) -> dict[str, bytes]:
     dist.barrier()
     return _content(ensure_shapes("shapes_val_jpeg", root=root, num_images=10))
@@ -241,14 +179,3 @@ def test_something_else_in_the_way(tmp_path: Path) -> None:
         ensure_shapes("shapes_val", root=tmp_path, num_images=1)
     assert (place / "notes.txt").read_text() == "mine"
     assert _entries(tmp_path) == ["val_first1"]
-
-
-def test_leftovers_of_killed_processes_are_removed_once_old(tmp_path: Path) -> None:
-    parent = tmp_path / "shapes" / f"v{shapes.VERSION}"
-    old, young = parent / ".val_first1.0ld.partial", parent / ".val_first1.y0ung.partial"
-    for folder in (old, young):
-        (folder / "images").mkdir(parents=True)
-    long_ago = time.time() - 7200
-    os.utime(old / "images", (long_ago, long_ago))
-    ensure_shapes("shapes_val", root=tmp_path, num_images=1)
-    assert _entries(tmp_path) == [".val_first1.y0ung.partial", "val_first1"]

@@ -125,7 +125,7 @@ def test_frozen_stages_keep_their_domains_statistics() -> None:
             "no norm of the model would follow them",
         ),
         ({"groups": [["clean"], ["clean"]]}, "names 'clean' twice"),
-        ({"groups": [["clean"], []]}, "has an empty group"),
+        ({"groups": [["clean"], []]}, "a list of groups"),
         ({"groups": ["clean", "fog"]}, "must be a list of groups"),
     ],
 )
