@@ -81,7 +81,7 @@ def _of_architecture(model: CfgNode, architecture: type) -> Iterator[Unread]:
         for name, value in _changed(model, "DISTILL"):
             yield name, value, f"{here} does not read it: set that to DistilledRetinaNet"
     groups = model.get("DOMAIN_BN", {}).get("DATASETS", ())
-    follows = getattr(architecture, "follows_domains", False)
+    follows = "MODEL.DOMAIN_BN" in getattr(architecture, "reads", ())
     for name, value in _changed(model, "DOMAIN_BN"):
         if not groups:
             yield name, value, "there are no domains: name them in MODEL.DOMAIN_BN.DATASETS"

@@ -10,12 +10,12 @@ from rethinking_bn.layers.convert import centre_convolutions, convert_norms  # n
 from rethinking_bn.modeling import backbone  # noqa: E402, F401
 from rethinking_bn.modeling.box_head import NormBoxHead, ShuffleBNBoxHead  # noqa: E402
 from rethinking_bn.modeling.distilled import DistilledRetinaNet  # noqa: E402
-from rethinking_bn.modeling.domains import DomainRCNN, follow_domains  # noqa: E402
+from rethinking_bn.modeling.domains import DomainRCNN, FollowsDomains  # noqa: E402
 from rethinking_bn.modeling.mask_head import NormMaskHead, ShuffleBNMaskHead  # noqa: E402
-from rethinking_bn.modeling.norm_options import norm_options  # noqa: E402
-from rethinking_bn.modeling.retinanet import ConfigurableHeadRetinaNet  # noqa: E402
-from rethinking_bn.modeling.retinanet_head import (  # noqa: E402
+from rethinking_bn.modeling.norm_head import NORM_OPTIONS, norm_options  # noqa: E402
+from rethinking_bn.modeling.retinanet import (  # noqa: E402
     RETINANET_HEAD,
+    ConfigurableHeadRetinaNet,
     CycleBNRetinaNetHead,
     DomainBNRetinaNetHead,
     MultiDomainBNRetinaNetHead,
@@ -28,12 +28,14 @@ from rethinking_bn.modeling.roi_heads import (  # noqa: E402
 )
 
 __all__ = [
+    "NORM_OPTIONS",
     "RETINANET_HEAD",
     "ConfigurableHeadRetinaNet",
     "CycleBNRetinaNetHead",
     "DistilledRetinaNet",
     "DomainBNRetinaNetHead",
     "DomainRCNN",
+    "FollowsDomains",
     "MultiDomainBNRetinaNetHead",
     "NormBoxHead",
     "NormImagesCascadeROIHeads",
@@ -45,6 +47,5 @@ __all__ = [
     "build_retinanet_head",
     "centre_convolutions",
     "convert_norms",
-    "follow_domains",
     "norm_options",
 ]

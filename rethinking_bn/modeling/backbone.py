@@ -1,4 +1,10 @@
-"""detectron2's ResNets and FPNs with any norm, as the keys say or GN or MABN throughout."""
+"""detectron2's ResNets and FPNs with any norm, as the keys say or GN or MABN throughout.
+
+Registered are build_norm_resnet_backbone, build_norm_resnet_fpn_backbone and
+build_norm_retinanet_resnet_fpn_backbone, which are detectron2's builders of the same names without
+"norm" (see :func:`build_with_norms`), and the same three with "gn" or "mabn" for "norm": those have
+GN or MABN throughout, whatever the keys say.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +31,8 @@ from rethinking_bn.layers import (
     norm_names,
 )
 from rethinking_bn.layers.convert import replace_norms
-from rethinking_bn.layers.frozen import freeze_layer
 from rethinking_bn.modeling.domains import check_architecture, domain_norm
-from rethinking_bn.modeling.norm_options import norm_options
+from rethinking_bn.modeling.norm_head import NORM_OPTIONS, norm_options
 
 logger = logging.getLogger(__name__)
 
@@ -35,61 +40,6 @@ logger = logging.getLogger(__name__)
 _STOCK = ("", "FrozenBN")
 
 Builder = Callable[[CfgNode, ShapeSpec], Backbone]
-
-
-@BACKBONE_REGISTRY.register()
-def build_norm_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """detectron2's build_resnet_backbone with our norms; see :func:`build_with_norms`."""
-    return build_with_norms(build_resnet_backbone, cfg, input_shape)
-
-
-@BACKBONE_REGISTRY.register()
-def build_norm_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """detectron2's build_resnet_fpn_backbone with our norms; see :func:`build_with_norms`."""
-    return build_with_norms(build_resnet_fpn_backbone, cfg, input_shape)
-
-
-@BACKBONE_REGISTRY.register()
-def build_norm_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """detectron2's build_retinanet_resnet_fpn_backbone with our norms; see
-    :func:`build_with_norms`."""
-    return build_with_norms(build_retinanet_resnet_fpn_backbone, cfg, input_shape)
-
-
-@BACKBONE_REGISTRY.register()
-def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """build_norm_resnet_backbone with GN, whatever the keys say."""
-    return build_with_norms(build_resnet_backbone, cfg, input_shape, "GN")
-
-
-@BACKBONE_REGISTRY.register()
-def build_gn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """build_norm_resnet_fpn_backbone with GN, whatever the keys say."""
-    return build_with_norms(build_resnet_fpn_backbone, cfg, input_shape, "GN")
-
-
-@BACKBONE_REGISTRY.register()
-def build_gn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """build_norm_retinanet_resnet_fpn_backbone with GN, whatever the keys say."""
-    return build_with_norms(build_retinanet_resnet_fpn_backbone, cfg, input_shape, "GN")
-
-
-@BACKBONE_REGISTRY.register()
-def build_mabn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """build_norm_resnet_backbone with MABN, whatever the keys say."""
-    return build_with_norms(build_resnet_backbone, cfg, input_shape, "MABN")
-
-
-@BACKBONE_REGISTRY.register()
-def build_mabn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """build_norm_resnet_fpn_backbone with MABN, whatever the keys say."""
-    return build_with_norms(build_resnet_fpn_backbone, cfg, input_shape, "MABN")
-
-
-@BACKBONE_REGISTRY.register()
-def build_mabn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """build_norm_retinanet_resnet_fpn_backbone with MABN, whatever the keys say."""
-    return build_with_norms(build_retinanet_resnet_fpn_backbone, cfg, input_shape, "MABN")
 
 
 def build_with_norms(
@@ -115,7 +65,7 @@ def build_with_norms(
         ValueError: for a norm that :func:`rethinking_bn.layers.get_norm` does not know; for
             deformable stages with MABN, which cannot centre their convolutions; for channels that
             GN's groups do not divide; for a batch size that does not fit
-            (:func:`~rethinking_bn.modeling.norm_options.norm_options`); for NORM_IMAGES with norms
+            (:func:`~rethinking_bn.modeling.norm_head.norm_options`); for NORM_IMAGES with norms
             that know no groups of images; for MODEL.DOMAIN_BN with norms or a META_ARCHITECTURE
             that know no domains.
     """
@@ -147,11 +97,33 @@ def build_with_norms(
         _replace(backbone, norms, "FPN", cfg)
         backbone.bottom_up = resnet
     for key in keys if preset else ():
-        if (said := cfg.MODEL[key].NORM) != preset:
-            logger.info("The backbone has %s where MODEL.%s.NORM says %r", preset, key, said)
+        if (configured := cfg.MODEL[key].NORM) != preset:
+            logger.info("The backbone has %s where MODEL.%s.NORM says %r", preset, key, configured)
     _freeze(resnet, cfg.MODEL.BACKBONE.FREEZE_AT)
     _normalize_images(backbone, cfg.MODEL.BACKBONE.NORM_IMAGES)
     return backbone
+
+
+def _register(builder: Builder, prefix: str, preset: str | None) -> None:
+    def build(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+        return build_with_norms(builder, cfg, input_shape, preset)
+
+    build.__name__ = builder.__name__.replace("build_", f"build_{prefix}_")
+    options: Any = build
+    options.reads = ("MODEL.BACKBONE.NORM_IMAGES", "MODEL.DOMAIN_BN")
+    options.norm_keys = () if preset else ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM")
+    if preset:
+        options.reads += (NORM_OPTIONS[preset],)
+    BACKBONE_REGISTRY.register(build)
+
+
+for _builder in (
+    build_resnet_backbone,
+    build_resnet_fpn_backbone,
+    build_retinanet_resnet_fpn_backbone,
+):
+    for _prefix, _preset in (("norm", None), ("gn", "GN"), ("mabn", "MABN")):
+        _register(_builder, _prefix, _preset)
 
 
 def _replace(part: nn.Module, norms: dict[str, str], key: str, cfg: CfgNode) -> None:
@@ -164,14 +136,12 @@ def _replace(part: nn.Module, norms: dict[str, str], key: str, cfg: CfgNode) -> 
 
 
 def _freeze(resnet: ResNet, freeze_at: int) -> None:
-    resnet.freeze(freeze_at)
+    resnet.freeze(freeze_at)  # detectron2's, which replaces BN alone
     for layer in resnet.modules():
-        if isinstance(layer, MABN2d) and not layer.weight.requires_grad:
-            layer.freeze()
-        if isinstance(layer, SplitBatchNorm2d) and not any(
+        if isinstance(layer, (MABN2d, SplitBatchNorm2d)) and not any(
             p.requires_grad for p in layer.parameters()
         ):
-            freeze_layer(layer)
+            layer.freeze()
 
 
 def _normalize_images(backbone: nn.Module, images: int) -> None:

@@ -59,7 +59,7 @@ def check_architecture(cfg: CfgNode) -> None:
     name = cfg.MODEL.META_ARCHITECTURE
     if not domain_groups(cfg) or name not in META_ARCH_REGISTRY:
         return
-    if not getattr(META_ARCH_REGISTRY.get(name), "follows_domains", False):
+    if "MODEL.DOMAIN_BN" not in getattr(META_ARCH_REGISTRY.get(name), "reads", ()):
         raise ValueError(
             f"MODEL.DOMAIN_BN.DATASETS has {len(domain_groups(cfg))} groups, but {name} does not "
             "tell which image is of which domain: set MODEL.META_ARCHITECTURE to "
@@ -68,78 +68,57 @@ def check_architecture(cfg: CfgNode) -> None:
 
 
 def check_norms(cfg: CfgNode, parts: Iterable[tuple[str, Any]]) -> None:
-    """Raise a ValueError for a model with domains of which a norm does not know, or none does.
+    """Raise a ValueError if the data has domains and a norm knows none, or no norm follows them.
 
     Args:
         cfg: with MODEL.DOMAIN_BN.
-        parts: names and parts of the model; what is no module is passed over.
+        parts: names and parts of the model; only modules are looked at.
     """
     if not domain_groups(cfg):
         return
-    said = f"MODEL.DOMAIN_BN.DATASETS has {len(domain_groups(cfg))} groups, but"
-    knows = False
+    problem = f"MODEL.DOMAIN_BN.DATASETS has {len(domain_groups(cfg))} groups, but"
+    follows = False
     for part, module in parts:
         for name, layer in module.named_modules() if isinstance(module, nn.Module) else ():
             if isinstance(layer, SplitBatchNorm2d):
-                knows = True
+                follows = True
             elif isinstance(layer, (_BatchNorm, PopulationLayer)):
                 raise ValueError(
-                    f"{said} {part}.{name} is a {type(layer).__name__}, which knows no domains: "
+                    f"{problem} {part}.{name} is a {type(layer).__name__}, which knows no domains: "
                     "backbones of build_norm_*_backbone and RetinaNet heads with statistics shared "
                     "between levels do; other norms must be FrozenBN, GN, LN, IN or none"
                 )
-    if not knows:
+    if not follows:
         raise ValueError(
-            f"{said} no norm of the model would follow them: set MODEL.BACKBONE.NAME to a "
+            f"{problem} no norm of the model would follow them: set MODEL.BACKBONE.NAME to a "
             "build_norm_*_backbone and MODEL.RESNETS.NORM, MODEL.FPN.NORM or MODEL.RETINANET.NORM "
             "to BN or SyncBN"
         )
 
 
-def follow_domains(model: nn.Module) -> nn.Module:
-    """Let a detector take each image's domain from its input, under the key "domain".
-
-    ``row_domains(model, ...)`` around a call takes precedence, to infer by a named domain. Nothing
-    is changed in a model without SplitBatchNorm2d layers.
-
-    Args:
-        model: is called with detectron2's list of dicts.
-    """
-    if any(isinstance(layer, SplitBatchNorm2d) for layer in model.modules()):
-        model.register_forward_pre_hook(_tell)
-        model.register_forward_hook(_forget, always_call=True)
-    return model
-
-
-def _tell(model: nn.Module, args: tuple[Any, ...]) -> None:
-    layers = [layer for layer in model.modules() if isinstance(layer, SplitBatchNorm2d)]
-    if all(layer._rows is not None for layer in layers):
-        return
-    unmarked = [str(image.get("file_name", "")) for image in args[0] if DOMAIN not in image]
-    if unmarked:
-        raise ValueError(
-            f"an image of the input {unmarked[0]!r} has no {DOMAIN!r}: take the loaders of "
-            "rethinking_bn.engine.Trainer, or run the model within `with row_domains(model, d):`"
-        )
-    context = row_domains(model, [image[DOMAIN] for image in args[0]])
-    context.__enter__()
-    model.__dict__["_domains_told"] = context
-
-
-def _forget(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    context = model.__dict__.pop("_domains_told", None)
-    if context is not None:
-        context.__exit__(None, None, None)
-
-
 class FollowsDomains(nn.Module):
-    """What an architecture whose norms follow the images' domains has before detectron2's."""
+    """Mixin, before a detector of detectron2's, that tells its norms the domain of each image.
 
-    follows_domains = True
+    Each input image has it under the key "domain". ``row_domains(model, ...)`` around a call takes
+    precedence, to infer by a named domain. A model without SplitBatchNorm2d layers asks for none.
+    """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        follow_domains(self)
+    reads: tuple[str, ...] = ("MODEL.DOMAIN_BN",)
+
+    def __call__(self, batched_inputs: Any, *args: Any) -> Any:
+        # not forward, which TorchScript would compile
+        layers = [layer for layer in self.modules() if isinstance(layer, SplitBatchNorm2d)]
+        if all(layer._rows is not None for layer in layers):
+            return super().__call__(batched_inputs, *args)
+        unmarked = [str(x.get("file_name", "")) for x in batched_inputs if DOMAIN not in x]
+        if unmarked:
+            raise ValueError(
+                f"an image of the input {unmarked[0]!r} has no {DOMAIN!r}: take the loaders of "
+                "rethinking_bn.engine.Trainer, or run the model within `with row_domains(model, "
+                "d):`"
+            )
+        with row_domains(self, [image[DOMAIN] for image in batched_inputs]):
+            return super().__call__(batched_inputs, *args)
 
 
 @META_ARCH_REGISTRY.register()

@@ -1,4 +1,4 @@
-"""What box and mask heads with our norms share: norms by name, and batches of so many images."""
+"""What box and mask heads share: norms by name, images normalised together, shuffled RoIs."""
 
 from __future__ import annotations
 
@@ -7,31 +7,80 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
 from detectron2.structures import Instances
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from rethinking_bn.checkpoint import require_statistics
+from rethinking_bn.config import check_has_keys, images_per_pass
 from rethinking_bn.layers import MABN2d, get_norm, norm_names
 from rethinking_bn.layers.convert import centre_convolutions
-from rethinking_bn.shuffle.layers import mixes_rows, pools_ranks
+from rethinking_bn.shuffle.layers import (
+    ShuffledLayers,
+    mixes_rows,
+    mixes_rows_of_a_rank,
+    pools_ranks,
+)
 
 logger = logging.getLogger(__name__)
 
 Norm = str | Callable[[int], nn.Module] | None
 
+#: the keys that :func:`norm_options` reads for a norm
+NORM_OPTIONS = {"GN": "MODEL.GN", "MABN": "MODEL.MABN"}
 
-def norm_factory(norm: Norm, options: Mapping[str, Any], key: str) -> Any:
-    """Return what detectron2's heads take as ``conv_norm``: channels -> layer, or "" for none.
+
+def norm_options(cfg: CfgNode, norm: str) -> dict[str, Any]:
+    """Return the keyword arguments that the config has for layers of a norm.
 
     Args:
-        norm: a name that :func:`rethinking_bn.layers.get_norm` knows, a callable from channels to
-            a layer, or "" or None.
-        options: further arguments of ``get_norm``, for a name.
-        key: the config key that gives the norm, for the message.
+        cfg: with ``MODEL.MABN`` and ``MODEL.GN``.
+        norm: a name that :func:`rethinking_bn.layers.get_norm` knows.
+
+    Returns:
+        arguments of ``get_norm(norm, channels, ...)``: those of MODEL.MABN for "MABN", num_groups
+        for "GN", otherwise none. MABN's ``batch_size`` is in images, for layers that see RoIs as
+        well. It is None where MODEL.MABN.BATCH_SIZE is 0 and the images of a forward on the ranks
+        now running do not fit: a model that was trained on other ranks can be evaluated, and a
+        training stops at its first layer (rethinking_bn.engine checks that before it starts).
 
     Raises:
-        ValueError: for an unknown name, listing the known ones.
+        ValueError: when MODEL.MABN.BATCH_SIZE does not divide MODEL.MABN.SIMULATED_BATCH_SIZE, or
+            the config lacks this project's keys.
     """
+    check_has_keys(cfg)
+    if norm == "GN":
+        return {"num_groups": cfg.MODEL.GN.NUM_GROUPS}
+    if norm != "MABN":
+        return {}
+    keys = cfg.MODEL.MABN
+    simulated, batch_size = keys.SIMULATED_BATCH_SIZE, keys.BATCH_SIZE
+    if batch_size and (batch_size < 0 or simulated < 1 or simulated % batch_size):
+        raise ValueError(
+            f"MODEL.MABN.SIMULATED_BATCH_SIZE {simulated} is not a multiple of "
+            f"MODEL.MABN.BATCH_SIZE {batch_size}"
+        )
+    if not batch_size:
+        try:
+            batch_size = images_per_pass(cfg, comm.get_world_size())
+        except ValueError:
+            batch_size = None
+        if batch_size and simulated % batch_size:
+            batch_size = None
+    return {
+        "simulated_batch_size": simulated,
+        "batch_size": batch_size,
+        "momentum": keys.MOMENTUM,
+        "warmup_iters": keys.WARMUP_ITERS,
+        "r_max": keys.R_MAX,
+    }
+
+
+def _norm_factory(norm: Norm, options: Mapping[str, Any], key: str) -> Any:
+    """Return what detectron2's heads take as ``conv_norm``: channels -> layer, or "" for none."""
     if norm is None or norm == "":
         return ""
     if callable(norm):
@@ -41,31 +90,77 @@ def norm_factory(norm: Norm, options: Mapping[str, Any], key: str) -> Any:
     return lambda channels: get_norm(norm, channels, **options)
 
 
-class NormHead:
+class RequiresStatistics:
+    """Mixin, before an nn.Module: it refuses weights that lack the statistics of its norms."""
+
+    #: MODEL.ALLOW_MISSING_STATISTICS: the statistics then stay as they are
+    allow_missing_statistics = False
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        error_msgs = kwargs["error_msgs"] if "error_msgs" in kwargs else args[-1]
+        allowed = self.allow_missing_statistics
+        assert isinstance(self, nn.Module)  # for the type checker
+        require_statistics(self, state_dict, prefix, error_msgs, allow_missing=allowed)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+
+
+class NormHead(RequiresStatistics):
     """Mixin of detectron2's convolutional heads, nn.Sequential with ``conv_norm_relus``.
 
     Rows are RoIs, those of one image after those of another. With ``norm_images`` = k, a BN
     normalises the rows of k images at a time in training and in population training: the
     normalisation batch size (NBS) of sections 4 and 6 of arXiv 2105.07576. A layer that
     normalises by mini-batches at inference too (norm BatchStatBN) then takes each image by
-    itself, however many are in the batch. Which rows belong to which image is told by
-    :meth:`image_rows`, and forgotten when that ends (activation checkpointing must repeat it).
+    itself, however many are in the batch. :meth:`image_rows` says which rows belong to which
+    image, until it ends (activation checkpointing must repeat it).
     """
 
-    allow_missing_statistics = False
+    reads = ("MODEL.ROI_HEADS.NORM_IMAGES", "MODEL.ALLOW_MISSING_STATISTICS")
+    norm_keys: tuple[str, ...] = ()
+    #: of the config, such as "ROI_BOX_HEAD"
+    section = ""
+
     if TYPE_CHECKING:  # TorchScript would read annotations of attributes
         conv_norm_relus: list[nn.Module]
         norm_images: int
         _image_rows: tuple[int, ...] | None
     _image_rows = None
 
-    def init_norms(self, norm_images: int) -> None:
-        """Finish the construction of a head: centre MABN's convolutions, take ``norm_images``.
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        conv_norm: Norm = "",
+        norm_images: int = 0,
+        norm_arguments: Mapping[str, Any] | None = None,
+        allow_missing_statistics: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            input_shape: channels, height and width of a pooled RoI.
+            conv_norm: "BN" (statistics of this rank), "SyncBN" (pooled over ranks), "BatchStatBN"
+                (the mini-batch's at inference too), "GN", "LN", "MABN" (the convolutions then have
+                centred filters), "" or None; or a callable from channels to a layer.
+            norm_images: images whose RoIs are normalised together; 0: all.
+            norm_arguments: further arguments of :func:`rethinking_bn.layers.get_norm`.
+            allow_missing_statistics: whether weights without the statistics of a norm layer load;
+                those then stay as they are.
+            kwargs: the arguments of detectron2's head: ``conv_dims``, output channels of each 3x3
+                convolution, which norm and ReLU follow; ``fc_dims`` of the box head, output
+                channels of each fully connected layer; ``num_classes``, ``loss_weight`` and
+                ``vis_period`` of the mask head, whose last ``conv_dims`` is the deconvolution's.
 
         Raises:
-            ValueError: if ``norm_images`` is negative, or positive with a norm whose batch it
-                cannot divide.
+            ValueError: for an unknown norm, a negative ``norm_images``, or a positive one with a
+                norm whose batch it cannot divide (SyncBN, MABN).
         """
+        norm = _norm_factory(conv_norm, norm_arguments or {}, f"MODEL.{self.section}.NORM")
+        super().__init__(input_shape, conv_norm=norm, **kwargs)  # type: ignore[call-arg]
+        self.allow_missing_statistics = allow_missing_statistics
         norms = [norm for norm in map(_norm_of, self.conv_norm_relus) if norm is not None]
         if any(isinstance(norm, MABN2d) for norm in norms):
             assert isinstance(self, nn.Module)  # for the type checker
@@ -88,15 +183,20 @@ class NormHead:
             f"{norm_images} image(s) at a time" if norm_images else "all images together",
         )
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Load, unless the weights of this head lack the statistics of its norms."""
-        error_msgs = kwargs["error_msgs"] if "error_msgs" in kwargs else args[-1]
-        allowed = self.allow_missing_statistics
-        assert isinstance(self, nn.Module)  # for the type checker
-        require_statistics(self, state_dict, prefix, error_msgs, allow_missing=allowed)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """Read the keys of detectron2's head, MODEL.ROI_HEADS.NORM_IMAGES and the norm's own.
+
+        Raises:
+            ValueError: when ``cfg`` lacks this project's keys.
+        """
+        check_has_keys(cfg)
+        return {
+            **super().from_config(cfg, input_shape),  # type: ignore[misc]
+            "norm_images": cfg.MODEL.ROI_HEADS.NORM_IMAGES,
+            "norm_arguments": norm_options(cfg, cfg.MODEL[cls.section].NORM),
+            "allow_missing_statistics": cfg.MODEL.ALLOW_MISSING_STATISTICS,
+        }
 
     def __prepare_scriptable__(self) -> Any:
         # called by torch.jit.script
@@ -116,10 +216,15 @@ class NormHead:
         return [norm for norm in norms if norm is not None and mixes_rows(norm)]
 
     def forward_unshuffled(self, x: Tensor) -> Tensor:
-        """Run all layers one after the other, on all rows together; read by TorchScript."""
+        """Run all layers one after the other, on all rows together; TorchScript compiles it."""
         for layer in self:  # type: ignore[attr-defined]
             x = layer(x)
         return x
+
+    def forward_images(self, x: Tensor) -> Tensor:
+        """Run all layers, with the rows normalised that belong together."""
+        with self.normalizing_images(len(x)):
+            return self.forward_unshuffled(x)
 
     @contextmanager
     def image_rows(self, rows: Sequence[int]) -> Iterator[None]:
@@ -141,8 +246,8 @@ class NormHead:
                 the images on this rank would be, equal but for one row.
 
         Raises:
-            ValueError: when nobody has said which rows belong to which image, what was said does
-                not fit, or the number of images is no multiple of ``norm_images``.
+            ValueError: outside of :meth:`image_rows`, for rows that do not sum up, or a number of
+                images that is no multiple of ``norm_images``.
         """
         with ExitStack() as stack:
             if self.norm_images:
@@ -177,6 +282,37 @@ class NormHead:
         groups = len(rows) // k
         ends = [group * num_rows // groups for group in range(groups + 1)]
         return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+
+
+class ShuffleHead(ShuffledLayers, NormHead):
+    """Mixin, before a NormHead: its BN layers see rows of all ranks, mixed at random.
+
+    What is shuffled, when, and by which permutation is said at
+    :class:`~rethinking_bn.shuffle.layers.ShuffledLayers`. With ``norm_images`` = k, each
+    rank splits its share into (images on the rank / k) equal normalisation batches: 8 ranks with
+    two images each and k = 1 make the 16 batches of 16 ranks with one image each.
+
+    Under a trainer that announces no iterations, they are those of detectron2's event storage.
+    detectron2's losses on zero rows depend on the head's result, as those of all ranks must. The
+    forward is a collective in training, which every rank must call.
+    """
+
+    def shuffled_norms(self) -> list[nn.Module]:
+        """Return the norm layers whose result depends on which rows are on this rank."""
+        return [norm for norm in self.batch_norms() if mixes_rows_of_a_rank(norm)]
+
+    def unannounced_iteration(self) -> int:
+        """Return the iteration of detectron2's event storage, 0 outside of one."""
+        return get_event_storage().iter if has_event_storage() else 0
+
+    def forward_images(self, x: Tensor) -> Tensor:
+        """Run all layers on shuffled rows while a BN layer is in training mode."""
+        return self.forward_shuffled(x) if self.communicates else super().forward_images(x)
+
+    def run_on_shuffled(self, layers: Sequence[nn.Module], rows: Tensor) -> Tensor:
+        """Run layers on rows that came from a shuffle, normalised in equal batches."""
+        with self.normalizing_images(len(rows), shuffled=True):
+            return super().run_on_shuffled(layers, rows)
 
 
 def rows_of_images(instances: Sequence[Instances]) -> list[int]:

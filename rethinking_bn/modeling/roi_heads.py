@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from rethinking_bn.config import check_has_keys
 from rethinking_bn.modeling.norm_head import NormHead, rows_of_images
 
+_KEY = "MODEL.ROI_HEADS.NORM_IMAGES"
+_STOCK = StandardROIHeads._forward_box
+
 
 class _TellsImageRows:
     """Mixin, before detectron2's ROI heads, that checks whether the heads can be told."""
 
-    tells_image_rows = True
+    reads = (_KEY,)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: Any) -> dict[str, Any]:
@@ -31,7 +34,16 @@ class _TellsImageRows:
         """
         check_has_keys(cfg)
         arguments = super().from_config(cfg, input_shape)  # type: ignore[misc]
-        _check_heads(cfg, arguments)
+        boxes = arguments.get("box_heads") or [arguments["box_head"]]
+        masks = [arguments["mask_head"]] if "mask_head" in arguments else []
+        for key, heads in (("BOX", boxes), ("MASK", masks)):
+            for head in heads if cfg.MODEL.ROI_HEADS.NORM_IMAGES else ():
+                if not isinstance(head, NormHead):
+                    raise ValueError(
+                        f"{_KEY} is {cfg.MODEL.ROI_HEADS.NORM_IMAGES}, but {type(head).__name__} "
+                        f"(MODEL.ROI_{key}_HEAD.NAME) knows nothing of it: use one of this "
+                        "package's heads"
+                    )
         return arguments
 
 
@@ -46,12 +58,9 @@ class NormImagesROIHeads(_TellsImageRows, StandardROIHeads):
     # as detectron2.export annotates its own class: TorchScript leaves out what is not on
     __annotations__ = {"mask_on": torch.jit.Final[bool], "keypoint_on": torch.jit.Final[bool]}
 
-    # TorchScript knows no super(), and a method by its function's name
-    _forward_all_boxes = FunctionType(
-        StandardROIHeads._forward_box.__code__,
-        StandardROIHeads._forward_box.__globals__,
-        "_forward_all_boxes",
-    )
+    # TorchScript knows no super(), and finds a method by its function's name: detectron2's method
+    # needs a second one
+    _forward_all_boxes = FunctionType(_STOCK.__code__, _STOCK.__globals__, "_forward_all_boxes")
 
     def _forward_box(  # type: ignore[no-untyped-def]
         self, features: dict[str, Tensor], proposals: list[Instances]
@@ -77,27 +86,12 @@ def check_image_rows_are_told(cfg: CfgNode) -> None:
     name = cfg.MODEL.ROI_HEADS.NAME
     if not cfg.MODEL.ROI_HEADS.NORM_IMAGES or name not in ROI_HEADS_REGISTRY:
         return
-    if not getattr(ROI_HEADS_REGISTRY.get(name), "tells_image_rows", False):
+    if _KEY not in getattr(ROI_HEADS_REGISTRY.get(name), "reads", ()):
         raise ValueError(
-            f"MODEL.ROI_HEADS.NORM_IMAGES is {cfg.MODEL.ROI_HEADS.NORM_IMAGES}, but {name} does "
-            "not tell the box head which RoIs are of one image: set MODEL.ROI_HEADS.NAME to "
-            "NormImagesROIHeads or NormImagesCascadeROIHeads"
+            f"{_KEY} is {cfg.MODEL.ROI_HEADS.NORM_IMAGES}, but {name} does not tell the box head "
+            "which RoIs are of one image: set MODEL.ROI_HEADS.NAME to NormImagesROIHeads or "
+            "NormImagesCascadeROIHeads"
         )
-
-
-def _check_heads(cfg: CfgNode, arguments: dict[str, Any]) -> None:
-    if not cfg.MODEL.ROI_HEADS.NORM_IMAGES:
-        return
-    boxes = arguments["box_heads"] if "box_heads" in arguments else [arguments["box_head"]]
-    masks = [arguments["mask_head"]] if "mask_head" in arguments else []
-    for key, heads in (("BOX", boxes), ("MASK", masks)):
-        for head in heads:
-            if not isinstance(head, NormHead):
-                raise ValueError(
-                    f"MODEL.ROI_HEADS.NORM_IMAGES is {cfg.MODEL.ROI_HEADS.NORM_IMAGES}, but "
-                    f"{type(head).__name__} (MODEL.ROI_{key}_HEAD.NAME) knows nothing of it: use "
-                    "one of this package's heads"
-                )
 
 
 def _image_rows(head: nn.Module, proposals: list[Instances]) -> AbstractContextManager[None]:
