@@ -1,4 +1,4 @@
-"""Norm statistics in checkpoints: noticing their absence, and reading the MABN authors' files.
+"""Weights in files and state dicts: reading them safely, and keys between layouts; torch only.
 
 Between shared and domain-specific statistics a layer converts by itself when it loads:
 :class:`~rethinking_bn.layers.MultiDomainBatchNorm2d` accepts either under any checkpointer.
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rethinking_bn.layers import PopulationLayer
+from rethinking_bn.layers.bn_like import find_bn_like
 from rethinking_bn.layers.domain_state import DomainBatchNormBase
-from rethinking_bn.layers.mabn.centring import mabn_without_statistics as mabn_without_statistics
 from rethinking_bn.layers.mabn.official import convert_official
 
 logger = logging.getLogger(__name__)
@@ -28,28 +28,172 @@ _RESNET = re.compile(
     r"^(?:module\.)?(?:backbone\.body\.)?(?:(?P<stem>(?:stem\.)?)|layer(?P<stage>\d)\.(?P<block>\d+)\.)"
     r"(?P<part>conv|bn|downsample\.)(?P<index>\d)\.(?P<rest>.+)$"
 )
-_STATISTICS = ("running_mean", "running_var")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numpy arrays, numbers, text and plain containers, and calls nothing else."""
+
+    _ALLOWED = {
+        ("_codecs", "encode"),
+        ("collections", "OrderedDict"),
+        *(
+            (f"numpy.{core}.multiarray", name)
+            for core in ("core", "_core")
+            for name in ("_reconstruct", "scalar")
+        ),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what a pickle names, if that is allowed."""
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}, and only arrays and plain containers are read, because "
+                "anything else can execute code"
+            )
+        return super().find_class(module, name)
+
+
+def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a checkpoint file holds, on the CPU; nothing in the file can execute code.
+
+    Every reader of weights in this package and its tools comes here.
+
+    Args:
+        path: a pickle of arrays (".pkl", as in detectron2's model zoo), else torch's format.
+
+    Raises:
+        OSError: for a file that cannot be opened.
+        ValueError: in one line, for one that holds no dict.
+    """
+    try:
+        if str(path).endswith(".pkl"):
+            with open(path, "rb") as file:
+                content = _PlainUnpickler(file, encoding="latin1").load()
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch.load and pickle raise nearly anything
+        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+    if not isinstance(content, dict):
+        raise _unreadable(path, f"it holds a {type(content).__name__}")
+    return content
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the model's state dict from a checkpoint of any trainer, on the CPU.
 
     Raises:
-        OSError: for a file that cannot be read.
-        ValueError: in one line, for one that holds no state dict of tensors.
+        OSError, ValueError: as :func:`read_file`, and for a file without a state dict of tensors.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # torch.load raises nearly anything
-        why = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
-        raise ValueError(f"{path} is no checkpoint that torch can load ({why})") from error
-    weights = content.get("model", content) if isinstance(content, dict) else None
+    content = read_file(path)
+    weights = content.get("model", content)
     tensors = isinstance(weights, dict) and all(isinstance(v, Tensor) for v in weights.values())
     if not tensors or not weights:
-        raise ValueError(f"{path} holds no state dict of tensors")
+        raise _unreadable(path, "it holds no state dict of tensors")
     return dict(weights)
+
+
+def _unreadable(path: str | os.PathLike[str], why: str) -> ValueError:
+    shortened = textwrap.shorten(why, 160, placeholder=" ...")
+    return ValueError(f"{path} cannot be read as a checkpoint ({shortened})")
+
+
+def find_misfit(given: Sequence[str], expected: Sequence[str], loaded: Sequence[str]) -> str | None:
+    """Say in one line that weights are of another architecture, if they are.
+
+    Args:
+        given: keys of the checkpoint, as it has them.
+        expected: names of the model's parameters.
+        loaded: those of them that were in the checkpoint.
+    """
+    if not given or not expected:
+        return None
+    if not loaded:
+        return f"The checkpoint is of another model: none of its {len(given)} keys fits"
+    heads = {key.partition(".")[0] for key in expected} - {"backbone"}
+    theirs = {key.partition(".")[0] for key in given if "." in key} - {"backbone"}
+    whole_detector = any(key.startswith("backbone.") for key in given) and theirs
+    if not whole_detector or not heads or any(key.partition(".")[0] in heads for key in loaded):
+        return None
+    return (
+        f"The checkpoint is of another architecture: it has {', '.join(sorted(theirs))}, and no "
+        f"key fits {', '.join(sorted(heads))}, left untrained"
+    )
+
+
+def missing_statistics(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Tensor]:
+    """Return key and present value of what a module's norms would not get from a state dict.
+
+    A state dict without any key of the module (an ImageNet backbone, say) lacks nothing: the module
+    starts anew. One with some of its weights but without its statistics, because they were trained
+    with another norm or none, would leave mean 0 and variance 1 under trained weights. MABN's mean
+    square is not among them: convolutions centred by :mod:`rethinking_bn.layers` warn of that.
+
+    Args:
+        module: holds norm layers.
+        state_dict: with the module's entries under ``prefix``.
+        prefix: ends with a dot, unless it is empty.
+
+    Returns:
+        the absent means and variances. Of a layer with several domains, which takes the statistics
+        of either layout and else demands all its entries: all that are absent.
+    """
+    missing: dict[str, Tensor] = {}
+    keys = {key for key in state_dict if key.startswith(prefix)}
+    for found in find_bn_like(module).layers if keys else ():
+        below = f"{prefix}{found.name}." if found.name else prefix
+        layer = found.module
+        own = {f"{below}{key}": value for key, value in layer.state_dict().items()}
+        statistics = {key: v for key, v in own.items() if key.endswith(_STATISTICS[:2])}
+        if isinstance(layer, DomainBatchNormBase):
+            shared, level = below + "running_mean", below + "0.running_mean"
+            if not (shared in keys or level in keys):
+                missing.update((key, v) for key, v in own.items() if key not in keys)
+        else:
+            missing.update((key, v) for key, v in statistics.items() if key not in keys)
+    return missing
+
+
+def require_statistics(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    error_msgs: list[str],
+    *,
+    allow_missing: bool = False,
+) -> None:
+    """Refuse weights that lack population statistics; to be called before a module loads them.
+
+    Args:
+        module, state_dict, prefix: as for :func:`missing_statistics`.
+        error_msgs: gets one message, with the config key that allows it.
+        allow_missing: instead, what is missing is taken from the module, in place in
+            ``state_dict``, and the log says so.
+    """
+    missing = missing_statistics(module, state_dict, prefix)
+    if not missing:
+        return
+    first = next(key for key in missing if key.endswith(_STATISTICS[:2]))
+    if allow_missing:
+        state_dict.update(missing)
+        logger.warning(
+            "%d entries of norm layers are not in the checkpoint (%s, ...) and stay as they are "
+            "(MODEL.ALLOW_MISSING_STATISTICS)",
+            len(missing),
+            first,
+        )
+    else:
+        error_msgs.append(
+            f"{first} is not in the checkpoint, which has other weights of this head: it was "
+            "trained with another norm layer, or without one; MODEL.ALLOW_MISSING_STATISTICS True "
+            "starts from mean 0, variance 1"
+        )
 
 
 def select_domain(state_dict: Mapping[str, Tensor], domain: int) -> dict[str, Tensor]:
@@ -63,30 +207,26 @@ def select_domain(state_dict: Mapping[str, Tensor], domain: int) -> dict[str, Te
         domain: from 0.
 
     Raises:
-        ValueError: when no layer has domains, they disagree about how many, or have not so many.
+        ValueError: when no layer has domains, they disagree about how many, or have not so many;
+            when the sets are those of a RetinaNet head's feature levels: only the head has them,
+            and not another number than its pyramid has levels.
     """
-    children: dict[str, set[int]] = {}
-    for key in state_dict:
-        layer, _, entry = key.rpartition(".")
-        name, _, child = layer.rpartition(".")
-        below = f"{name}." if name else ""
-        apart = entry == "running_mean" or (
-            entry == "weight" and below + "running_mean" in state_dict
-        )
-        if child.isdigit() and apart:
-            children.setdefault(name, set()).add(int(child))
-    # a lone BatchNorm in an nn.Sequential is no layer with domains
-    domains = {n: len(c) for n, c in children.items() if c == set(range(len(c))) and len(c) > 1}
-    numbers = sorted(set(domains.values()))
+    sets = _sets(state_dict)
+    numbers = sorted(set(sets.values()))
     if len(numbers) != 1:
         raise ValueError(f"one number of domains in all layers is needed, there are {numbers}")
+    pyramid = {key for key in state_dict if re.search(r"\.(fpn_output\d|p[67])\.weight$", key)}
+    if all(name.startswith("head.") for name in sets) and len(pyramid) in (0, numbers[0]):
+        raise ValueError(
+            f"only the head has {numbers[0]} sets of statistics: these are feature levels, not "
+            "domains in the data; for detectron2's RetinaNetHead give --levels instead of --domain"
+        )
     if not 0 <= domain < numbers[0]:
         raise ValueError(f"the checkpoint has the domains 0 to {numbers[0] - 1}, not {domain}")
     selected = {}
     for key, value in state_dict.items():
-        layer, _, entry = key.rpartition(".")
-        name, _, child = layer.rpartition(".")
-        if name in domains and child.isdigit():
+        name, child, entry = _split(key)
+        if name in sets and child.isdigit():
             if int(child) != domain:
                 continue
             key = f"{name}.{entry}" if name else entry
@@ -95,113 +235,59 @@ def select_domain(state_dict: Mapping[str, Tensor], domain: int) -> dict[str, Te
 
 
 def copy_to_levels(state_dict: Mapping[str, Tensor], num_levels: int) -> dict[str, Tensor]:
-    """Give a RetinaNet head's shared statistics to each level, as detectron2's own head has them.
+    """Return the weights of a RetinaNet for detectron2's own RetinaNetHead with NORM BN.
+
+    That has statistics per level and one affine. Rows 2 and 4 of Table 5 (arXiv 2105.07576), which
+    have the same, stay as they are; the shared statistics of rows 1 and 3 are copied to each level.
 
     Args:
         state_dict: of a RetinaNet; layers below ``head.`` with statistics are rewritten.
         num_levels: L.
 
-    Returns:
-        a new state dict, for detectron2's CycleBatchNormList.
+    Raises:
+        ValueError: for affines per level (rows 5 and 6), another number of levels, or a head
+            without BatchNorm statistics.
     """
+    in_head = [key for key in state_dict if key.startswith("head.")]
+    per_level = {name: n for name, n in _sets(state_dict).items() if name.startswith("head.")}
+    for name, number in per_level.items():
+        if f"{name}.0.weight" in state_dict:
+            raise ValueError(
+                f"{name} has an affine for each of {number} levels (rows 5 and 6 of Table 5), but "
+                "detectron2's RetinaNetHead has one affine for all"
+            )
+        if number != num_levels:
+            raise ValueError(f"{name} has statistics of {number} levels, not {num_levels}")
+    if not any(key.endswith(".running_var") for key in in_head):
+        raise ValueError("no layer below head. has BatchNorm's running_mean and running_var")
     copied: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         layer, _, entry = key.rpartition(".")
-        is_statistic = entry in (*_STATISTICS, "num_batches_tracked")
-        levels = range(num_levels) if key.startswith("head.") and is_statistic else ()
-        copied.update({f"{layer}.{level}.{entry}": value.clone() for level in levels})
-        if not levels:
-            copied[key] = value
+        shared = key.startswith("head.") and entry in _STATISTICS and not per_level
+        keys = [f"{layer}.{i}.{entry}" for i in range(num_levels)] if shared else [key]
+        copied.update({new: value.clone() for new in keys})
     return copied
 
 
-def missing_statistics(
-    module: nn.Module, state_dict: Mapping[str, Any], prefix: str = ""
-) -> list[str]:
-    """Name the population statistics that a module would not get from a state dict.
-
-    A state dict without any key of the module (an ImageNet backbone, say) lacks nothing: the module
-    starts anew. One with some of its weights but without its statistics, because they were trained
-    with another norm or none, would leave mean 0 and variance 1 under trained weights. Of MABN's
-    mean square speaks :func:`mabn_without_statistics`.
-
-    Args:
-        module: holds norm layers.
-        state_dict: with the module's entries under ``prefix``.
-        prefix: ends with a dot, unless it is empty.
-
-    Returns:
-        one message per absent buffer, each beginning with the key; a layer that judges its own
-        entries (the multi-domain ones do) appears only where it has none.
-    """
-    return [
-        f"{key} is not in the checkpoint, which has other weights of this head: it was trained "
-        "with another norm layer, or without one"
-        for key, _ in _missing(module, state_dict, prefix)
-    ]
+def _split(key: str) -> tuple[str, str, str]:
+    """Return layer, set and entry: ("head.norm", "0", "weight") of "head.norm.0.weight"."""
+    above, _, entry = key.rpartition(".")
+    name, _, child = above.rpartition(".")
+    return name, child, entry
 
 
-def require_statistics(
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    error_msgs: list[str],
-    *,
-    allow_missing: bool,
-) -> None:
-    """Let a module that loads weights refuse them if they lack its statistics, or start anew.
-
-    For ``_load_from_state_dict`` of a head.
-
-    Args:
-        module, state_dict, prefix: as for :func:`missing_statistics`.
-        error_msgs: gets its messages, and the config key that allows it.
-        allow_missing: instead, what is missing is taken from the module, in place in
-            ``state_dict``, and the log says so.
-    """
-    messages = missing_statistics(module, state_dict, prefix)
-    added: dict[str, Tensor] = {}
-    if any(key.startswith(prefix) for key in state_dict):
-        for name, layer in module.named_modules():
-            below = f"{prefix}{name}." if name else prefix
-            there = [key for key in state_dict if key.startswith(below)]
-            if isinstance(layer, DomainBatchNormBase) and not any(
-                key.endswith("running_mean") for key in there
-            ):  # it demands its other entries, too
-                added.update({below + key: value for key, value in layer.state_dict().items()})
-    if not allow_missing:
-        error_msgs.extend(messages)
-        if messages or added:
-            error_msgs.append("MODEL.ALLOW_MISSING_STATISTICS True starts from mean 0, variance 1")
-        return
-    added.update(_missing(module, state_dict, prefix))
-    added = {key: value for key, value in added.items() if key not in state_dict}
-    state_dict.update(added)
-    if added:
-        logger.warning(
-            "%d entries of norm layers are not in the checkpoint (%s, ...) and stay as they are "
-            "(MODEL.ALLOW_MISSING_STATISTICS)",
-            len(added),
-            next(iter(added)),
-        )
-
-
-def _missing(
-    module: nn.Module, state_dict: Mapping[str, Any], prefix: str
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield key and present value of every statistic that is missing."""
-    keys = [key for key in state_dict if key.startswith(prefix)]
-    for name, layer in module.named_modules() if keys else ():
-        is_norm = isinstance(layer, (PopulationLayer, nn.modules.batchnorm._BatchNorm))
-        if not is_norm:
-            continue
-        below = f"{prefix}{name}." if name else prefix
-        own = [key for key in keys if key.startswith(below)]
-        if own and isinstance(layer, DomainBatchNormBase):
-            continue
-        for buffer, value in layer.named_buffers():
-            if buffer.rpartition(".")[2] in _STATISTICS and below + buffer not in own:
-                yield below + buffer, value
+def _sets(state_dict: Mapping[str, Any]) -> dict[str, int]:
+    """Return the layers with several sets of statistics or affines, and how many."""
+    children: dict[str, set[int]] = {}
+    for key in state_dict:
+        name, child, entry = _split(key)
+        mean = f"{name}.running_mean" if name else "running_mean"
+        if child.isdigit() and (
+            entry == "running_mean" or (entry == "weight" and mean in state_dict)
+        ):
+            children.setdefault(name, set()).add(int(child))
+    # a lone BatchNorm in an nn.Sequential has no sets
+    return {n: len(c) for n, c in children.items() if c == set(range(len(c))) and len(c) > 1}
 
 
 def convert_mabn_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

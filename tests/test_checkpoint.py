@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import operator
+import runpy
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,23 @@ from typing import Any
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-from rethinking_bn.checkpoint import missing_statistics, read_weights
-from rethinking_bn.layers import SyncBatchNorm2d
+from rethinking_bn.checkpoint import (
+    copy_to_levels,
+    missing_statistics,
+    read_weights,
+    select_domain,
+)
+from rethinking_bn.layers import SplitBatchNorm2d, SyncBatchNorm2d
 from rethinking_bn.modeling import (
     CycleBNRetinaNetHead,
     MultiDomainBNRetinaNetHead,
     SharedBNRetinaNetHead,
 )
-from tests.modeling.models import features, head_arguments
+from tests.modeling.models import features, head_arguments, retinanet_config, training_batch
 
 SHARED, SEPARATE = "shared", "domain_specific"
 ROWS = {
@@ -32,6 +40,7 @@ ROWS = {
     6: (SEPARATE, SEPARATE, SEPARATE),
 }
 NORM = "head.cls_subnet.1."
+TOOL = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
 
 
 class Model(nn.Module):
@@ -168,10 +177,10 @@ def test_a_backbone_checkpoint_without_a_head_loads(tmp_path: Path) -> None:
 )
 def test_files_of_other_content_are_one_line(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"w.pth holds no state dict of tensors$"):
+    with pytest.raises(ValueError, match=r"w.pth cannot be read as a checkpoint \(it holds"):
         read_weights(tmp_path / "w.pth")
     (tmp_path / "w.pth").write_bytes(b"text")
-    with pytest.raises(ValueError, match="w.pth is no checkpoint that torch can load"):
+    with pytest.raises(ValueError, match="w.pth cannot be read as a checkpoint"):
         read_weights(tmp_path / "w.pth")
 
 
@@ -179,8 +188,82 @@ def test_files_of_other_content_are_one_line(content: object, tmp_path: Path) ->
 def test_missing_statistics_of_single_domain_layers(norm: type[nn.Module]) -> None:
     layers = nn.Sequential(nn.Conv2d(2, 2, 1), norm(2))
     state = {f"head.{key}": value for key, value in layers.state_dict().items()}
-    assert missing_statistics(layers, state, "head.") == []
+    assert missing_statistics(layers, state, "head.") == {}
     stripped = {key: value for key, value in state.items() if "running_var" not in key}
-    messages = missing_statistics(layers, stripped, "head.")
-    assert len(messages) == 1 and messages[0].startswith("head.1.running_var")
-    assert missing_statistics(layers, {"backbone.weight": torch.ones(1)}, "head.") == []
+    assert list(missing_statistics(layers, stripped, "head.")) == ["head.1.running_var"]
+    assert missing_statistics(layers, {"backbone.weight": torch.ones(1)}, "head.") == {}
+
+
+def detector(head: str, norm: str, **choices: str) -> nn.Module:
+    """Return a RetinaNet whose every parameter and statistic differs, in eval mode."""
+    keys = {f"MODEL__RETINANET__BN__{name}": choice for name, choice in choices.items()}
+    return build_model(
+        retinanet_config(MODEL__RETINANET__HEAD_NAME=head, MODEL__RETINANET__NORM=norm, **keys)
+    ).eval()
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("norm", ["BN", "SyncBN"])
+def test_stock_detectron2_computes_what_the_row_does(
+    row: int, norm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Defect 46: the converted weights give detectron2's own head the row's outputs."""
+    names = ("TRAIN_STATS", "POPULATION_STATS", "AFFINE")
+    choices = dict(zip(names, ROWS[row], strict=True))
+    ours = detector("MultiDomainBNRetinaNetHead", norm, **choices)
+    for tensor in ours.head.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.mul_(torch.rand_like(tensor) + 0.5).add_(0.02 * torch.rand_like(tensor))
+    source, target = tmp_path / "source.pth", tmp_path / "target.pth"
+    torch.save({"model": ours.state_dict(), "iteration": 3}, source)
+    convert = runpy.run_path(str(TOOL))["main"]
+    # levels are no domains, whatever the row
+    assert convert([str(source), str(target), "--domain", "0"]) == 1
+    refusal = capsys.readouterr().err
+    assert ("feature levels" in refusal) == (ROWS[row][1:] != (SHARED, SHARED))
+    assert convert([str(source), str(target), "--levels", "5"]) == (1 if row > 4 else 0)
+    said = capsys.readouterr()
+    if row > 4:
+        assert "rows 5 and 6" in said.err and not target.exists()
+        return
+    assert ("rows 2 and 4" in said.out) == (row in (2, 4))
+    stock = detector("RetinaNetHead", "BN")
+    report = DetectionCheckpointer(stock)._load_model(torch.load(target))
+    assert not (report.missing_keys or report.unexpected_keys or report.incorrect_shapes)
+    if row in (2, 4):  # as they are
+        assert not any(stock.load_state_dict(ours.state_dict()))
+    image = training_batch()
+    for found, expected in zip(stock(image), ours(image), strict=True):
+        found, expected = found["instances"], expected["instances"]
+        assert len(found) and torch.equal(found.pred_classes, expected.pred_classes)
+        for name in ("pred_boxes.tensor", "scores"):
+            got, want = (operator.attrgetter(name)(x) for x in (found, expected))
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    # equal but for rounding, and so in float64 as well
+    xs = features(dtype=torch.float64)
+    got, want = (model.double().head(xs) for model in (stock, ours))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("norm", "levels", "words"),
+    [("GN", 5, ["running_var"]), ("BN", 4, ["5 levels", "not 4"]), ("", 5, ["running_var"])],
+)
+def test_heads_that_stock_detectron2_does_not_take_are_refused(
+    norm: str, levels: int, words: list[str]
+) -> None:
+    head = RetinaNetHead(**head_arguments(norm=norm)).state_dict()
+    with pytest.raises(ValueError) as error:
+        copy_to_levels({f"head.{key}": value for key, value in head.items()}, levels)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_head_alone_may_have_domains() -> None:
+    """Its two sets cannot be the five levels of the pyramid."""
+    pyramid = [f"backbone.fpn_output{i}.weight" for i in (3, 4, 5)]
+    pyramid += [f"backbone.top_block.p{i}.weight" for i in (6, 7)]
+    head = nn.ModuleDict({"head": nn.Sequential(nn.Conv2d(2, 2, 1), SplitBatchNorm2d(2, 2))})
+    state = {**{key: torch.ones(1) for key in pyramid}, **head.state_dict()}
+    assert "head.1.running_mean" in select_domain(state, 1)
+    with pytest.raises(ValueError, match="feature levels"):
+        select_domain(head.state_dict(), 1)

@@ -18,8 +18,8 @@ WITH_DETECTRON2 = {"detectron2", "iopath", "omegaconf", "yacs"}  # it brings the
 DETECTION = [
     *PACKAGE.glob("modeling/*.py"),
     *PACKAGE.glob("engine/*.py"),
-    *(PACKAGE / name for name in ("config.py", "data/register.py", "data/dataset.py")),
-    *(PACKAGE / "data" / name for name in ("storage.py", "shapes.py")),
+    *(PACKAGE / name for name in ("config.py", "checkpointer.py")),
+    *(PACKAGE / "data" / f"{name}.py" for name in ("register", "dataset", "storage", "shapes")),
     *(p for p in (ROOT / "tools").glob("*.py") if p.stem not in ("benchmark", "run_study")),
     ROOT / "tools" / "benchmarks" / "precise_bn.py",  # beside fvcore's
 ]

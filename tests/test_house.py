@@ -15,12 +15,12 @@ FLOORS = [
     ["layers"],
     ["population", "checkpoint"],
     ["averaging", "diagnosis", "distillation"],
-    ["data", "torchvision", "config"],
+    ["data", "torchvision", "config", "checkpointer"],
     ["modeling"],
     ["engine"],
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
-WITH_DETECTRON2 = {"config", "modeling", "engine"}
+WITH_DETECTRON2 = {"config", "checkpointer", "modeling", "engine"}
 
 
 @cache

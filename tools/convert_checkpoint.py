@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
-"""Write the plain BatchNorm weights of one domain of a checkpoint trained with MODEL.DOMAIN_BN.
+"""Write the weights of a trained model for stock detectron2.
 
-The result loads wherever nn.BatchNorm2d's weights do, in detectron2's backbones for example:
+detectron2's own RetinaNetHead with NORM BN has statistics for each feature level and one affine.
+For a detector of row 1 or 3 of Table 5 (shared statistics), with its 5 levels:
+
+    python tools/convert_checkpoint.py output/model_final.pth stock.pth --levels 5
+
+Rows 2 and 4 have that layout: the tool says so. Rows 5 and 6, with an affine for each level, are
+refused. Of a detector with domains in its data (MODEL.DOMAIN_BN), the plain BatchNorm weights of
+one domain, which load wherever nn.BatchNorm2d's do, and with the levels of a RetinaNet's head:
 
     python tools/convert_checkpoint.py output/model_final.pth clean.pth --domain 0
-
-detectron2's own RetinaNetHead with NORM BN has statistics per feature level; for it, the head's
-shared ones are written once per level:
-
     python tools/convert_checkpoint.py output/model_final.pth clean.pth --domain 0 --levels 5
 
-Weights only: no optimizer, no iteration. Needs no detectron2.
+Weights only: no optimizer, no iteration. Needs no detectron2. See docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -25,18 +28,26 @@ from rethinking_bn.checkpoint import copy_to_levels, read_weights, select_domain
 from rethinking_bn.files import replace
 
 
-def convert(source: Path, target: Path, domain: int, levels: int = 0) -> int:
-    """Write the converted checkpoint; return the number of its entries.
+def convert(source: Path, target: Path, domain: int | None, levels: int) -> str:
+    """Write the converted checkpoint; return what is in it, in one line.
 
     Raises:
         OSError: for a file that cannot be read or written.
-        ValueError: for a file that is no checkpoint, or has no such domain.
+        ValueError: for a file that is no checkpoint, or cannot become what is asked for.
     """
-    weights = select_domain(read_weights(source), domain)
+    weights = read_weights(source)
+    about = []
+    if domain is not None:
+        weights = select_domain(weights, domain)
+        about.append(f" of domain {domain}")
     if levels:
+        before = list(weights)
         weights = copy_to_levels(weights, levels)
+        about.append(f", statistics for {levels} levels")
+        if list(weights) == before:
+            about.append(" as they were: rows 2 and 4 load in stock detectron2 as they are")
     replace(target, lambda path: torch.save({"model": weights}, path))
-    return len(weights)
+    return f"{target}: {len(weights)} tensors{''.join(about)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,17 +56,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="a .pth file with domains")
+    parser.add_argument("source", type=Path, help="a checkpoint")
     parser.add_argument("target", type=Path, help="the .pth file to write")
-    parser.add_argument("--domain", type=int, required=True, help="from 0, in DATASETS' order")
+    parser.add_argument("--domain", type=int, help="of the data, from 0, in DATASETS' order")
     parser.add_argument("--levels", type=int, default=0, help="of detectron2's RetinaNetHead")
     args = parser.parse_args(arguments)
+    if args.domain is None and args.levels < 1:
+        parser.error("give --levels L (at least 1), --domain D, or both")
     try:
-        number = convert(args.source, args.target, args.domain, args.levels)
+        print(convert(args.source, args.target, args.domain, args.levels))
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    print(f"{args.target}: {number} tensors of domain {args.domain}")
     return 0
 
 

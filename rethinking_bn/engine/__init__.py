@@ -6,11 +6,11 @@ from rethinking_bn._detectron2 import require_detectron2
 
 require_detectron2("rethinking_bn.engine")
 
+from rethinking_bn.checkpointer import Checkpointer  # noqa: E402
 from rethinking_bn.engine.accumulation import (  # noqa: E402
     AccumulatingAMPTrainer,
     AccumulatingTrainer,
 )
-from rethinking_bn.engine.checkpointer import Checkpointer  # noqa: E402
 from rethinking_bn.engine.diagnose_bn import DiagnoseBN, run_diagnosis  # noqa: E402
 from rethinking_bn.engine.freeze_bn import FreezeBN  # noqa: E402
 from rethinking_bn.engine.hooks import with_rethinking_bn, with_weight_average  # noqa: E402

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from rethinking_bn.engine.checkpointer import Checkpointer
+from rethinking_bn.checkpointer import Checkpointer
 from rethinking_bn.modeling.distilled import teacher_config
 
 

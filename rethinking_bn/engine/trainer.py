@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
+from rethinking_bn.checkpointer import Checkpointer, later_checkpoints
 from rethinking_bn.config import images_per_pass
 from rethinking_bn.data.domains import build_test_loader
 from rethinking_bn.engine.accumulation import (
@@ -24,7 +25,6 @@ from rethinking_bn.engine.accumulation import (
     AccumulatingTrainer,
     CPUAutocastTrainer,
 )
-from rethinking_bn.engine.checkpointer import Checkpointer, later_checkpoints
 from rethinking_bn.engine.checks import apply_train_only, hold_output_dir
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
 from rethinking_bn.engine.hooks import with_rethinking_bn

@@ -12,7 +12,7 @@ from torch import nn
 
 from rethinking_bn.averaging import AveragedWeights
 from rethinking_bn.averaging.weights import KINDS, STATISTICS
-from rethinking_bn.engine.checkpointer import Checkpointer
+from rethinking_bn.checkpointer import Checkpointer
 from rethinking_bn.engine.merge_statistics import merge_statistics
 from rethinking_bn.engine.precise_bn import autocast_of
 from rethinking_bn.engine.rank_state import RankState, gather_rank_state, load_rank_state

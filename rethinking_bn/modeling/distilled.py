@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from detectron2 import model_zoo
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, configurable, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.modeling.meta_arch import RetinaNet
 from torch import Tensor
 
+from rethinking_bn.checkpointer import Checkpointer
 from rethinking_bn.config import add_rethinking_bn_config, get_config_file, list_config_files
 from rethinking_bn.distillation import binary_kl_soft_loss
 from rethinking_bn.modeling.retinanet import ConfigurableHeadRetinaNet
@@ -88,7 +88,7 @@ class Teacher:
                     f"MODEL.DISTILL.TEACHER_CONFIG {self.config_file} is a "
                     f"{type(model).__name__}, not a RetinaNet"
                 )
-            DetectionCheckpointer(model).load(self.weights)
+            Checkpointer(model, save_to_disk=False).load(self.weights)
             self._model = model.requires_grad_(False).to(like).eval()
         return self._model
 

@@ -10,10 +10,10 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethinking_bn.data.domains import DOMAIN, domain_groups
-from rethinking_bn.layers import PopulationLayer, SplitBatchNorm2d, row_domains
+from rethinking_bn.layers import SplitBatchNorm2d, row_domains
+from rethinking_bn.layers.bn_like import find_bn_like
 from rethinking_bn.layers.domain_state import CHOICES
 
 _EACH_IMAGE_APART = ("", "FrozenBN", "GN", "LN", "IN")
@@ -79,12 +79,13 @@ def check_norms(cfg: CfgNode, parts: Iterable[tuple[str, Any]]) -> None:
     problem = f"MODEL.DOMAIN_BN.DATASETS has {len(domain_groups(cfg))} groups, but"
     follows = False
     for part, module in parts:
-        for name, layer in module.named_modules() if isinstance(module, nn.Module) else ():
-            if isinstance(layer, SplitBatchNorm2d):
+        for layer in find_bn_like(module).layers if isinstance(module, nn.Module) else ():
+            if isinstance(layer.module, SplitBatchNorm2d):
                 follows = True
-            elif isinstance(layer, (_BatchNorm, PopulationLayer)):
+            elif layer.kind != "constant":
+                kind = type(layer.module).__name__
                 raise ValueError(
-                    f"{problem} {part}.{name} is a {type(layer).__name__}, which knows no domains: "
+                    f"{problem} {part}.{layer.name} is a {kind}, which knows no domains: "
                     "backbones of build_norm_*_backbone and RetinaNet heads with statistics shared "
                     "between levels do; other norms must be FrozenBN, GN, LN, IN or none"
                 )

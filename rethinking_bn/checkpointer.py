@@ -1,20 +1,25 @@
-"""Checkpoint files that are either complete or not there, and need not be the last one."""
+"""Checkpoint files that are either complete or not there, and cannot execute code.
+
+In them, detectron2's checkpointer finds its own models and those of its model zoo.
+"""
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-from detectron2.checkpoint import DetectionCheckpointer
+from rethinking_bn._detectron2 import require_detectron2
 
-from rethinking_bn.checkpoint import read_weights
-from rethinking_bn.files import replace
+require_detectron2("rethinking_bn.checkpointer")
+
+import torch  # noqa: E402
+from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
+
+from rethinking_bn.checkpoint import find_misfit, read_file, read_weights  # noqa: E402
+from rethinking_bn.files import replace  # noqa: E402
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -45,19 +50,18 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
-            if filename.endswith(".pkl"):
-                with self.path_manager.open(filename, "rb") as file:
-                    _PlainUnpickler(file, encoding="latin1").load()
-            loaded = super()._load_file(filename)
-            loaded["model"].keys()
+            if filename.endswith((".pkl", ".pyth")):
+                loaded = _of_other_projects(read_file(filename))
+            else:
+                loaded = super()._load_file(filename)  # which calls _torch_load
+            if not isinstance(loaded["model"], dict):
+                raise ValueError(f"{filename} cannot be read as a checkpoint: no weights in it")
             return loaded
-        except MemoryError:
-            raise
-        except Exception as error:  # torch.load and pickle raise nearly anything
-            why = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ...")
-            raise ValueError(
-                f"{filename} cannot be read as a checkpoint ({why}); {self._remedy(filename)}"
-            ) from error
+        except ValueError as error:
+            raise ValueError(f"{error}; {self._remedy(filename)}") from error
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        return read_file(f)
 
     def _remedy(self, filename: str) -> str:
         if self.save_dir and os.path.dirname(filename) == self.save_dir:
@@ -68,16 +72,13 @@ class Checkpointer(DetectionCheckpointer):
                     return f"the newest that can is {name}: write that name to last_checkpoint"
         return "take another file"
 
-    def _torch_load(self, f: str) -> dict[str, Any]:
-        return torch.load(f, map_location="cpu", weights_only=True)
-
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         given = [key.removeprefix("module.") for key in checkpoint["model"]]
         incompatible = super()._load_model(checkpoint)
         shapes = [key for key, *_ in incompatible.incorrect_shapes]
         absent = {*incompatible.missing_keys, *shapes}
         expected = [key for key, _ in self.model.named_parameters()]
-        self.misfit = _misfit(given, expected, [key for key in expected if key not in absent])
+        self.misfit = find_misfit(given, expected, [key for key in expected if key not in absent])
         if self.misfit:
             self.logger.warning("%s.", self.misfit)
         return incompatible
@@ -148,29 +149,6 @@ def later_checkpoints(folder: str, start: int) -> list[str]:
     )
 
 
-def _misfit(given: list[str], expected: list[str], loaded: list[str]) -> str | None:
-    """Say in one line that weights are of another architecture, if they are.
-
-    Args:
-        given: keys of the checkpoint, as it has them.
-        expected: names of the model's parameters.
-        loaded: those of them that were in the checkpoint.
-    """
-    if not given or not expected:
-        return None
-    if not loaded:
-        return f"The checkpoint is of another model: none of its {len(given)} keys fits"
-    heads = {key.partition(".")[0] for key in expected} - {"backbone"}
-    theirs = {key.partition(".")[0] for key in given if "." in key} - {"backbone"}
-    whole_detector = any(key.startswith("backbone.") for key in given) and theirs
-    if not whole_detector or not heads or any(key.partition(".")[0] in heads for key in loaded):
-        return None
-    return (
-        f"The checkpoint is of another architecture: it has {', '.join(sorted(theirs))}, and no "
-        f"key fits {', '.join(sorted(heads))}, left untrained"
-    )
-
-
 def _can_be_read(path: str) -> bool:
     try:
         read_weights(path)
@@ -179,26 +157,14 @@ def _can_be_read(path: str) -> bool:
     return True
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numpy arrays, numbers, text and plain containers, and calls nothing else."""
-
-    _ALLOWED = {
-        ("_codecs", "encode"),
-        ("collections", "OrderedDict"),
-        *(
-            (f"numpy.{core}.multiarray", name)
-            for core in ("core", "_core")
-            for name in ("_reconstruct", "scalar")
-        ),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return what a pickle names, if that is allowed."""
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(
-                f"it names {module}.{name}, and only arrays and plain containers are read, because "
-                "anything else can execute code"
-            )
-        return super().find_class(module, name)
+def _of_other_projects(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a file of detectron2's zoo as it is, one of Caffe2 or pycls as detectron2 takes it."""
+    if "model_state" in content:  # pycls
+        author, weights, dropped = "pycls", content["model_state"], "num_batches_tracked"
+    elif "model" in content and "__author__" in content:
+        return content
+    else:  # Detectron's detectors have "blobs", its ImageNet models are flat
+        author, weights, dropped = "Caffe2", content.get("blobs", content), "_momentum"
+    if isinstance(weights, dict):
+        weights = {key: value for key, value in weights.items() if not key.endswith(dropped)}
+    return {"model": weights, "__author__": author, "matching_heuristics": True}

@@ -1,0 +1,136 @@
+"""No file that is read can execute code: weights of any kind, and config files."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rethinking_bn.checkpoint import read_file, read_weights
+from rethinking_bn.checkpointer import Checkpointer
+from rethinking_bn.engine import Trainer, load_config
+from rethinking_bn.modeling.distilled import Teacher, teacher_config
+from tests.engine.tiny import tiny_config
+
+ROOT = Path(__file__).parent.parent
+
+
+class Malicious:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.made),)
+
+
+def write(path: Path, made: Path, how: str) -> None:
+    """Write weights with something malicious among them, as a pickle or as torch saves it."""
+    content = {"model": {"weight": torch.ones(3), "bias": Malicious(made)}, "__author__": "x"}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+
+
+CASES = [("pickle", ".pkl"), ("torch", ".pkl"), ("torch", ".pth"), ("pickle", ".pth")]
+CASES += [("torch", ".pyth"), ("pickle", ".pyth")]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "".join(case))
+def malicious(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Yield a file's path; at the end nothing may have run."""
+    # even where torch is told to unpickle anything
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    how, suffix = request.param
+    path, made = tmp_path / f"weights{suffix}", tmp_path / "it ran"
+    write(path, made, how)
+    yield path
+    assert not made.exists()
+
+
+def test_readers_refuse_in_one_line(malicious: Path, tmp_path: Path) -> None:
+    def checkpointer() -> Checkpointer:
+        return Checkpointer(nn.Linear(3, 1), str(tmp_path))
+
+    (tmp_path / "last_checkpoint").write_text(malicious.name)
+    readers = [
+        lambda: read_file(malicious),
+        lambda: read_weights(malicious),
+        lambda: checkpointer().load(str(malicious)),
+        lambda: checkpointer().resume_or_load("", resume=True),
+    ]
+    for reader in readers:
+        with pytest.raises(ValueError, match=f"{malicious.name} cannot be read") as error:
+            reader()
+        assert "\n" not in str(error.value)
+
+
+def test_a_run_and_its_teacher_refuse(malicious: Path, tmp_path: Path) -> None:
+    """Defect 45: detectron2's checkpointer read the teacher's weights."""
+    cfg = tiny_config("no data", tmp_path / "out", MODEL__WEIGHTS=str(malicious))
+    model = Trainer.build_model(cfg)
+    with pytest.raises(ValueError, match="cannot be read"):
+        Checkpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    (tmp_path / "teacher.yaml").write_text(cfg.dump())
+    teacher = Teacher(str(tmp_path / "teacher.yaml"), str(malicious))
+    with pytest.raises(ValueError, match="cannot be read"):
+        teacher.model(torch.zeros(1))
+
+
+@pytest.mark.parametrize("read", [load_config, teacher_config])
+def test_tags_of_a_config_file_run_nothing(read: Any, tmp_path: Path) -> None:
+    made = tmp_path / "it ran"
+    (tmp_path / "base.yaml").write_text(
+        f"SEED: !!python/object/apply:os.mkdir ['{made}']\nMODEL: {{}}\n"
+    )
+    (tmp_path / "child.yaml").write_text("_BASE_: base.yaml\n")
+    for name in ("base.yaml", "child.yaml"):
+        with pytest.raises(Exception, match=r"tag|constructor"):
+            read(str(tmp_path / name))
+    assert not made.exists()
+
+
+def test_files_of_caffe2_and_pycls_load(tmp_path: Path) -> None:
+    """What detectron2 reads by itself: names are matched, leftovers dropped."""
+    weight = torch.full((1, 3), 2.0).numpy()
+    flat = {"weight": weight, "weight_momentum": weight}
+    files = {
+        "flat.pkl": flat,
+        "blobs.pkl": {"blobs": flat},
+        "zoo.pkl": {"model": {"weight": weight}, "__author__": "x", "matching_heuristics": True},
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+    torch.save({"model_state": {"weight": torch.from_numpy(weight)}}, tmp_path / "pycls.pyth")
+    for name in (*files, "pycls.pyth"):
+        model = nn.Linear(3, 1)
+        Checkpointer(model).load(str(tmp_path / name))
+        assert torch.equal(model.weight, torch.full((1, 3), 2.0)), name
+
+
+def test_files_are_read_in_one_place() -> None:
+    """Whatever can execute a file's code appears where it cannot; elsewhere nothing reads one."""
+    readers = re.compile(
+        r"torch\.load\(|pickle\.(?:loads?|Unpickler)\b|from pickle|(?:np|numpy)\.load\("
+        r"|import (?:joblib|dill)|import \w*Checkpointer|hub\.load|yaml\.(?:unsafe_|full_)?load\b"
+    )
+    found = {}
+    for file in [*(ROOT / "rethinking_bn").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]:
+        source = file.read_text(encoding="utf-8")
+        lines = [line for line in source.splitlines() if "from rethinking_bn" not in line]
+        if names := readers.findall("\n".join(lines)):
+            found[file.relative_to(ROOT).as_posix()] = names
+    assert found == {
+        "rethinking_bn/checkpoint.py": ["pickle.Unpickler", "torch.load("],
+        "rethinking_bn/checkpointer.py": ["import DetectionCheckpointer"],
+    }
+    source = (ROOT / "rethinking_bn" / "checkpoint.py").read_text(encoding="utf-8")
+    assert "torch.load(path, map_location=\"cpu\", weights_only=True)" in source
