@@ -13,8 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.fx import Proxy
 
 from rethinking_bn.distributed import get_world_size
-from rethinking_bn.layers.population_layer import PopulationLayer
-from rethinking_bn.layers.symbolic import as_leaf
+from rethinking_bn.layers.population_layer import PopulationLayer, as_leaf, check_eps
 from rethinking_bn.numerics.channels import affine_normalize, exported_normalize
 from rethinking_bn.numerics.moments import Moments, merged
 from rethinking_bn.numerics.normalize import normalize
@@ -39,7 +38,7 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
         (N, C, H, W) -> (N, C, H, W), in the input's type; float32 statistics for half types.
 
     Raises:
-        ValueError: for an input of another shape.
+        ValueError: for an eps that is not positive, and for an input of another shape.
     """
 
     __constants__ = [
@@ -60,6 +59,10 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
         _groups: tuple[int, ...] | None
     process_group = None
     _groups = None
+
+    def __init__(self, num_features: int, eps: float = 1e-5, *args: Any, **options: Any) -> None:
+        super().__init__(num_features, eps, *args, **options)
+        check_eps(eps)
 
     @contextmanager
     def row_groups(self, sizes: Sequence[int] | None) -> Iterator[None]:
@@ -119,7 +122,6 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
             if not self._groups or len(self._groups) == 1:
                 return self._infer_exported(x)
             return torch.cat([self._infer_exported(part) for part in x.split(self._groups)])
-        observed = self.training and self._observer is not None
         groups = self._groups_of(x)
         apart = groups is not None and len(groups) != 1 and (len(groups) > 0 or len(x) > 0)
         xs = x.split(groups) if groups is not None and apart else [x]
@@ -135,10 +137,9 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
             group=self.process_group,
             holders=[self] if self._moves_statistics() else [],
             momentum=self.momentum,
-            report=observed,
+            report=self._is_observed(),
         )
-        if self._observer is not None and local is not None:
-            self._observer(merged(local))
+        self._report(local if local is None else merged(local))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _moves_statistics(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.fx import Proxy
 
 from rethinking_bn.layers.domain_state import DomainBatchNormBase
-from rethinking_bn.layers.symbolic import as_leaf
+from rethinking_bn.layers.population_layer import as_leaf
 from rethinking_bn.numerics.channels import affine_normalize
 from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.numerics.normalize import normalize
@@ -52,6 +53,7 @@ class CycleBatchNorm2d(DomainBatchNormBase):
     """
 
     batch_stats_at_inference = False
+    __jit_unused_properties__ = ["population_domains", "calls"]
 
     def __init__(
         self,
@@ -76,8 +78,15 @@ class CycleBatchNorm2d(DomainBatchNormBase):
             dtype=dtype,
         )
         self.sync, self.process_group = sync, process_group
-        self._calls = 0
-        self._bracketed = False
+        self._scripted_calls = 0
+        # for each thread that is in mid-cycle its calls, and those within cycle()
+        self._calls: dict[int, int] = {}
+        self._bracketed: set[int] = set()
+
+    @property
+    def calls(self) -> int:
+        """This thread's calls in the current cycle."""
+        return self._calls.get(_thread(), 0)
 
     @contextmanager
     def cycle(self) -> Iterator[None]:
@@ -86,27 +95,29 @@ class CycleBatchNorm2d(DomainBatchNormBase):
         Raises:
             RuntimeError: when entered in mid-cycle, or left after another number of calls than L.
         """
-        if self._bracketed:
+        thread = _thread()
+        if thread in self._bracketed:
             raise RuntimeError("CycleBatchNorm2d.cycle() does not nest: one bracket is one pass")
         self.check_can_change_mode("cycle()")
-        self._bracketed = True
+        self._bracketed.add(thread)
         try:
             yield
-            if self._calls != self.num_domains:
+            if self.calls != self.num_domains:
                 raise RuntimeError(
-                    f"a cycle is {self.num_domains} calls, one per domain, got {self._calls}"
+                    f"a cycle is {self.num_domains} calls, one per domain, got {self.calls}"
                 )
         finally:
-            self._calls, self._bracketed = 0, False
+            self.reset_cycle()
+            self._bracketed.discard(thread)
 
     def reset_cycle(self) -> None:
         """Start over at level 0, after unbracketed calls were interrupted."""
-        self._calls = 0
+        self._calls.pop(_thread(), None)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            level = self._calls
-            self._calls = (level + 1) % self.num_domains
+            level = self._scripted_calls
+            self._scripted_calls = (level + 1) % self.num_domains
             return self.infer_levels([x] * self.num_domains)[level]
         else:  # not compiled by TorchScript
             return as_leaf(self, x) if isinstance(x, Proxy) else self._forward(x)
@@ -114,43 +125,41 @@ class CycleBatchNorm2d(DomainBatchNormBase):
     def _forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.num_features:
             raise ValueError(f"expected (N, {self.num_features}, H, W), got {tuple(x.shape)}")
-        if is_recomputing() and not self._bracketed:
+        thread, level = _thread(), self.calls
+        if is_recomputing() and thread not in self._bracketed:
             raise RuntimeError(
                 "activation checkpointing recomputes a call of a CycleBatchNorm2d outside of its "
                 "cycle(), where its level is not known: checkpoint the whole pass over the levels, "
                 "or use MultiDomainBatchNorm2d"
             )
-        if self._calls == self.num_domains:
+        if level == self.num_domains:
             raise RuntimeError(f"a cycle is {self.num_domains} calls, got one more")
-        level = self._calls
-        stats, affine = self._statistics_of(level), self._affine_of(level)
-        if self.training or self.batch_stats_at_inference:
-            weight, bias = self._affine_rows()
-            moves = self.training and self._observer is None
-            outputs, local = normalize(
-                [x],
-                weight,
-                bias,
-                parts=[0],
-                pools=[0],
-                eps=self.eps,
-                sync=self.sync and self.training,
-                group=self.process_group,
-                holders=[stats] if moves else (),
-                momentum=self.momentum,
-                report=self.training and self._observer is not None,
-            )
-            y = outputs[0]
-            if self.training and self._observer is not None and local is not None:
-                self._observer(self._at(level, local))
-        else:
-            y = affine_normalize(
-                x, stats.running_mean, stats.running_var, affine.weight, affine.bias, self.eps
-            )
-        self._calls += 1
-        if not self._bracketed:
-            self._calls %= self.num_domains
+        y, local = self._normalize_level(x, self._statistics_of(level), self._affine_of(level))
+        self._report(local if local is None else self._at(level, local))
+        self._calls[thread] = level + 1
+        if level + 1 == self.num_domains and thread not in self._bracketed:
+            self.reset_cycle()
         return y
+
+    def _normalize_level(self, x: Tensor, stats: Any, affine: Any) -> tuple[Tensor, Moments | None]:
+        """Normalise one level by its holders' tensors; return its moments if they are observed."""
+        if not (self.training or self.batch_stats_at_inference):
+            state = (stats.running_mean, stats.running_var, affine.weight, affine.bias)
+            return affine_normalize(x, *state, self.eps), None
+        outputs, local = normalize(
+            [x],
+            affine.weight,
+            affine.bias,
+            parts=[0],
+            pools=[0],
+            eps=self.eps,
+            sync=self.sync and self.training,
+            group=self.process_group,
+            holders=[stats] if self.training and not self._is_observed() else (),
+            momentum=self.momentum,
+            report=self._is_observed(),
+        )
+        return outputs[0], local
 
     def train(self, mode: bool = True) -> CycleBatchNorm2d:
         self.check_can_change_mode("train()" if mode else "eval()")
@@ -169,16 +178,25 @@ class CycleBatchNorm2d(DomainBatchNormBase):
 
     def check_can_change_mode(self, where: str) -> None:
         """Raise a RuntimeError, naming ``where``, in mid-cycle."""
-        if self._calls:
+        if self.calls:
             raise RuntimeError(
-                f"{where} after {self._calls} of {self.num_domains} calls of a CycleBatchNorm2d: "
+                f"{where} after {self.calls} of {self.num_domains} calls of a CycleBatchNorm2d: "
                 "the next call would use another level's statistics. Bracket each pass with "
                 "`with layer.cycle():`, or call reset_cycle() after an interrupted one and "
                 "train() or eval() again: only the modules before this one have the new mode"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy starts at level 0
+        return {**super().__getstate__(), "_calls": {}, "_bracketed": set()}
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, num_domains={self.num_domains}, sync={self.sync}, "
             f"eps={self.eps}, momentum={self.momentum}"
         )
+
+
+def _thread() -> int:
+    # a compiler cannot ask, and traces the calls of one thread
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

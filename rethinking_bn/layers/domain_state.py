@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rethinking_bn.layers.population_layer import PopulationLayer
+from rethinking_bn.layers.population_layer import PopulationLayer, check_eps
 from rethinking_bn.numerics.channels import exported_normalize
 from rethinking_bn.numerics.moments import Moments, mix_statistics
 from rethinking_bn.numerics.running import write_statistics
@@ -65,7 +65,7 @@ class DomainBatchNormBase(PopulationLayer, nn.Module):
         momentum: fraction of the new value in the EMA; None: cumulative average.
 
     Raises:
-        ValueError: for other choices, or fewer than one feature or domain.
+        ValueError: for other choices, fewer than one feature or domain, or an eps of 0 or less.
     """
 
     __jit_unused_properties__ = ["population_domains"]
@@ -88,6 +88,7 @@ class DomainBatchNormBase(PopulationLayer, nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         check_choice("population_stats", population_stats)
         check_choice("affine", affine)
+        check_eps(eps)
         self.num_features, self.num_domains = num_features, num_domains
         self.population_stats, self.affine = population_stats, affine
         self.eps, self.momentum = eps, momentum

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.fx import Proxy
 
 from rethinking_bn.layers.domain_state import Choice, DomainBatchNormBase, check_choice
-from rethinking_bn.layers.symbolic import as_leaf
+from rethinking_bn.layers.population_layer import as_leaf
 from rethinking_bn.numerics.channels import affine_normalize
 from rethinking_bn.numerics.normalize import normalize
 
@@ -125,8 +125,7 @@ class MultiDomainBatchNorm2d(DomainBatchNormBase):
     def _normalize_batch(self, xs: list[Tensor]) -> list[Tensor]:
         one, each = [0] * len(xs), list(range(len(xs)))
         # Population training normalises by what inference will use.
-        observed = self.training and self._observer is not None
-        moves = self.training and self._observer is None
+        observed = self._is_observed()
         train_stats = self.population_stats if observed else self.train_stats
         all_shared = train_stats == self.population_stats == "shared"
         parts = one if all_shared else each
@@ -141,12 +140,11 @@ class MultiDomainBatchNorm2d(DomainBatchNormBase):
             eps=self.eps,
             sync=self.sync and self.training,
             group=self.process_group,
-            holders=self._statistics_holders() if moves else (),
+            holders=self._statistics_holders() if self.training and not observed else (),
             momentum=self.momentum,
-            report=self.training and self._observer is not None,
+            report=observed,
         )
-        if self.training and self._observer is not None and local is not None:
-            self._observer(local)
+        self._report(local)
         return outputs
 
     def _check(self, xs: Sequence[Tensor]) -> None:

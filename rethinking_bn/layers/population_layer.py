@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from rethinking_bn.layers.frozen import freeze_layer, thaw_layer
 from rethinking_bn.numerics.moments import Moments
+from rethinking_bn.randomness import is_recomputing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,6 +30,15 @@ class PopulationLayer:
         _observer: Observer | None
     _observer = None
     _scripts_batch_statistics = False  # whether TorchScript gets those at inference, too
+
+    def _is_observed(self) -> bool:
+        """Return whether this forward is one of population training."""
+        return self._observer is not None and bool(getattr(self, "training", False))
+
+    def _report(self, moments: Moments | None) -> None:
+        """Tell the observer, but not of a forward that activation checkpointing recomputes."""
+        if moments is not None and self._observer is not None and not is_recomputing():
+            self._observer(moments)
 
     @property
     def population_domains(self) -> tuple[str, ...]:
@@ -55,8 +66,9 @@ class PopulationLayer:
             del self._observer
 
     def __getstate__(self) -> dict[str, Any]:
-        # nobody observes a copy
-        return {key: value for key, value in vars(self).items() if key != "_observer"}
+        # nobody observes a copy, and what compile_norms made computes with the layer itself
+        left_out = ("_observer", "_compiled_call_impl", "_normalize_level")
+        return {key: value for key, value in vars(self).items() if key not in left_out}
 
     def __prepare_scriptable__(self) -> Any:
         # called by torch.jit.script for every module of a model
@@ -107,3 +119,20 @@ class PopulationLayer:
                 one value per channel has none, and keeps the variance it had.
         """
         raise NotImplementedError
+
+
+def check_eps(eps: float) -> None:
+    """Raise a ValueError unless eps, which is added to a variance, is positive."""
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+
+
+def as_leaf(layer: nn.Module, x: Proxy | Sequence[Any]) -> Any:
+    """Return the result of calling ``layer`` as one node of torch.fx's graph, as of torch's layers.
+
+    Args:
+        x: its argument, a proxy or a sequence with one.
+    """
+    first: Any = x if isinstance(x, Proxy) else next(p for p in x if isinstance(p, Proxy))
+    name = first.tracer.path_of_module(layer)
+    return first.tracer.create_proxy("call_module", name, (x,), {})

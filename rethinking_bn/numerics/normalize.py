@@ -129,7 +129,7 @@ def normalize(
     outputs, local = _in_plain_operators(xs, weights, biases, call)
     if holders:
         update_running_statistics(holders, local, momentum)
-    return Normalized(outputs, local)
+    return Normalized(outputs, local if report else None)
 
 
 def _as_list(rows: Rows) -> Sequence[Any]:

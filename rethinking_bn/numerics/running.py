@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rethinking_bn.numerics.moments import Moments
+from rethinking_bn.randomness import is_recomputing
 
 
 def host_reads(x: Tensor) -> bool:
@@ -33,7 +34,8 @@ def update_running_statistics(
     nn.BatchNorm2d is called once per level. Rows are skipped on the device, without a host
     synchronisation: those without a value entirely, those with one value for the variance. A row
     that is not finite is skipped as well: under mixed precision one forward may overflow, in a
-    step that the optimizer then leaves out, and NaN would never leave a moving average again.
+    step that the optimizer then leaves out, and NaN would never leave a moving average again. A
+    forward that activation checkpointing recomputes moves nothing.
 
     Args:
         holders: modules with running_mean, running_var (C,) and num_batches_tracked, which may be
@@ -41,6 +43,8 @@ def update_running_statistics(
         moments: K rows.
         momentum: fraction of the new value; None: 1 / number of steps so far.
     """
+    if is_recomputing():
+        return
     variance = moments.variance(unbiased=True)
     first = holders[0]
     if len(holders) == len(moments.count) == 1 and momentum is not None and host_reads(variance):
@@ -89,11 +93,13 @@ def update_running_statistics(
 
 
 def keep_if_finite(holder: Any, mean: Tensor, variance: Tensor) -> None:
-    """Write moved statistics into a holder, unless the batch that moved them was not finite.
+    """Write moved statistics into a holder, as :func:`update_running_statistics` would.
 
     Args:
         mean, variance: (C,), what torch's operator made of copies of the holder's.
     """
+    if is_recomputing():
+        return
     largest, counter = variance.max(), holder.num_batches_tracked
     if host_reads(largest):
         if largest.item() < math.inf:

@@ -13,8 +13,7 @@ from torch.fx import Proxy
 from rethinking_bn.layers.mabn.official import convert_official
 from rethinking_bn.layers.mabn.replay import ForwardRecords
 from rethinking_bn.layers.mabn.ring import FullPrecisionBuffers, ValueRing, window
-from rethinking_bn.layers.population_layer import PopulationLayer
-from rethinking_bn.layers.symbolic import as_leaf
+from rethinking_bn.layers.population_layer import PopulationLayer, as_leaf
 from rethinking_bn.numerics.channels import affine_normalize, exported_normalize
 from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.numerics.moving_average import (
