@@ -152,7 +152,7 @@ class AveragedWeights:
         )
 
     def estimate_statistics(
-        self, batches: Iterable[Any], num_batches: int, **options: Any
+        self, batches: Iterable[Any], num_batches: int | None = None, **options: Any
     ) -> PopulationReport:
         """Estimate the population statistics of the averaged model, until the next update.
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from rethinking_bn.diagnosis.layers import DiagnosedLayer
+from rethinking_bn.layers.bn_like import find_bn_like
 from rethinking_bn.numerics.channels import statistics_dtype
 from rethinking_bn.numerics.moments import Moments, local_moments, merge_moments
-from rethinking_bn.population.observers import MomentsAccumulator, TorchLayer, leaves_moments
+from rethinking_bn.population.observe import MomentsAccumulator, TorchLayer, leaves_moments
 
 _BLOCK = 32  # forwards that are merged at once in float64
 
@@ -81,8 +82,9 @@ class Record:
         """Record every call of the layer; its forwards in training change no state meanwhile."""
         layer = self.layer
         with ExitStack() as stack:
-            if leaves_moments(layer.layer) and not layer.frozen:
-                observed = TorchLayer(layer.name, layer.layer)
+            found = [] if layer.frozen else find_bn_like(layer.layer).layers
+            if found and leaves_moments(found[0]):
+                observed = TorchLayer(found[0])
                 observed.moments = _CallByCall(self._to_come, layer.stored_on())
                 stack.enter_context(observed.observing())
                 stack.enter_context(layer.watching(partial(self._see, leaves=True)))

@@ -22,7 +22,7 @@ from rethinking_bn.engine.population_loader import build_together
 from rethinking_bn.engine.precise_bn import PreciseBN
 from rethinking_bn.engine.unread_keys import warn_of_unread_keys
 from rethinking_bn.engine.weight_average import WeightAverage, average_options
-from rethinking_bn.population.observers import find_population_layers
+from rethinking_bn.population import layers_to_estimate
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def _weight_average(cfg: Any, model: nn.Module, loader: PopulationLoader) -> Hoo
     if options is None:
         return None
     if options["statistics"] == "estimate":
-        if find_population_layers(model)[0]:
+        if layers_to_estimate(model):
             options.update(data_loader=loader(), num_iter=cfg.TEST.PRECISE_BN.NUM_ITER)
         else:
             logger.info("The average's statistics are the model's: no BN-like layer to estimate.")

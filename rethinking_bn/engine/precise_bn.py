@@ -21,9 +21,9 @@ from rethinking_bn.population import (
     PopulationReport,
     batch_statistics,
     estimate_population_statistics,
+    layers_to_estimate,
 )
 from rethinking_bn.population.forwards import Autocast
-from rethinking_bn.population.observers import find_population_layers
 
 __all__ = [
     "inference_statistics",
@@ -111,7 +111,7 @@ class PreciseBN(HookBase):
     @staticmethod
     def has_layers(model: nn.Module) -> bool:
         """Return whether there is something to estimate; if not, say so in the log."""
-        found = bool(find_population_layers(model)[0])
+        found = bool(layers_to_estimate(model))
         if not found:
             logger.info("PreciseBN is disabled: no BN-like layer of the model is in training mode.")
         return found

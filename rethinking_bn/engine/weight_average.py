@@ -16,7 +16,7 @@ from rethinking_bn.checkpointer import Checkpointer
 from rethinking_bn.engine.merge_statistics import merge_statistics
 from rethinking_bn.engine.precise_bn import autocast_of
 from rethinking_bn.engine.rank_state import RankState, gather_rank_state, load_rank_state
-from rethinking_bn.population.observers import find_population_layers
+from rethinking_bn.population import layers_to_estimate
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class WeightAverage(HookBase):
 
     def _give_statistics(self) -> None:
         if self.averaged.statistics == "estimate" and not self.averaged.estimated:
-            if find_population_layers(self.averaged.module)[0]:
+            if layers_to_estimate(self.averaged.module):
                 assert self._data_loader is not None  # checked in the constructor
                 self.averaged.estimate_statistics(
                     self._data_loader,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from rethinking_bn.population.batch_at_inference import batch_statistics
 from rethinking_bn.population.estimate import estimate_population_statistics
-from rethinking_bn.population.freeze_model import freeze_batch_norm, unfreeze_batch_norm
+from rethinking_bn.population.forwards import inputs_of
+from rethinking_bn.population.freezing import freeze_batch_norm, train_only, unfreeze_batch_norm
+from rethinking_bn.population.observe import layers_to_estimate
 from rethinking_bn.population.report import LayerReport, PopulationReport
-from rethinking_bn.population.train_part import train_only
 
 __all__ = [
     "LayerReport",
@@ -14,6 +15,8 @@ __all__ = [
     "batch_statistics",
     "estimate_population_statistics",
     "freeze_batch_norm",
+    "inputs_of",
+    "layers_to_estimate",
     "train_only",
     "unfreeze_batch_norm",
 ]

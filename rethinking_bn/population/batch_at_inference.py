@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rethinking_bn.layers.frozen import is_frozen
+from rethinking_bn.layers.bn_like import BatchNormLike, find_bn_like
 from rethinking_bn.numerics.normalize import normalize
-from rethinking_bn.population.observers import named_frozen_layers, named_population_layers
+from rethinking_bn.population.model_state import ModelState
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -23,46 +26,52 @@ def batch_statistics(model: nn.Module) -> Iterator[tuple[str, ...]]:
     with training where population statistics do not. It is always the batch of this rank alone:
     ranks evaluate different numbers of images. Layers pool what they pool in training otherwise
     (a multi-domain layer with shared train statistics its levels; a head that knows its images,
-    one image at a time; MABN takes the mean square of its input). No statistics change, an
-    empty input gives an empty result, a single value per channel gives the bias::
+    one image at a time; MABN takes the mean square of its input). A layer with a forward of its
+    own runs it as in training (a SyncBatchNorm of another project: as without statistics). No
+    statistics change, an empty input gives an empty result, a single value per channel gives the
+    bias::
 
         with batch_statistics(model.eval()) as frozen:
             outputs = model(images)
 
     Args:
-        model: its layers, of torch, of subclasses and of this package, are found as by
-            :func:`rethinking_bn.population.estimate_population_statistics`. Left alone are layers
-            frozen by ``freeze_batch_norm`` or FrozenBatchNorm2d (detectron2's, torchvision's).
+        model: its layers are found by :func:`rethinking_bn.layers.bn_like.find_bn_like`. Left
+            alone are layers frozen by ``freeze_batch_norm`` (unless ``track_running_stats`` is off:
+            such a layer trains by mini-batches alone), those of constant statistics
+            (FrozenBatchNorm2d of any project), and those that are not known to be BatchNorm.
 
     Yields:
-        the names of the frozen layers.
+        the names of the layers that are left alone.
 
     Raises:
         ValueError: if a layer is in training mode, or of a kind that cannot do this, by name;
             nothing has changed then.
     """
-    layers = [(name, layer) for name, layer in named_population_layers(model)]
-    active = [(name, layer) for name, layer in layers if not is_frozen(layer)]
-    for name, layer in active:
-        if layer.training:
-            raise ValueError(f"{name} is in training mode: call model.eval() first")
-        if not (isinstance(layer, _BatchNorm) or hasattr(layer, "batch_stats_at_inference")):
-            kind = type(layer).__name__
-            raise ValueError(f"{name}: {kind} cannot normalise by the mini-batch at inference")
-    frozen = [name for name, layer in layers if is_frozen(layer)]
-    frozen += [name for name, _ in named_frozen_layers(model)]
+    layers, unknown = find_bn_like(model)
+    keeping = [layer for layer in layers if _keeps_to_population(layer)]
+    active = [layer for layer in layers if layer not in keeping and layer.keeps_statistics]
+    for layer in active:
+        if layer.module.training:
+            raise ValueError(f"{layer.name} is in training mode: call model.eval() first")
+        if layer.kind == "ours" and not hasattr(layer.module, "batch_stats_at_inference"):
+            kind = type(layer.module).__name__
+            raise ValueError(
+                f"{layer.name}: {kind} cannot normalise by the mini-batch at inference"
+            )
+    if unknown:
+        logger.warning("batch_statistics leaves alone %s", "; ".join(map(str, unknown)))
     with ExitStack() as stack:
-        for _, layer in active:
-            change: tuple[dict[str, Any], dict[str, Any]]
-            if hasattr(layer, "batch_stats_at_inference"):
-                change = vars(layer), {"batch_stats_at_inference": True}
-            elif type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-                assert isinstance(layer, _BatchNorm)  # for the type checker
-                change = vars(layer), {"forward": partial(_normalize, layer)}
-            else:  # by torch's rule such a forward takes its batch where it has no statistics
-                change = layer._buffers, {"running_mean": None, "running_var": None}
-            stack.enter_context(_changed(*change))
-        yield tuple(frozen)
+        for layer in active:
+            values: dict[str, Any] = {"batch_stats_at_inference": True}
+            if layer.kind != "ours":
+                values = {"forward": _forward_by_batch(layer)}
+            stack.enter_context(_changed(vars(layer.module), values))
+        yield (*(layer.name for layer in keeping), *(module.name for module in unknown))
+
+
+def _keeps_to_population(layer: BatchNormLike) -> bool:
+    tracks = getattr(layer.module, "track_running_stats", True)
+    return layer.frozen == "constant" or (layer.frozen == "freeze_batch_norm" and bool(tracks))
 
 
 @contextmanager
@@ -78,6 +87,13 @@ def _changed(dictionary: dict[str, Any], values: dict[str, Any]) -> Iterator[Non
             del dictionary[key]
 
 
+def _forward_by_batch(layer: BatchNormLike) -> Callable[..., Any]:
+    if layer.kind == "torch":
+        return partial(_normalize, layer.module)
+    run = _without_statistics if layer.pools_ranks else _as_in_training
+    return partial(run, layer.module, layer.module.forward)
+
+
 def _normalize(layer: _BatchNorm, input: Tensor) -> Tensor:
     """Be the forward of a torch layer: torch's own refuses empty inputs and single values."""
     outputs, _ = normalize(
@@ -89,3 +105,20 @@ def _normalize(layer: _BatchNorm, input: Tensor) -> Tensor:
         eps=layer.eps,
     )
     return outputs[0]
+
+
+def _as_in_training(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+    state = ModelState(layer)
+    try:
+        layer.training = True
+        return forward(*args, **kw)
+    finally:
+        state.restore()
+
+
+def _without_statistics(
+    layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    # by torch's rule such a forward takes its batch where it has no statistics
+    with _changed(layer._buffers, {"running_mean": None, "running_var": None}):
+        return forward(*args, **kwargs)

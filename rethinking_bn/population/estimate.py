@@ -23,17 +23,12 @@ from rethinking_bn.distributed import (
     get_rank,
     get_world_size,
 )
+from rethinking_bn.layers.bn_like import BatchNormLikes, find_bn_like
 from rethinking_bn.numerics.moments import Moments, merge_moments
-from rethinking_bn.population.forwards import Autocast, Forward, PopulationRun
-from rethinking_bn.population.model_state import ModelState, unwrap
-from rethinking_bn.population.observers import (
-    ObservedLayer,
-    ThawedLayer,
-    find_population_layers,
-    named_frozen_layers,
-    observe,
-)
-from rethinking_bn.population.report import LayerReport, PopulationReport, compare
+from rethinking_bn.population.forwards import Autocast, Forward, PopulationRun, call_model
+from rethinking_bn.population.model_state import ModelState, exclusive, unwrap
+from rethinking_bn.population.observe import ObservedLayer, observe
+from rethinking_bn.population.report import LayerReport, PopulationReport, compare, shorten
 from rethinking_bn.randomness import isolated_random_state
 
 __all__ = ["LayerReport", "PopulationReport", "estimate_population_statistics"]
@@ -44,7 +39,7 @@ logger = logging.getLogger(__name__)
 def estimate_population_statistics(
     model: nn.Module,
     batches: Iterable[Any],
-    num_batches: int,
+    num_batches: int | None = None,
     *,
     group: ProcessGroup | None = None,
     labelled: bool | None = None,
@@ -70,13 +65,18 @@ def estimate_population_statistics(
     Layers with shared population statistics over several domains normalise by statistics pooled
     over them meanwhile, which is what inference will do. A plain nn.BatchNorm2d that is called
     once per feature level cannot: its forward normalises each call by itself, and only the
-    estimate pools its uses. For nn.SyncBatchNorm and subclasses of torch's layers that have a
-    forward of their own, the moments of the input are computed once more.
+    estimate pools its uses. For nn.SyncBatchNorm the moments of the input are computed once more.
 
-    Estimated are the layers in training mode when this is called (the package's own,
-    nn.BatchNorm1d/2d/3d, nn.SyncBatchNorm); those in eval mode are taken as frozen, left alone and
-    named in the report, as are statistics that no value reached. So are FrozenBatchNorm2d
-    (detectron2's and torchvision's), unless ``thaw`` says otherwise.
+    Estimated are the layers in training mode when this is called, found by
+    :func:`rethinking_bn.layers.bn_like.find_bn_like`; those in eval mode are taken as frozen, left
+    alone and named in the report, as are statistics that no value reached. So are layers of
+    constant statistics (FrozenBatchNorm2d of any project), unless ``thaw`` says otherwise, and
+    modules that are not known to be BatchNorm.
+
+    Of a layer that trains by a forward of its own (masked, split, ghost, norm and activation, an
+    nn.InstanceNorm2d with statistics) only the layer knows which values count: its statistics are
+    taken from what it leaves in its buffers batch after batch with momentum 1.0, with equal
+    weights, the spread between batches included (as in fvcore's PreciseBN). The report names it.
 
     Nothing else changes: other buffers, modes, attributes of modules, momentum and the random
     generators (Python, numpy, torch) come back as they were. After any exception, KeyboardInterrupt
@@ -86,7 +86,8 @@ def estimate_population_statistics(
         model: may be wrapped in DistributedDataParallel, DataParallel or torch.compile; the module
             inside runs.
         batches: inputs of the model on this rank. At most ``num_batches`` are taken.
-        num_batches: forwards per rank, the same on all ranks.
+        num_batches: forwards per rank, the same on all ranks. None: all batches of a loader that
+            has a length; ranks of unequal length stop together, at the end of the shortest.
         group: ranks that estimate together; None: the default group, or this process alone.
         labelled: True: the model runs in the modes it is in, as in training (within a throwaway
             event storage when detectron2 is in use). False: it runs in eval mode with only the
@@ -94,25 +95,29 @@ def estimate_population_statistics(
             batch on some rank is a list of detectron2's dicts without ground truth.
         autocast: makes the context of each forward, such as ``lambda: torch.autocast("cuda")``;
             None: whatever autocast is active around the call.
-        forward: runs ``model`` (unwrapped) on a batch; None: ``model(batch)``.
+        forward: runs ``model`` (unwrapped) on a batch; None: ``model(batch)``, or
+            ``model(inputs)`` for a pair of inputs and labels
+            (:func:`rethinking_bn.population.inputs_of`).
         seed: of the random numbers that the forwards draw (each rank adds its number) and of
             modules that ask for one (``rethinking_bn.randomness``), so that the same weights and
             batches give the same statistics; None: the generators go on from where they are.
         progress: log a line with the expected time left every ten seconds on rank 0.
         allow_empty: return an empty report, with a log line and without consuming a batch, where
             otherwise a ValueError says that there is no layer to estimate.
-        thaw: estimate every FrozenBatchNorm2d, too; they stay of that class. With their weights
-            fixed, this adapts a whole detector to the domain of ``batches`` (Table 4).
+        thaw: estimate layers of constant statistics, too; they stay of their class. With their
+            weights fixed, this adapts a whole detector to the domain of ``batches`` (Table 4).
 
     Returns:
         What was seen and how far the old statistics were off.
 
     Raises:
-        ValueError: when ``num_batches`` is no positive integer, when no BN-like layer is in
-            training mode, when the statistics of a layer to thaw are folded into its weight, when
-            ranks disagree about one or the other, or when a loader ends early; on all ranks, naming
-            the rank (a short loader: RuntimeError on the other ranks).
-        RuntimeError: when a loader raises (chained to what it raised), or another rank failed.
+        ValueError: when ``num_batches`` is no positive integer, or None for a loader without a
+            length; when no BN-like layer is in training mode, when the statistics of a layer to
+            thaw are folded into its weight, when ranks disagree about one or the other, or when a
+            loader ends early; on all ranks, naming the rank (a short loader: RuntimeError on the
+            other ranks). Where the model cannot be called with what the loader gives.
+        RuntimeError: when a loader raises (chained to what it raised), another rank failed, or
+            another estimate or diagnosis of the model is running.
         FloatingPointError: when statistics are not finite, or overflow the type of their buffers;
             on all ranks, naming the layer.
         Exception: whatever the model raises. Other ranks are told, unless the model has layers
@@ -120,100 +125,114 @@ def estimate_population_statistics(
             their wait.
     """
     model = unwrap(model)
-    num_batches, layers, frozen = _agree_on_plan(
-        model, num_batches, autocast, labelled, group, thaw
-    )
-    world = get_world_size(group)
-    if not layers:
-        why = _why_nothing(model, frozen)
-        if not allow_empty:
-            raise ValueError(f"population training finds nothing to estimate: {why}")
-        logger.info("population training: nothing to estimate, %s", why)
-        return PopulationReport((), tuple(frozen), 0, world, bool(labelled), 0.0)
+    with exclusive(model):
+        found, layers = _agree_on_plan(model, batches, num_batches, autocast, labelled, group, thaw)
+        chosen = {layer.module for layer in layers}
+        rest = [layer for layer in found.layers if layer.module not in chosen]
+        frozen = tuple(layer.name for layer in rest if layer.keeps_statistics)
+        left = tuple(map(str, found.left))
+        world = get_world_size(group)
+        if not layers:
+            why = _why_nothing(found)
+            if not allow_empty:
+                raise ValueError(f"population training finds nothing to estimate: {why}")
+            logger.info("population training: nothing to estimate, %s", why)
+            return PopulationReport((), frozen, 0, world, bool(labelled), 0.0, left)
 
-    start = time.perf_counter()
-    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-    own_seed = None if seed is None else seed + get_rank(group)
-    with isolated_random_state(own_seed, devices), torch.no_grad():
-        state = ModelState(model)
-        try:
-            run = PopulationRun(
-                model,
-                [layer.layer for layer in layers],
-                num_batches,
-                group=group,
-                autocast=autocast or nullcontext,
-                forward=forward or _call,
-                seed=seed,
-                progress=progress,
-            )
-            with ExitStack() as stack:
-                for layer in layers:
-                    stack.enter_context(layer.observing())
-                labelled = run(batches, labelled)
-            moments = _merge_over_ranks(layers, group)
-            state.restore()
-            _write(layers, moments)
-        except BaseException:
-            state.restore()
-            raise
+        start = time.perf_counter()
+        devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+        own_seed = None if seed is None else seed + get_rank(group)
+        with isolated_random_state(own_seed, devices), torch.no_grad():
+            state = ModelState(model)
+            try:
+                run = PopulationRun(
+                    model,
+                    [layer.module for layer in layers],
+                    num_batches,
+                    group=group,
+                    autocast=autocast or nullcontext,
+                    forward=forward or call_model,
+                    seed=seed,
+                    progress=progress,
+                )
+                with ExitStack() as stack:
+                    for layer in layers:
+                        stack.enter_context(layer.observing())
+                    labelled = run(batches, labelled)
+                if run.done == 0:
+                    raise ValueError("population training: the loader of some rank is empty")
+                moments = _merge_over_ranks(layers, group)
+                state.restore()
+                _write(layers, moments)
+            except BaseException:
+                state.restore()
+                raise
     reports = [
         report
         for layer, pooled in zip(layers, moments, strict=True)
         for report in _compare(layer, pooled)
     ]
     report = PopulationReport(
-        tuple(reports), tuple(frozen), num_batches, world, labelled, time.perf_counter() - start
+        *(tuple(reports), frozen, run.done, world, labelled, time.perf_counter() - start, left),
+        from_buffers=tuple(layer.layer.name for layer in layers if layer.layer.kind == "own"),
     )
-    _log(report, main=progress and get_rank(group) == 0)
+    if progress and get_rank(group) == 0:
+        report.log()
     return report
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
-
-
-def _why_nothing(model: nn.Module, frozen: list[str]) -> str:
-    if frozen:
-        return (
-            f"all {len(frozen)} BN-like layers are frozen, that is in eval mode (call train() "
-            "before, or unfreeze_batch_norm for those that freeze_batch_norm froze)"
-        )
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        return "no BN-like layer can be seen in a scripted or traced model: estimate before export"
-    return "the model has no BN-like layer that keeps statistics"
+def _why_nothing(found: BatchNormLikes) -> str:
+    """Say what there is instead of layers to estimate, and what would include it."""
+    ways = {
+        "eval mode": "in eval mode: call train() before",
+        "freeze_batch_norm": "frozen by freeze_batch_norm: call unfreeze_batch_norm before",
+        "constant": "of constant statistics: thaw=True estimates them",
+    }
+    keeping = [layer for layer in found.layers if layer.keeps_statistics]
+    counts = {by: sum(layer.frozen == by for layer in keeping) for by in ways}
+    reasons = [f"{count} {ways[by]}" for by, count in counts.items() if count]
+    parts = []
+    if keeping:
+        parts.append(f"all {len(keeping)} BN-like layers are frozen ({'; '.join(reasons)})")
+    without = len(found.layers) - len(keeping)
+    if without:
+        parts.append(f"{without} BN-like layers keep no statistics (they infer by the mini-batch)")
+    if found.left:
+        parts.append(f"left alone: {shorten([str(layer) for layer in found.left], '; ')}")
+    return "; ".join(parts) or "the model has no BN-like layer that keeps statistics"
 
 
 def _agree_on_plan(
     model: nn.Module,
-    num_batches: int,
+    batches: Iterable[Any],
+    num_batches: int | None,
     autocast: Autocast | None,
     labelled: bool | None,
     group: ProcessGroup | None,
     thaw: bool,
-) -> tuple[int, list[ObservedLayer], list[str]]:
+) -> tuple[BatchNormLikes, list[ObservedLayer]]:
     """Check the arguments here and against the other ranks', in one exchange."""
     error: Exception | None = None
     layers: list[ObservedLayer] = []
-    frozen: list[str] = []
+    found = BatchNormLikes([], [])
     try:
-        num_batches = _positive(num_batches)
+        _check_number(num_batches, batches)
         if hasattr(autocast, "__enter__"):
             raise ValueError(
                 "autocast must be a function that makes a context, such as "
                 "lambda: torch.autocast('cuda'), not the context itself"
             )
-        found, frozen = find_population_layers(model)
-        layers = observe(found)
-        constant = named_frozen_layers(model)
-        if thaw:
-            layers += [ThawedLayer(name, layer) for name, layer in constant]
-        else:
-            frozen += [name for name, _ in constant]
+        found = find_bn_like(model)
+        taken = ("", "constant") if thaw else ("",)
+        layers = [
+            observe(layer)
+            for layer in found.layers
+            if layer.keeps_statistics and layer.frozen in taken
+        ]
     except Exception as raised:
         error = raised
     message = None if error is None else f"{type(error).__name__}: {error}"
-    sets = [(layer.name, layer.domains, layer.old[0].shape[1]) for layer in layers]
+    sets = [(layer.layer.name, layer.layer.domains, layer.old[0].shape[1]) for layer in layers]
     plans = all_gather_object((message, num_batches, labelled, sets), group)
     if error is not None:
         raise error
@@ -225,17 +244,25 @@ def _agree_on_plan(
         if any(value != values[0] for value in values):
             told = "; ".join(f"rank {r}: {_shorten(v)}" for r, v in enumerate(values))
             raise ValueError(f"ranks disagree about {what}: {told}")
-    return num_batches, layers, frozen
+    return found, layers
 
 
-def _positive(num_batches: Any) -> int:
+def _check_number(num_batches: Any, batches: Any) -> None:
+    if num_batches is None:
+        try:
+            len(batches)
+        except TypeError:
+            raise ValueError(
+                f"num_batches is None, but the loader ({type(batches).__name__}) has no length: "
+                "say how many batches to take"
+            ) from None
+        return
     try:
         number = operator.index(num_batches)
     except TypeError:
         number = 0
     if number < 1 or isinstance(num_batches, bool):
         raise ValueError(f"num_batches must be a positive integer, got {num_batches!r}")
-    return number
 
 
 def _shorten(value: Any, length: int = 300) -> str:
@@ -263,16 +290,17 @@ def _merge_over_ranks(layers: list[ObservedLayer], group: ProcessGroup | None) -
 
 def _write(layers: list[ObservedLayer], moments: list[Moments]) -> None:
     for layer, pooled in zip(layers, moments, strict=True):
-        for domain, mean, m2 in zip(layer.domains, pooled.mean, pooled.m2, strict=True):
+        domains = layer.layer.domains
+        for domain, mean, m2 in zip(domains, pooled.mean, pooled.m2, strict=True):
             bad = int((~(mean.isfinite() & m2.isfinite())).sum())
             if bad:
                 raise FloatingPointError(
                     f"{_label(layer, domain)}: {bad} of {len(mean)} channels saw a value that is "
                     "not finite; the old statistics are kept"
                 )
-        layer.write(pooled)
+        layer.layer.write(pooled)
         for domain, count, mean, var in zip(
-            layer.domains, pooled.count, *layer.read(), strict=True
+            domains, pooled.count, *layer.layer.read(), strict=True
         ):
             if count > 0 and not (mean.isfinite().all() and var.isfinite().all()):
                 raise FloatingPointError(
@@ -282,27 +310,19 @@ def _write(layers: list[ObservedLayer], moments: list[Moments]) -> None:
 
 
 def _label(layer: ObservedLayer, domain: str) -> str:
-    return f"{layer.name}[{domain}]" if domain else layer.name
+    name = layer.layer.name
+    return f"{name}[{domain}]" if domain else name
 
 
 def _compare(layer: ObservedLayer, moments: Moments) -> Iterator[LayerReport]:
-    new = layer.read()
-    for row, domain in enumerate(layer.domains):
+    new = layer.layer.read()
+    for row, domain in enumerate(layer.layer.domains):
         yield compare(
-            layer.name,
+            layer.layer.name,
             domain,
             round(moments.count[row].item()),
             (layer.old[0][row], layer.old[1][row]),
             (new[0][row], new[1][row]),
             eps=layer.layer.eps,
-            mean_square=hasattr(layer.layer, "running_mean_square"),
+            mean_square=layer.layer.mean_square,
         )
-
-
-def _log(report: PopulationReport, main: bool) -> None:
-    if main:
-        logger.info(report.summary())
-    if main and report.frozen:
-        logger.info("frozen BN-like layers, left alone: %s", ", ".join(report.frozen))
-    if main and report.unreached:
-        logger.warning("statistics kept, no value seen: %s", ", ".join(report.unreached))

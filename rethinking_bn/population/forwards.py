@@ -7,11 +7,11 @@ import itertools
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from rethinking_bn.distributed import (
@@ -35,15 +35,71 @@ Forward = Callable[[Any, Any], Any]  # (model, batch)
 
 def is_labelled(batch: Any) -> bool:
     """Return whether a batch has ground truth: False only for detectron2's dicts without any."""
-    if not isinstance(batch, (list, tuple)) or not batch:
-        return True
-    if not all(isinstance(sample, dict) and "image" in sample for sample in batch):
+    if not _are_dicts_of_detectron2(batch):
         return True
     return all(any(key in sample for key in _GROUND_TRUTH) for sample in batch)
 
 
+def inputs_of(batch: Any) -> Any:
+    """Return what of a loader's batch a model is called with.
+
+    The first of two, where these are inputs (a tensor, or a list of tensors) and labels (a tensor
+    or list of integers or truth values, a dict, a list of dicts); everything else as it is.
+    """
+    if type(batch) not in (list, tuple) or len(batch) != 2:
+        return batch
+    inputs, labels = batch
+    parts = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+    if not parts or not all(isinstance(part, Tensor) for part in parts):
+        return batch
+    if isinstance(labels, Tensor):
+        # two byte images are two images
+        alike = labels.dtype == parts[0].dtype and labels.dim() == parts[0].dim()
+        return batch if labels.is_floating_point() or alike else inputs
+    each = labels if isinstance(labels, (list, tuple)) else [labels]
+    return inputs if all(isinstance(label, (int, dict)) for label in each) else batch
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a loader's batch, by :func:`inputs_of`: what ``forward=None`` stands for.
+
+    Raises:
+        ValueError: where a model cannot be called with a tuple, list or dict as the loader gives
+            it; names ``forward=``, with an example.
+    """
+    inputs = inputs_of(batch)
+    try:
+        return model(inputs)
+    except (TypeError, AttributeError, AssertionError, ValueError, NotImplementedError) as error:
+        if isinstance(batch, Tensor) or _are_dicts_of_detectron2(batch):
+            raise
+        example = "model(batch[0])" if inputs is batch else "model(*batch)"
+        example = "model(**batch)" if isinstance(batch, Mapping) else example
+        raise ValueError(
+            f"the model cannot be called with {_in_words(batch)} as the loader gives it "
+            f"({type(error).__name__}: {error}): say how by forward=, such as "
+            f"forward=lambda model, batch: {example}"
+        ) from error
+
+
+def _in_words(batch: Any) -> str:
+    kind = type(batch).__name__
+    if isinstance(batch, (list, tuple)):
+        return f"a {kind} of {', '.join(type(part).__name__ for part in batch[:4])}"
+    return f"a {kind}"
+
+
+def _are_dicts_of_detectron2(batch: Any) -> bool:
+    if not isinstance(batch, (list, tuple)) or not batch:
+        return False
+    return all(isinstance(sample, dict) and "image" in sample for sample in batch)
+
+
 class PopulationRun:
     """The forwards, each begun only when every rank has a batch and none has failed.
+
+    Attributes:
+        done: forwards run on this rank, and on every other.
 
     Args:
         model: unwrapped.
@@ -72,6 +128,7 @@ class PopulationRun:
         self.autocast, self.forward, self.seed = autocast, forward, seed
         self.progress, self.title = progress and self.rank == 0, title
         self.communicates = any(communicates(module) for module in model.modules())
+        self.done = 0
 
     def __call__(self, batches: Iterable[Any], labelled: bool | None) -> bool:
         """Run every batch and return whether they were taken as labelled."""
@@ -99,7 +156,8 @@ class PopulationRun:
                         self._only_normalise_by_batches()
                 error = self._forward(index, batch)
                 storage.step()
-                clock.tick(index + 1)
+                self.done = index + 1
+                clock.tick(self.done)
         return bool(labelled)
 
     def _forward(self, index: int, batch: Any) -> BaseException | None:
@@ -118,13 +176,13 @@ class PopulationRun:
 
     def _loader_error(self, raised: BaseException, had: int) -> BaseException:
         where = f"rank {self.rank}: the loader"
+        number = had if self.num_batches is None else f"{had} of {self.num_batches}"
         if isinstance(raised, StopIteration):
-            return ValueError(f"{where} ended after {had} of {self.num_batches} batches")
+            return ValueError(f"{where} ended after {number} batches")
         if not isinstance(raised, Exception):
             return raised
         error = RuntimeError(
-            f"{where} failed after {had} of {self.num_batches} batches: "
-            f"{type(raised).__name__}: {raised}"
+            f"{where} failed after {number} batches: {type(raised).__name__}: {raised}"
         )
         error.__cause__ = raised
         return error

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+
+_lock = threading.Lock()
+_in_use: WeakSet[nn.Module] = WeakSet()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -17,6 +24,40 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
         else:
             return model
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put the mode of every module back at the end, whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        _set_modes(modes)
+
+
+@contextmanager
+def exclusive(model: nn.Module) -> Iterator[None]:
+    """Refuse a second estimate or diagnosis of a model while one runs, nested or in a thread.
+
+    Both set momentum and buffers of the same layers, so that neither's numbers would be right.
+
+    Raises:
+        RuntimeError: when a module of the model is in use; nothing has changed then.
+    """
+    modules = set(model.modules())
+    with _lock:
+        if any(module in _in_use for module in modules):
+            raise RuntimeError(
+                "another population training or diagnosis of this model is running: one within "
+                "the other, or in two threads, would mix up the statistics of both"
+            )
+        _in_use.update(modules)
+    try:
+        yield
+    finally:
+        with _lock:
+            _in_use.difference_update(modules)
 
 
 class ModelState:
@@ -56,12 +97,16 @@ class ModelState:
             _replace(attributes, bound)
         for registry, members in self._registries:
             _replace(registry, members)
-        for module, training in self._modes:
-            if module.training != training:  # a scripted module keeps its mode elsewhere
-                module.training = training
+        _set_modes(self._modes)
         for buffer, value in self._values:
             if not torch.equal(buffer, value):  # NaN counts as unequal
                 buffer.copy_(value)
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        if module.training != training:  # a scripted module keeps its mode elsewhere
+            module.training = training
 
 
 def _replace(container: Any, before: Any) -> None:

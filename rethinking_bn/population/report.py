@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# one name for all of population training
+logger = logging.getLogger("rethinking_bn.population")
 
 
 @dataclass(frozen=True)
@@ -16,8 +21,8 @@ class LayerReport:
     Attributes:
         name: of the layer in the model.
         domain: "" when the layer has one set for all, else the domain, such as "3".
-        samples: values per channel that were seen on all ranks together. With 0 the statistics
-            were kept, so the next three are 0, 0 and 1.
+        samples: values per channel that were seen on all ranks together (batches, of a layer in
+            ``from_buffers``). With 0 the statistics were kept, so the next three are 0, 0 and 1.
         drift_mean, drift_max: |old mean - new mean| in units of the new standard deviation
             √(var + eps), averaged over the channels and at its largest. A layer that normalises by
             a mean square alone: |√old - √new| / √(new + eps). Infinite for statistics that were
@@ -44,12 +49,15 @@ class PopulationReport:
 
     Attributes:
         layers: one entry per layer and domain, in the model's order.
-        frozen: names of BN-like layers that were in eval mode, or are a FrozenBatchNorm2d, hence
-            left alone.
+        frozen: names of BN-like layers that were in eval mode, frozen, or of constant statistics,
+            hence left alone.
         num_batches: forwards on each rank.
         world_size: ranks W.
         labelled: whether the model ran on labelled data, as in training.
         seconds: wall-clock time on this rank.
+        left: modules that are not known to be BatchNorm, with the reasons.
+        from_buffers: names of layers with a forward of their own, whose statistics are what they
+            left in their buffers, averaged over batches.
     """
 
     layers: tuple[LayerReport, ...]
@@ -58,6 +66,8 @@ class PopulationReport:
     world_size: int
     labelled: bool
     seconds: float
+    left: tuple[str, ...] = ()
+    from_buffers: tuple[str, ...] = ()
 
     @property
     def unreached(self) -> tuple[str, ...]:
@@ -105,13 +115,30 @@ class PopulationReport:
             name, *numbers = (cell for cell in row)
             cells = [number.rjust(w) for number, w in zip(numbers, widths[1:], strict=True)]
             lines.append("  ".join([name.ljust(widths[0]), *cells]))
-        for title, names in (
-            ("frozen, left alone", self.frozen),
-            ("no value seen, kept", self.unreached),
-        ):
-            if names:
-                lines.append(f"{title}: {', '.join(names)}")
+        lines += [f"{title}: {', '.join(names)}" for _, title, names in self._remarks() if names]
         return "\n".join(lines)
+
+    def _remarks(self) -> tuple[tuple[int, str, tuple[str, ...]], ...]:
+        own = "a forward of their own, so from their buffers, batch after batch"
+        return (
+            (logging.WARNING, "not known to be BatchNorm, left alone", self.left),
+            (logging.INFO, own, self.from_buffers),
+            (logging.INFO, "frozen, left alone", self.frozen),
+            (logging.WARNING, "no value seen, or none left in the buffers, so kept", self.unreached),
+        )
+
+    def log(self) -> None:
+        """Log the summary, and a line for each kind of layers that need one."""
+        logger.info(self.summary())
+        for level, title, names in self._remarks():
+            if names:
+                logger.log(level, "%s: %s", title, ", ".join(names))
+
+
+def shorten(parts: Sequence[str], separator: str = ", ", most: int = 5) -> str:
+    """Return the first parts in one line, and how many more there are."""
+    more = f" and {len(parts) - most} more" if len(parts) > most else ""
+    return separator.join(parts[:most]) + more
 
 
 def compare(
@@ -127,16 +154,15 @@ def compare(
     """Measure how far one set of statistics moved.
 
     Args:
-        old, new: (mean (C,), variance (C,)) in float64; (mean square (C,), anything) for a layer
-            that normalises by the mean square alone.
+        old, new: (mean (C,), variance (C,)) in float64.
         eps: what the layer adds under the root.
-        mean_square: whether it is such a layer.
+        mean_square: whether the layer normalises by a mean square alone, here the variance.
     """
     if samples == 0:
         return LayerReport(name, domain, 0, 0.0, 0.0, 1.0)
-    power = [statistics[0] if mean_square else statistics[1] for statistics in (old, new)]
-    scale = (power[1] + eps).sqrt()
-    moved = power[0].sqrt() - power[1].sqrt() if mean_square else old[0] - new[0]
+    (old_mean, old_var), (new_mean, new_var) = old, new
+    scale = (new_var + eps).sqrt()
+    moved = old_var.sqrt() - new_var.sqrt() if mean_square else old_mean - new_mean
     drift = torch.nan_to_num(moved.abs() / scale, nan=math.inf, posinf=math.inf)
-    ratio = ((power[0] + eps) / (power[1] + eps)).log().mean().exp()
+    ratio = ((old_var + eps) / (new_var + eps)).log().mean().exp()
     return LayerReport(name, domain, samples, drift.mean().item(), drift.max().item(), ratio.item())

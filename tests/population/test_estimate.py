@@ -232,27 +232,6 @@ def test_calls_past_the_hooks_do_no_damage() -> None:
     assert model.second.num_batches_tracked == 0
 
 
-class RankPooled(nn.BatchNorm2d):
-    """Like detectron2's NaiveSyncBatchNorm: its buffers follow a biased variance of its own."""
-
-    running_mean: Any
-    running_var: Any
-    momentum: Any
-
-    def forward(self, input: Tensor) -> Tensor:
-        mean = input.mean((0, 2, 3))
-        self.running_mean += self.momentum * (mean - self.running_mean)
-        self.running_var *= 7
-        return input - mean[:, None, None]
-
-
-def test_layers_with_a_forward_of_their_own_are_measured_at_their_input() -> None:
-    model, batches = nn.Sequential(nn.BatchNorm2d(3), RankPooled(3)), images(2, 3)
-    seen = record_inputs(model, batches)
-    estimate_population_statistics(model, batches, 2)
-    assert_statistics(model[1], seen["1"])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     batches = images(2, 3)

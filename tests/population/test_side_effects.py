@@ -163,7 +163,7 @@ def raising_loader(error: BaseException) -> Iterator[Tensor]:
     raise error
 
 
-@pytest.mark.parametrize("num_batches", [0, -3, 2.5, True, "3", None])
+@pytest.mark.parametrize("num_batches", [0, -3, 2.5, True, "3"])
 def test_number_of_batches_is_checked(num_batches: Any) -> None:
     model = small_net()
     with pytest.raises(ValueError, match=f"positive integer, got {num_batches!r}"):
