@@ -124,7 +124,7 @@ class PopulationReport:
             (logging.WARNING, "not known to be BatchNorm, left alone", self.left),
             (logging.INFO, own, self.from_buffers),
             (logging.INFO, "frozen, left alone", self.frozen),
-            (logging.WARNING, "no value seen, or none left in the buffers, so kept", self.unreached),
+            (logging.WARNING, "no value seen or left in the buffers, kept", self.unreached),
         )
 
     def log(self) -> None:
