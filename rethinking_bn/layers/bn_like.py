@@ -68,10 +68,7 @@ class BatchNormLike:
         return not self.domains or bool(getattr(self.module, "batch_stats_at_inference", False))
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Return copies of mean and variance, (D, C) in float64 on the CPU.
-
-        Zeros for torch's meta device, which has no numbers.
-        """
+        """Return copies of mean and variance, (D, C) float64 on the CPU (zeros from "meta")."""
         if self.kind == "ours":
             mean, var = self.module.read_population()
         else:
@@ -109,13 +106,7 @@ class BatchNormLike:
 
 
 class LeftAlone(NamedTuple):
-    """A module with BatchNorm's statistics that is not known to be BatchNorm.
-
-    Attributes:
-        name: in the model.
-        module: the module.
-        reason: why, such as "its output is not that of BatchNorm's formula".
-    """
+    """A module with BatchNorm's statistics that is not known to be BatchNorm, and why."""
 
     name: str
     module: nn.Module
@@ -138,12 +129,10 @@ def find_bn_like(model: nn.Module) -> BatchNormLikes:
     Layers are found by what they are: subclasses of torch's norms that keep statistics or
     normalise by the mini-batch, this package's layers, and modules with ``running_mean`` and
     ``running_var`` (C,) whose output is BatchNorm's formula. The last is tried on a float64 copy,
-    in training and eval mode, which also tells its eps; the module itself is not run. A copy that
+    in training and eval mode, which also tells its eps; the module itself is not run or changed. A copy that
     fails or answers otherwise (an activation that belongs to the layer, a scripted module) is not
     guessed at. A layer whose ``track_running_stats`` was switched off while it has statistics
     counts as one that keeps them: it infers by them.
-
-    Nothing is kept between calls, and nothing changes.
 
     Raises:
         ValueError: for a lazy layer that has no size yet, by name.
@@ -168,7 +157,7 @@ def find_bn_like(model: nn.Module) -> BatchNormLikes:
 def communicates(module: nn.Module) -> bool:
     """Return whether a module's forward in training may wait for other ranks.
 
-    Modules that do without being a SyncBatchNorm say so by ``sync`` or ``communicates`` = True.
+    That is a SyncBatchNorm, or what says so by ``sync`` or ``communicates`` = True.
     """
     says_so = getattr(module, "sync", False) is True or getattr(module, "communicates", False)
     return bool(says_so) or any("SyncBatchNorm" in kind.__name__ for kind in type(module).__mro__)
@@ -210,7 +199,7 @@ def _describe(name: str, module: Any) -> BatchNormLike | LeftAlone | None:
         domains = module.population_domains if domains or not of_torch else ()
     elif isinstance(module, _BatchNorm) and not foreign:
         kind = "torch"
-    elif domains:
+    elif domains and not isinstance(module, _InstanceNorm):
         answer = _try_copy(module)
         if not isinstance(answer, str):
             kind, eps = answer
@@ -244,8 +233,6 @@ class _OtherAnswer(Exception):
 def _try_copy(module: nn.Module) -> tuple[Kind, float] | str:
     """Return how a copy of a module normalises and its eps, or why that is not known."""
     mean = _statistics(module)[0]  # type: ignore[index]
-    if isinstance(module, _InstanceNorm):
-        return "it normalises each sample by itself"
     if communicates(module):
         return "its forward waits for other ranks, so a copy of it cannot be tried"
     if mean.dim() != 1:
@@ -285,16 +272,11 @@ def _answer(copied: Any, channels: int, space: Sequence[int]) -> tuple[Kind, flo
     """
     x = torch.arange(4 * channels * math.prod(space), dtype=torch.float64, device="cpu")
     x = 3 * (x.square() % 17.3).sin().view(4, channels, *space)  # any values that differ
+    values = x.movedim(1, -1).flatten(0, -2)
     t = torch.arange(channels, dtype=torch.float64, device="cpu")
     mean, spread = t.cos(), 1 + 0.5 * (2 * t).sin()
-    weight, bias = torch.ones_like(t), torch.zeros_like(t)
-    if _fill(copied, "weight", signed := (0.5 * t.sin() - 1.5) * (1 - 2 * (t % 2))):
-        weight = signed
-    if _fill(copied, "bias", shifts := (3 * t + 1).sin()):
-        bias = shifts
-
-    def broad(values: Tensor) -> Tensor:
-        return values.view(-1, *(1 for _ in space))
+    weight = _fill(copied, "weight", (0.5 * t.sin() - 1.5) * (1 - 2 * (t % 2)), other=1.0)
+    bias = _fill(copied, "bias", (3 * t + 1).sin(), other=0.0)
 
     def run(var: Tensor) -> Tensor:
         _fill(copied, "running_mean", mean)
@@ -302,16 +284,14 @@ def _answer(copied: Any, channels: int, space: Sequence[int]) -> tuple[Kind, flo
         out = copied.forward(x.clone())
         if not isinstance(out, Tensor) or out.shape != x.shape:
             raise _OtherAnswer("its output has another shape than its input")
-        return out
+        return out.double().movedim(1, -1).flatten(0, -2)
 
     def is_formula(out: Tensor, mean: Tensor, var: Tensor) -> bool:
-        scale = weight / (var + eps).sqrt()
-        return _alike(out, (x - broad(mean)) * broad(scale) + broad(bias))
+        return _alike(out, (values - mean) * weight / (var + eps).sqrt() + bias)
 
     copied.eval()
     # with a variance of zero the steepness is 1 / sqrt(eps)
-    ratio = (run(torch.zeros_like(t)) - broad(bias)) / ((x - broad(mean)) * broad(weight))
-    steep = float(ratio.median())
+    steep = float(((run(0 * t) - bias) / ((values - mean) * weight)).median())
     eps = float(f"{steep**-2:.6g}") if 0 < steep < float("inf") else 0.0
     # the small variance tells eps under the root from eps elsewhere
     for var in (spread, 1e-3 * spread):
@@ -326,23 +306,23 @@ def _answer(copied: Any, channels: int, space: Sequence[int]) -> tuple[Kind, flo
         if _alike(left[0], mean) and _alike(left[1], spread):
             return "constant", eps
         raise _OtherAnswer("it moves the statistics that it normalises by in training")
-    biased, of_batch = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+    biased, of_batch = torch.var_mean(values, 0, correction=0)
     if not is_formula(out, of_batch, biased):
         raise _OtherAnswer("its output in training is not that of BatchNorm's formula")
-    count = x.numel() / channels
-    unbiased = biased * count / (count - 1)
+    unbiased = biased * len(values) / (len(values) - 1)
     if _alike(left[0], of_batch) and (_alike(left[1], biased) or _alike(left[1], unbiased)):
         return "own", eps
     raise _OtherAnswer("it does not leave a batch's statistics in its buffers with momentum 1.0")
 
 
-def _fill(module: Any, name: str, values: Tensor) -> bool:
+def _fill(module: Any, name: str, values: Tensor, other: float = 0.0) -> Tensor:
+    """Give a module's tensor these values; return them, or ``other`` where there is none."""
     target = getattr(module, name, None)
-    known = isinstance(target, Tensor) and target.numel() == values.numel()
-    if known:
-        target.copy_(values.view(target.shape))  # type: ignore[union-attr]
-    return known
+    if not isinstance(target, Tensor) or target.numel() != values.numel():
+        return torch.full_like(values, other)
+    target.copy_(values.view(target.shape))
+    return values
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one.double(), other, rtol=_TOLERANCE, atol=_TOLERANCE)
+    return torch.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE)

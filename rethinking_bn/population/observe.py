@@ -287,8 +287,10 @@ def observe(layer: BatchNormLike) -> ObservedLayer:
 
 def leaves_moments(layer: BatchNormLike) -> bool:
     """Return whether a training forward can leave its input's exact moments in the buffers."""
-    exact = layer.keeps_statistics and layer.module.running_mean.dtype.itemsize >= 4
-    return layer.kind == "torch" and exact and type(layer.module).forward is _BatchNorm.forward
+    if layer.kind != "torch" or not layer.keeps_statistics:
+        return False
+    exact = layer.module.running_mean.dtype.itemsize >= 4
+    return exact and type(layer.module).forward is _BatchNorm.forward
 
 
 def layers_to_estimate(model: nn.Module) -> list[BatchNormLike]:
