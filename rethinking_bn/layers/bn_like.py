@@ -129,7 +129,7 @@ def find_bn_like(model: nn.Module) -> BatchNormLikes:
     Layers are found by what they are: subclasses of torch's norms that keep statistics or
     normalise by the mini-batch, this package's layers, and modules with ``running_mean`` and
     ``running_var`` (C,) whose output is BatchNorm's formula. The last is tried on a float64 copy,
-    in training and eval mode, which also tells its eps; the module itself is not run or changed. A copy that
+    in training and eval mode, which also tells its eps; the module itself is not run. A copy that
     fails or answers otherwise (an activation that belongs to the layer, a scripted module) is not
     guessed at. A layer whose ``track_running_stats`` was switched off while it has statistics
     counts as one that keeps them: it infers by them.
