@@ -1,6 +1,7 @@
 """Normalisation layers that treat the batch in BatchNorm as a choice; torch only."""
 
 from rethinking_bn.layers.batch_norm import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d
+from rethinking_bn.layers.compile import compile_norms
 from rethinking_bn.layers.convert import convert_norms
 from rethinking_bn.layers.cycle import CycleBatchNorm2d
 from rethinking_bn.layers.mabn.cen_conv import CenConv2d
@@ -23,6 +24,7 @@ __all__ = [
     "PopulationLayer",
     "SplitBatchNorm2d",
     "SyncBatchNorm2d",
+    "compile_norms",
     "convert_norms",
     "get_norm",
     "local_moments",

@@ -67,7 +67,7 @@ class PopulationLayer:
 
     def __getstate__(self) -> dict[str, Any]:
         # nobody observes a copy, and what compile_norms made computes with the layer itself
-        left_out = ("_observer", "_compiled_call_impl", "_normalize_level")
+        left_out = ("_observer", "_compiled_call_impl", "_normalize_level", "_run")
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
     def __prepare_scriptable__(self) -> Any:
