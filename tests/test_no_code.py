@@ -135,4 +135,4 @@ def test_files_are_read_in_one_place() -> None:
         "rethinking_bn/checkpointer.py": ["import DetectionCheckpointer"],
     }
     source = (ROOT / "rethinking_bn" / "checkpoint.py").read_text(encoding="utf-8")
-    assert "torch.load(path, map_location=\"cpu\", weights_only=True)" in source
+    assert 'torch.load(path, map_location="cpu", weights_only=True)' in source

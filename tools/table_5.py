@@ -20,6 +20,8 @@ import argparse
 import statistics
 import sys
 import warnings
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 # detectron2 uses what recent versions of torch deprecate: nothing a user of this tool can change
@@ -72,14 +74,16 @@ def evaluate(folder: Path, configs: str, checkpoint: str) -> Found:
             model = Trainer.build_model(cfg)
             Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
             stored, batch, population, *_ = rows(cfg)
-            wanted = {"moving averages": stored}
-            if "bn_" in config:
-                wanted |= {"exact population": population, "mini-batch": batch}
-            if config != trained:
-                del wanted["moving averages"]  # they are of the other row
-            table = measure(cfg, model, [(title, keys) for title, (_, keys) in wanted.items()])
+            wanted = dict(zip(COLUMNS, (stored, population, batch), strict=True))
+            if config != trained:  # the others are those of the row that was trained
+                wanted = {"exact population": population}
+            elif "bn_" not in config:
+                wanted = {"moving averages": stored}
+            with redirect_stdout(StringIO()):  # pycocotools' tables
+                table = measure(cfg, model, [(title, keys) for title, (_, keys) in wanted.items()])
             for column, (aps,) in ((title, row.values()) for title, row in table.items()):
                 found.setdefault(row, {}).setdefault(column, {})[seed] = aps["AP"]
+                print(f"row {row}, seed {seed}, {column}: {aps['AP']:.1f}", flush=True)
             write_json(folder / "table_5.json", known)
     if not found:
         raise ValueError(f"there is no {folder}/retinanet_HEAD_SEED/{checkpoint}")
