@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rethinking_bn.layers.bn_like import find_bn_like
 from rethinking_bn.layers.domain_state import DomainBatchNormBase
-from rethinking_bn.layers.mabn.official import convert_official
+from rethinking_bn.layers.ring import convert_official
 
 logger = logging.getLogger(__name__)
 

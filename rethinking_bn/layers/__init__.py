@@ -4,8 +4,7 @@ from rethinking_bn.layers.batch_norm import BatchNorm2d, BatchStatNorm2d, SyncBa
 from rethinking_bn.layers.compile import compile_norms
 from rethinking_bn.layers.convert import convert_norms
 from rethinking_bn.layers.cycle import CycleBatchNorm2d
-from rethinking_bn.layers.mabn.cen_conv import CenConv2d
-from rethinking_bn.layers.mabn.layer import MABN2d
+from rethinking_bn.layers.mabn import CenConv2d, MABN2d
 from rethinking_bn.layers.multi_domain import MultiDomainBatchNorm2d
 from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.layers.registry import get_norm, norm_names

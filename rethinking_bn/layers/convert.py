@@ -15,14 +15,14 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d
 
 from rethinking_bn.layers.batch_norm import BatchNorm2d, SyncBatchNorm2d
-from rethinking_bn.layers.domain_state import DomainBatchNormBase
-from rethinking_bn.layers.frozen import freeze_layer, is_frozen
-from rethinking_bn.layers.mabn.centring import (
+from rethinking_bn.layers.centring import (
     centred_convolutions,
     norm_channels,
     warn_of_missing_statistics,
 )
-from rethinking_bn.layers.mabn.layer import MABN2d
+from rethinking_bn.layers.domain_state import DomainBatchNormBase
+from rethinking_bn.layers.frozen import freeze_layer, is_frozen
+from rethinking_bn.layers.mabn import MABN2d
 from rethinking_bn.layers.registry import get_norm, norm_names
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rethinking_bn.layers.cycle import CycleBatchNorm2d
-from rethinking_bn.layers.mabn.layer import MABN2d
+from rethinking_bn.layers.mabn import MABN2d
 from rethinking_bn.layers.multi_domain import MultiDomainBatchNorm2d
 
 

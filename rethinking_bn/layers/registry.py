@@ -11,7 +11,7 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d
 
 from rethinking_bn.layers.batch_norm import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d
-from rethinking_bn.layers.mabn.layer import MABN2d
+from rethinking_bn.layers.mabn import MABN2d
 
 _NUM_GROUPS = 32  # of GN, as in its paper and in detectron2
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rethinking_bn.layers.mabn.cen_conv import CenConv2d
+from rethinking_bn.layers.mabn import CenConv2d
 
 CASES: list[dict[str, Any]] = [
     {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1},

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rethinking_bn.layers.mabn.cen_conv import CenConv2d
-from rethinking_bn.layers.mabn.layer import MABN2d
+from rethinking_bn.layers.mabn import CenConv2d, MABN2d
 from rethinking_bn.numerics.moments import Moments
 from rethinking_bn.population import estimate_population_statistics
 from tests.helpers import run_distributed

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rethinking_bn.layers.mabn.layer import MABN2d
-from rethinking_bn.layers.mabn.ring import ValueRing, resize_ring
+from rethinking_bn.layers.mabn import MABN2d
+from rethinking_bn.layers.ring import ValueRing, resize_ring
 
 C = 3
 
 
 def ring(length: int, values: list[float]) -> ValueRing:
-    made = ValueRing(1, length)
+    made = ValueRing(1)
+    made.set_length(length, torch.zeros(1))
     for value in values:
         made.push(torch.tensor([value]))
     return made

@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from rethinking_bn.layers.mabn.cen_conv import CenConv2d
-from rethinking_bn.layers.mabn.layer import MABN2d
-from rethinking_bn.layers.mabn.official import is_official
+from rethinking_bn.layers.mabn import CenConv2d, MABN2d
+from rethinking_bn.layers.ring import is_official
 
 logger = logging.getLogger(__name__)
 
