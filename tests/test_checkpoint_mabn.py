@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rethinking_bn.checkpoint import convert_mabn_checkpoint
 from rethinking_bn.layers import CenConv2d, MABN2d
-from rethinking_bn.layers.mabn.centring import mabn_without_statistics
+from rethinking_bn.layers.centring import mabn_without_statistics
 from tests.engine.tiny import tiny_config
 from tests.layers.mabn.reference import Reference
 
