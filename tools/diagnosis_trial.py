@@ -26,7 +26,7 @@ from typing import Any
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 from rethinking_bn.diagnosis import diagnose  # noqa: E402
-from rethinking_bn.diagnosis.findings import SEVERITIES  # noqa: E402
+from rethinking_bn.diagnosis.result import SEVERITIES  # noqa: E402
 from trials import cases, plants  # noqa: E402
 from trials.plants import GRADED, KINDS, Planted  # noqa: E402
 from trials.report import write_curve, write_table  # noqa: E402

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rethinking_bn.diagnosis.examine import diagnose
-from rethinking_bn.diagnosis.findings import Finding
-from rethinking_bn.diagnosis.result import Diagnosis
+from rethinking_bn.diagnosis.result import Diagnosis, Finding
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]

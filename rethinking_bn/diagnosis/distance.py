@@ -1,46 +1,133 @@
-"""The exact population statistics of a layer, and how far the stored ones are from them."""
+"""How far statistics are from others, and whether that is more than chance; all of it pure."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rethinking_bn.diagnosis.layers import DiagnosedLayer, Statistics
-from rethinking_bn.diagnosis.record import Record
-from rethinking_bn.diagnosis.significance import Verdict, judge, off_by, ratio, rms, to_z
+from rethinking_bn.diagnosis.record import (
+    DiagnosedLayer,
+    Record,
+    Statistics,
+    image_means,
+    variance,
+)
 from rethinking_bn.numerics.moments import Moments, merge_moments
 
 DEAD = 1e-3  # of eps: the variance below which a channel is dead
+Z_LIMIT = 5.0  # a channel counts when it is this many standard errors off (p = 6e-7)
+TOGETHER_LIMIT = 4.0  # or all of a layer together
+_FEWEST = 8  # channels that a judgement together needs
+_ROWS, _CHANNELS, _TRIALS = 64, 64, 100  # of a batch, of a layer; times that images change batches
+
+
+class Verdict(NamedTuple):
+    """How far the channels of a layer are off, those that are for certain.
+
+    Attributes:
+        effect: root mean square over ``channels`` of the sizes, 0 if there are none.
+        channels: (n,) indices.
+        z: the largest.
+        together: whether they count as a whole, no single one being certain.
+        noise: root mean square of the sizes over all channels beyond what the sample of batches
+            explains, a moving average's own noise included.
+    """
+
+    effect: float
+    channels: Tensor
+    z: float
+    together: bool = False
+    noise: float = 0.0
+
+
+def judge(size: Tensor, z: Tensor, chance: Tensor | None = None) -> Verdict:
+    """Decide which channels are off by more than chance, and by how much on average.
+
+    Args:
+        size: (C,), 0 where nothing is off.
+        z: (C,).
+        chance: (C,) the size that chance alone gives; taken off where no single channel is
+            certain. None: there is no judging together.
+    """
+    counts = z > Z_LIMIT
+    worst = float(z.max()) if len(z) else 0.0
+    if counts.any():
+        return Verdict(rms(size[counts]), counts.nonzero()[:, 0], worst)
+    if chance is not None and len(z) >= _FEWEST and rms(z) > TOGETHER_LIMIT:
+        excess = size.square().mean() - chance.square().mean()
+        return Verdict(math.sqrt(max(0.0, float(excess))), torch.arange(len(z)), worst, True)
+    return Verdict(0.0, z.new_zeros(0, dtype=torch.long), worst)
+
+
+def rms(x: Tensor) -> float:
+    """Return the root mean square of all elements, 0 of none."""
+    return float(x.square().mean().sqrt()) if x.numel() else 0.0
+
+
+def to_z(t: Tensor, df: float) -> Tensor:
+    """Turn Student's t with ``df`` degrees of freedom into a z as improbable.
+
+    Wallace's approximation (Annals of Mathematical Statistics 30, 1959): within 1 % for the sizes
+    that matter here, far into the tail. An infinite t, of a difference without any scatter,
+    becomes a large finite number.
+    """
+    t = t.abs().nan_to_num(0.0, posinf=1e30).clamp(max=1e30)
+    return (8 * df + 1) / (8 * df + 3) * (df * torch.log1p(t.square() / df)).sqrt()
+
+
+def ratio(difference: Tensor, error: Tensor) -> Tensor:
+    """Return difference / error, 0 where the difference is rounding: within 1e-9 of nothing."""
+    return torch.where(difference.abs() < 1e-9, 0.0, difference / error)
+
+
+def off_by(mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor, eps: float) -> Tensor:
+    """Return how far normalising by one pair of statistics is from doing so by another, (C,).
+
+    sqrt(d² + (g - 1)²) with d the distance of the means in standard deviations and g the ratio of
+    these, the larger of both directions: of what normalised data come out as, their mean's offset
+    and their gain's.
+    """
+    a, b = ((v.clamp(min=0) + eps).sqrt() for v in (var, other_var))
+    d = (mean - other_mean) / torch.minimum(a, b)
+    gain = torch.maximum(a / b, b / a)
+    return (d.square() + (gain - 1).square()).sqrt()
 
 
 def exact_statistics(layer: DiagnosedLayer, record: Record, half: str = "") -> Statistics:
-    """Return the exact population mean and unbiased variance (D, C), of one half if asked for.
+    """Return the exact population mean and variance (D, C), of one half if asked for.
 
-    Rows without a value keep what is stored.
+    They are what population training gives on the same batches. Rows without a value keep what is
+    stored.
     """
     moments = record[half] if half else record.exact()
     rows = by_row(layer, record, moments)
-    mean, var = rows.mean, rows.variance(unbiased=not layer.mean_square)
+    mean, var = rows.mean, rows.variance(unbiased=layer.unbiased)
     if layer.stored is not None:
-        kept = (rows.count < 2)[:, None]
+        kept = (rows.count < (1 if layer.equal_weights else 2))[:, None]
         mean = torch.where(kept, layer.stored[0], mean)
         var = torch.where(kept, layer.stored[1], var)
     return mean, var
 
 
-def pool(moments: Moments, uses: Tensor | list[int]) -> Moments:
+def pool(moments: Moments, uses: list[int]) -> Moments:
     """Pool some uses into one set of moments."""
     return merge_moments(moments.count[uses], moments.mean[uses], moments.m2[uses])
 
 
 def by_row(layer: DiagnosedLayer, record: Record, moments: Moments) -> Moments:
     """Pool uses that share a row of the stored statistics."""
-    uses = [layer.row_of(use) for use in range(record.uses)]
-    rows = []
-    for row in range(layer.rows):
-        chosen = torch.tensor([use for use, of in enumerate(uses) if of == row], dtype=torch.long)
-        rows.append(pool(moments, chosen))
+    rows = [pool(moments, _uses_of(layer, record, row)) for row in range(layer.rows)]
     return Moments(*(torch.stack(values) for values in zip(*rows, strict=True)))
+
+
+def _uses_of(layer: DiagnosedLayer, record: Record, row: int) -> list[int]:
+    """Return the uses that are normalised by one of the D sets of stored statistics."""
+    return list(range(row, record.uses, layer.rows))
 
 
 def moving_average_limit(layer: DiagnosedLayer, record: Record) -> Statistics:
@@ -52,7 +139,7 @@ def moving_average_limit(layer: DiagnosedLayer, record: Record) -> Statistics:
     keep = 1 - (layer.momentum or 0.0)
     means, variances = [], []
     for row in range(layer.rows):
-        uses = [u for u in range(record.uses) if layer.row_of(u) == row and record["mean"].count[u]]
+        uses = [u for u in _uses_of(layer, record, row) if record["mean"].count[u]]
         weights = torch.tensor([keep ** (len(uses) - 1 - k) for k in range(len(uses))])
         weights = (weights / weights.sum()).double()[:, None]
         means.append((weights * record["mean"].mean[uses]).sum(0))
@@ -71,12 +158,11 @@ def sampling_error(layer: DiagnosedLayer, record: Record, *, moving: bool) -> St
     for name in ("mean", "var"):
         errors = []
         for row in range(layer.rows):
-            uses = [u for u in range(record.uses) if layer.row_of(u) == row]
+            uses = _uses_of(layer, record, row)
             share = record.exact().count[uses]
             share = (share / share.sum().clamp(min=1))[:, None]
             error = (share * record.scatter(name)[uses].sqrt()).sum(0)
-            batches = float(record[name].count[uses].max())
-            terms = 1 / max(batches, 1)
+            terms = 1 / max(float(record[name].count[uses].max()), 1)
             if moving and layer.momentum is not None:
                 m = 1 - (1 - layer.momentum) ** len(uses)
                 terms += m / (2 - m)
@@ -92,9 +178,13 @@ def compare_with_stored(layer: DiagnosedLayer, record: Record, *, moving: bool) 
 
     The nearer one counts: stored statistics may come from population training or from a moving
     average, and both are right.
+
+    Args:
+        moving: whether the noise of a moving average counts as chance; its size is in ``noise``.
     """
     assert layer.stored is not None
     errors = sampling_error(layer, record, moving=moving)
+    sample = sampling_error(layer, record, moving=False)
     df = max(float(record["mean"].count.max()) - 1, 1)
     # the others have findings of their own
     alive = exact_statistics(layer, record)[1] >= DEAD * layer.eps
@@ -109,10 +199,152 @@ def compare_with_stored(layer: DiagnosedLayer, record: Record, *, moving: bool) 
                 to_z(ratio(mean[row] - stored[0], errors[0][row]), df),
                 to_z(ratio(var[row] - stored[1], errors[1][row]), df),
             )
-            sd = (var[row] + layer.eps).sqrt()
-            chance = ((errors[0][row] / sd) ** 2 + (errors[1][row] / sd**2 / 2) ** 2).sqrt()
             size = size.nan_to_num(0.0).masked_fill(~alive[row], 0.0)
             z = z.masked_fill(~alive[row], 0.0)
-            candidates.append((rms(size), judge(size, z, chance)))
+            sd = (var[row] + layer.eps).sqrt()
+            chance, least = (
+                ((e[0][row] / sd) ** 2 + (e[1][row] / sd**2 / 2) ** 2).sqrt() * alive[row]
+                for e in (errors, sample)
+            )
+            verdict = judge(size, z, chance)
+            excess = rms(size) ** 2 - rms(least) ** 2
+            # three times the error of the sample, or the sample may be all of it
+            noise = math.sqrt(excess) if excess > 2 * rms(least) ** 2 else 0.0
+            candidates.append((rms(size), verdict._replace(noise=noise)))
         verdicts.append(min(candidates, key=lambda pair: pair[0])[1])
     return verdicts
+
+
+class Scatter:
+    """Do batch means scatter more than those of independent images would? One layer's answer.
+
+    It is asked in forwards in which no BN-like layer mixes a batch: all normalise by constants.
+    The comparison is with the same images dealt to batches at random, so that neither the
+    correlation of channels nor the shape of their distribution matters.
+
+    Args:
+        layer: whose ``record`` this is meanwhile.
+    """
+
+    def __init__(self, layer: DiagnosedLayer) -> None:
+        self.layer = layer
+        self.forwards = 0
+        self._now = 0
+        self._seen: list[list[Tensor]] = []  # by use: image means (N, C) of each batch
+
+    def see(self, tensors: Sequence[Tensor]) -> None:
+        """Take in one call of the layer: one use per tensor (N, C, *)."""
+        for x in tensors:
+            if self._now == len(self._seen):
+                self._seen.append([])
+            self._seen[self._now].append(image_means(x.detach()) if x.numel() else x.flatten(1))
+            self._now += 1
+
+    def end_of_forward(self) -> None:
+        """Close a forward of the model: the next call is its first use again."""
+        self.forwards += self._now > 0
+        self._now = 0
+
+    def summary(self) -> list[list[float | Tensor]]:
+        """Return by use: sums that add up over ranks, see :func:`scattering`."""
+        found = []
+        for batches in self._seen:
+            batches = [b.cpu().double() for b in batches if len(b) > 1 and bool(b.isfinite().all())]
+            if len(batches) < 2 or self.layer.equal_weights:
+                found.append([0.0] * 7)
+                continue
+            sizes = torch.tensor([float(len(b)) for b in batches], dtype=torch.float64)[:, None]
+            means = torch.stack([b.mean(0) for b in batches])
+            centre = (sizes * means).sum(0) / sizes.sum()
+            between = (sizes * (means - centre).square()).sum(0)
+            within = sum((len(b) - 1) * variance(b) for b in batches)
+            freedom = len(batches) - 1.0, float(sizes.sum()) - len(batches)
+            z = _against_chance(batches)
+            found.append([*freedom, between, within, float(sizes.mean()), z, 1.0])
+        return found
+
+
+def scattering(
+    layer: DiagnosedLayer, record: Record, ranks: list[Any]
+) -> tuple[Verdict, float, int]:
+    """Return how far the batch means scatter beyond independent images', the F, and of which use.
+
+    The effect is the excess in standard deviations of the values. F is the mean over channels of
+    N · Var(batch means) / Var(image means within batches), 1 for independent images.
+
+    Args:
+        record: of the same layer, by mini-batches.
+        ranks: every rank's :meth:`Scatter.summary`.
+    """
+    best = Verdict(0.0, torch.zeros(0, dtype=torch.long), 0.0), 1.0, 0
+    for use in range(min([record.uses, *map(len, ranks)])):
+        df1, df2, between, within, images, z, known = (
+            sum(values) for values in zip(*(rank[use] for rank in ranks), strict=True)
+        )
+        if not known or df1 < 1 or df2 < 1:
+            continue
+        between, within, z = between / df1, within / df2, z / math.sqrt(known)
+        var = record.exact().variance()[use] + layer.eps
+        sound = within > 1e-12 * var  # rounding of a constant says nothing
+        f = float((between / within.clamp(min=1e-30))[sound].mean()) if sound.any() else 1.0
+        excess = (((between - within).clamp(min=0) / (images / known)) / var).sqrt()
+        certain = z > TOGETHER_LIMIT and f > 1.5
+        effect = rms(excess) if certain else 0.0
+        channels = torch.arange(layer.channels if certain else 0)
+        if (effect, z) > (best[0].effect, best[0].z):
+            best = Verdict(effect, channels, z, certain), f, use
+    return best
+
+
+def _against_chance(batches: list[Tensor]) -> float:
+    """Return the z of the variance ratio among those of the same images dealt at random.
+
+    Of large batches and layers some rows and channels, evenly spaced, are enough.
+    """
+    some = [b[:: -(-len(b) // _ROWS)] for b in batches]
+    x = torch.cat(some)
+    x = x[:, :: -(-x.shape[1] // _CHANNELS)]
+    x = x - x.mean(0)
+    total = x.square().sum(0)
+    x, total = x[:, total > 0], total[total > 0]
+    owner = torch.repeat_interleave(torch.tensor([len(b) for b in some]))
+    sizes = torch.tensor([[float(len(b))] for b in some], dtype=x.dtype)
+    freedom = (len(x) - len(some)) / (len(some) - 1)
+    if not len(total):
+        return 0.0
+
+    def log_ratio(rows: Tensor) -> float:
+        sums = x.new_zeros(len(some), x.shape[1]).index_add_(0, owner, rows)
+        between = (sums.square() / sizes).sum(0)
+        return math.log(float((between / (total - between).clamp(min=1e-30)).mean()) * freedom)
+
+    g = torch.Generator().manual_seed(0)
+    chance = torch.tensor(
+        [log_ratio(x[torch.randperm(len(x), generator=g)]) for _ in range(_TRIALS)]
+    )
+    return (log_ratio(x) - float(chance.mean())) / max(float(chance.std()), 1e-6)
+
+
+@contextmanager
+def by_constants(layer: DiagnosedLayer, statistics: Statistics) -> Iterator[None]:
+    """Let a layer normalise by these statistics, also where inference takes the mini-batch's.
+
+    Its buffers hold ``statistics`` already, if it has any.
+    """
+    attributes, buffers = vars(layer.layer), layer.layer._buffers
+    before, own = attributes.get("batch_stats_at_inference"), dict(buffers)
+    layer.normalise_by_population()
+    if layer.stored is None:
+        weight = next(iter(layer.layer.parameters()))
+        mean, var = (value[0].to(weight) for value in statistics)
+        buffers.update(running_mean=mean, running_var=var)
+    if layer.by_batch and hasattr(layer.layer, "batch_stats_at_inference"):
+        attributes["batch_stats_at_inference"] = False
+    try:
+        yield
+    finally:
+        buffers.update(own)
+        attributes.pop("batch_stats_at_inference", None)
+        if before is not None:
+            attributes["batch_stats_at_inference"] = before
+        layer.normalise_by_batch()

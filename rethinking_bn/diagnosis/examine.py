@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import operator
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -12,19 +14,25 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from rethinking_bn.diagnosis.effects import Output, Variants
-from rethinking_bn.diagnosis.judge_layer import judge_layer
-from rethinking_bn.diagnosis.judge_output import output_effects
-from rethinking_bn.diagnosis.judge_together import domain_shift, mixed_blocks
-from rethinking_bn.diagnosis.layers import DiagnosedLayer, find_layers
-from rethinking_bn.diagnosis.record import Record
-from rethinking_bn.diagnosis.result import Diagnosis
+from rethinking_bn.diagnosis.distance import Scatter, by_constants, exact_statistics
+from rethinking_bn.diagnosis.effects import Effects, Output, output_effects, waiting_ranks
+from rethinking_bn.diagnosis.judge import domain_shift, judge_layer, mixed_blocks
+from rethinking_bn.diagnosis.record import DiagnosedLayer, Record, find_layers
+from rethinking_bn.diagnosis.result import Diagnosis, Finding
 from rethinking_bn.distributed import all_gather_object, get_rank, get_world_size
-from rethinking_bn.population.forwards import Forward, PopulationRun, throwaway_event_storage
-from rethinking_bn.population.model_state import ModelState, unwrap
+from rethinking_bn.population.forwards import (
+    Forward,
+    PopulationRun,
+    call_model,
+    throwaway_event_storage,
+)
+from rethinking_bn.population.model_state import ModelState, exclusive, unwrap
 from rethinking_bn.randomness import announce_iteration, isolated_random_state
 
 logger = logging.getLogger(__name__)
+
+_FIRST = 4  # batches that give the constants by which later ones are run again,
+_AGAIN = (0, 2, 4)  # of each five
 
 
 def diagnose(
@@ -44,65 +52,29 @@ def diagnose(
     """Measure what is wrong with the BatchNorm of a model, and name the remedy.
 
     The model runs on ``batches`` in the modes it is in, but for its BN-like layers, which normalise
-    by mini-batches as in training whatever mode they are in; frozen ones (FrozenBatchNorm2d, those
-    frozen by name, those in eval mode within a model in training mode) use what they store. So
-    ``batches`` should be training batches, of training's size, and the model in training mode if
-    it needs that to be run as in training (dropout, a detector's sampling of regions).
+    by mini-batches as in training; frozen ones (constant ones of any project, those frozen by name,
+    those in eval mode within a model in training mode) use what they store. So ``batches`` should
+    be training batches, of training's size, and the model in training mode if its forwards differ
+    there (dropout, a detector's sampling of regions). Six batches of ten run once more with all
+    BN-like layers on constants: whether the samples of a batch depend on each other is judged
+    where no layer mixes them.
 
-    **A finding needs both significance and effect.** Standard errors come from the scatter of
-    whole batches, never from counts of pixels. A channel counts when it is more than 5 standard
-    errors off (Student's t over batches, turned into a z), or all channels together when the root
-    mean square of their z is more than 4 (for dependent-samples, when the mean of their F is 4
-    standard errors above 1). Among the channels that count, the root mean square of the effect
-    gives the severity:
-
-    ====================  ==============================================  =====  =======  ======
-    kind                  effect                                           note  warning  severe
-    ====================  ==============================================  =====  =======  ======
-    stale-statistics,     sqrt(d² + (g - 1)²): the stored mean's distance  0.05    0.15     0.5
-    identity-statistics,  d in standard deviations and the ratio g of
-    mixed-modes (frozen), these; SE² = scatter · (1/B + m / (2 - m)), the
-    domain-shift          second for the moving average's own error
-    repeated-use          the same between one use's and all uses'         0.05    0.15     0.4
-                          moments, tests paired over batches
-    dependent-samples     batch means' scatter beyond N independent        0.02    0.1      0.3
-                          images', in standard deviations of the values
-    small-batch           independent samples in a normalisation batch     < 64    < 16     < 4
-    dead-channels         variance below eps / 1000: share of channels,    any     25 %,    0.5 and
-                          or offset of what inference makes of them                0.15     5 %
-    impossible-variance,  any channel                                      --      --       any
-    non-finite
-    mixed-modes (block)   some layers of a block frozen, others not        any     --       --
-    output-effect (all)   change of the output from stored to exact        --      0.1      0.3
-                          statistics, if more than 3 times what chance
-                          gives; to mini-batch ones: note 0.5, warning 1
-    output-effect (one)   the same of one layer that has another finding   0.02    0.1      0.3
-    ====================  ==============================================  =====  =======  ======
-
-    Output changes are in units of the output's standard deviation. A finding stays severe
-    only if its layer alone changes the output by 0.1 or more, where that was measured: what is too
-    weak to matter is a warning. Chance is how far half of the batches' exact statistics take the
-    output, scaled by the standard errors above. "small-batch" and "dependent-samples" judge the
-    batches that are given, and a layer that pools over ranks by the ranks there are now.
-
-    Nothing changes: buffers, modes, hooks, plain attributes and generators come back, after any
-    exception too. Batches with non-finite activations count as "non-finite" and nowhere else.
+    A finding needs both significance, by the scatter of whole batches, and effect
+    (``result.LIMITS``; docs/diagnosis.md says of what). Nothing changes: buffers, modes, hooks,
+    plain attributes and generators come back, after any exception too.
 
     Args:
         model: may be wrapped in DistributedDataParallel, DataParallel or torch.compile.
         batches: inputs of the model on this rank; 20 or more are needed to be sure of anything.
         target_batches: of the domain that the model is to be used in, as many; None: no judgement.
         num_batches: batches per rank of both; None: all, until the first rank has no more.
-        forward: runs ``model`` (unwrapped) on a batch; None: ``model(batch)``, or
-            ``model(inputs)`` for a pair of inputs and a tensor of integer labels.
         output: turns what the model returns into tensors; None: the tensors in it, for detectors
             the raw outputs of their heads.
         group: ranks that diagnose together; None: the default group, or this process alone. Every
             rank gets the same diagnosis.
-        labelled: as for ``estimate_population_statistics``.
-        output_batches: batches kept for the output effects, which take about as many forwards as
-            there are batches, the worst layers first (with few batches more, as every severe
-            finding is weighed by what its layer alone does); 0: no output effects.
+        forward, labelled: as for ``estimate_population_statistics``.
+        output_batches: kept for the effects on the output, of all layers and of the worst eight
+            alone; 0: no such effects.
         seed: of the random numbers the forwards draw.
         progress: log a line every ten seconds on rank 0.
 
@@ -115,51 +87,60 @@ def diagnose(
     start = time.perf_counter()
     if num_batches is not None and (isinstance(num_batches, bool) or num_batches < 2):
         raise ValueError(f"num_batches must be at least 2, or None for all, got {num_batches!r}")
+    for loader in (batches, target_batches):
+        if num_batches is None and loader is not None and operator.length_hint(loader, -1) < 0:
+            kind = type(loader).__name__
+            raise ValueError(f"num_batches is None, but the loader ({kind}) has no length")
     model = unwrap(model)
-    layers = find_layers(model)
-    _agree_on_layers(layers, group)
+    layers, left = find_layers(model)
+    told = [(layer.name, layer.channels, layer.rows, layer.frozen) for layer in layers]
+    if any(other != told for other in all_gather_object(told, group)):
+        raise ValueError("the ranks disagree about the model's BN-like layers or which are frozen")
+    world = get_world_size(group)
     if not layers:
-        logger.warning("diagnosis: the model has no BN-like layer (scripted ones cannot be seen)")
-        return Diagnosis((), (), 0, get_world_size(group), 0.0)
-    session = _Session(
-        model, layers, forward or _call, group=group, seed=seed, progress=progress,
-        labelled=labelled, num_batches=num_batches,
-    )  # fmt: skip
-    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-    with isolated_random_state(seed + get_rank(group), devices), torch.no_grad():
+        what = f": {'; '.join(left)}" if left else " (scripted ones cannot be seen)"
+        logger.warning("diagnosis: the model has no BN-like layer that can be judged%s", what)
+        return Diagnosis((), (), 0, world, 0.0, left=left)
+    session = _Session(model, layers, forward or call_model, group, seed, progress)
+    random = isolated_random_state(seed + get_rank(group), session.devices)
+    with exclusive(model), random, torch.no_grad():
         try:
-            records, kept = session.observe(batches, output_batches)
-            findings = [f for layer in layers for f in judge_layer(layer, records[layer.name])]
+            records, scatters, kept = session.observe(
+                batches, num_batches, labelled, output_batches, again=True
+            )
+            findings = [
+                finding
+                for layer in layers
+                for finding in judge_layer(
+                    layer,
+                    records[layer.name],
+                    [ranks[layer.name][1] for ranks in scatters],
+                    idle=session.ran_again and not any(r[layer.name][0] for r in scatters),
+                )
+            ]
             findings += mixed_blocks(layers)
             targets: dict[str, Record] = {}
             if target_batches is not None:
-                targets, _ = session.observe(target_batches, 0)
-                findings += domain_shift(layers, targets)
-            if kept and output_batches:
-                ranks = get_world_size(group)
-                variants = Variants(
-                    model, layers, kept, session.run_again, session.restore, output, ranks
+                targets, _, _ = session.observe(target_batches, num_batches, labelled, 0)
+                for layer in layers:
+                    findings += domain_shift(layer, targets[layer.name])
+            if kept:
+                effects = Effects(
+                    model, layers, kept, session.run_again, session.restore, output, group
                 )
-                budget = max(r.forwards for r in records.values()) // ranks
-                findings = output_effects(
-                    variants, layers, records, targets, findings, budget, group
-                )
+                findings = output_effects(effects, records, targets, findings)
         finally:
             session.state.restore()
-    forwards = max(record.forwards for record in records.values())
-    order = {layer.name: layer.depth for layer in layers}
-    findings.sort(key=lambda f: (*f.rank, order.get(f.layer, -1)))
-    unreached = tuple(layer.name for layer in layers if records[layer.name].uses == 0)
+    count = max(record.forwards for record in records.values())
+    ways = Remedies(model, layers, count // world, forward is not None)
+    findings = [ways.given_to(finding) for finding in findings]
+    depth = {layer.name: layer.depth for layer in layers}
+    findings.sort(key=lambda f: (*f.rank, depth.get(f.layer, -1)))
+    unreached = tuple(name for name in depth if records[name].uses == 0)
     if unreached:
         logger.warning("diagnosis: layers that no value reached: %s", ", ".join(unreached))
-    return Diagnosis(
-        tuple(findings),
-        tuple(layer.name for layer in layers),
-        forwards,
-        get_world_size(group),
-        time.perf_counter() - start,
-        unreached,
-    )
+    seconds = time.perf_counter() - start
+    return Diagnosis(tuple(findings), tuple(depth), count, world, seconds, unreached, left)
 
 
 class _Session:
@@ -170,41 +151,53 @@ class _Session:
         model: nn.Module,
         layers: list[DiagnosedLayer],
         forward: Forward,
-        *,
         group: ProcessGroup | None,
         seed: int,
         progress: bool,
-        labelled: bool | None,
-        num_batches: int | None,
     ) -> None:
         self.model, self.layers, self.forward = model, layers, forward
         self.group, self.seed, self.progress = group, seed, progress
-        self.labelled, self.num_batches = labelled, num_batches
         self.state = ModelState(model)
         self.devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-        self._eval_only = False
+        self.ran_again = self._eval_only = False
 
-    def observe(self, batches: Iterable[Any], keep: int) -> tuple[dict[str, Record], list[Any]]:
-        """Run every batch with mini-batch statistics; return the merged records, first batches."""
+    def observe(
+        self,
+        batches: Iterable[Any],
+        num_batches: int | None,
+        labelled: bool | None,
+        keep: int,
+        again: bool = False,
+    ) -> tuple[dict[str, Record], list[dict[str, Any]], list[Any]]:
+        """Run every batch with mini-batch statistics, and six of ten with constant ones.
+
+        Returns:
+            by layer the record of all ranks; of each rank, by layer, how often it was called by
+            constants and how its batch means scatter there; the first batches.
+        """
         records = {layer.name: Record(layer) for layer in self.layers}
+        scatters = {layer.name: Scatter(layer) for layer in self.layers}
         kept: list[Any] = []
+        index = 0
 
         def forward(model: nn.Module, batch: Any) -> None:
+            nonlocal index
             if len(kept) < keep:
                 kept.append(batch)
-            self.forward(model, batch)
-            for record in records.values():
-                record.end_of_forward()
+            self._run(records, batch)
+            if again and index >= _FIRST and (index - _FIRST) % 5 in _AGAIN:
+                self._run_by_constants(records, scatters, batch)
+            index += 1
 
         try:
             with ExitStack() as stack:
                 for layer in self.layers:
                     layer.normalise_by_batch()
-                    stack.enter_context(records[layer.name].watching())
+                    stack.enter_context(layer.watching())
                 run = PopulationRun(
                     self.model,
                     [layer.layer for layer in self.layers],
-                    self.num_batches,
+                    num_batches,
                     group=self.group,
                     autocast=nullcontext,
                     forward=forward,
@@ -212,15 +205,47 @@ class _Session:
                     progress=self.progress,
                     title="diagnosis",
                 )
-                self._eval_only = not run(batches, self.labelled)
+                self._eval_only = not run(batches, labelled)
         finally:
             self.state.restore()
-        states = all_gather_object({n: r.state() for n, r in records.items()}, self.group)
+        states = all_gather_object({name: r.state() for name, r in records.items()}, self.group)
         for name, record in records.items():
             record.merge([state[name] for state in states])
         if max(record.forwards for record in records.values()) < 2:
             raise ValueError("a diagnosis needs at least two batches, better twenty or more")
-        return records, kept
+        told = {name: (s.forwards, s.summary()) for name, s in scatters.items() if again}
+        return records, all_gather_object(told, self.group), kept
+
+    def _run(self, records: dict[str, Any], batch: Any) -> None:
+        for layer in self.layers:
+            layer.record = records[layer.name]
+        self.forward(self.model, batch)
+        for record in records.values():
+            record.end_of_forward()
+
+    def _run_by_constants(
+        self, records: dict[str, Record], scatters: dict[str, Scatter], batch: Any
+    ) -> None:
+        """Run a batch with all layers on the statistics of the first few batches."""
+        if not self.ran_again:
+            # any constants would do; these keep the activations in their place
+            self.constants = {}
+            for layer in self.layers:
+                record = Record(layer).merge([records[layer.name].state()])
+                if record.uses:
+                    self.constants[layer.name] = exact_statistics(layer, record)
+                    if layer.stored is not None and not layer.frozen:
+                        layer.about.write_statistics(*self.constants[layer.name])
+            self.ran_again = True
+        with ExitStack() as stack:
+            for layer in self.layers:
+                if layer.name in self.constants and not layer.frozen:
+                    stack.enter_context(by_constants(layer, self.constants[layer.name]))
+            try:
+                self._run(scatters, batch)
+            except FloatingPointError:  # of a model that refuses what is not finite
+                if waiting_ranks(self.model, self.group):
+                    raise
 
     def restore(self) -> None:
         """Put the model back to what its forwards start from."""
@@ -237,25 +262,84 @@ class _Session:
             return self.forward(self.model, batch)
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
-    inputs = batch
-    if isinstance(batch, (list, tuple)) and len(batch) == 2:
-        labels = batch[1]
-        if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
-            inputs = batch[0]
-    try:
-        return model(inputs)
-    except (TypeError, AssertionError, ValueError, AttributeError):
-        logger.error(
-            "the model cannot be called with a batch as it comes (%s): diagnose's forward= says "
-            "how, as forward=rethinking_bn.torchvision.run_detector for torchvision's detectors",
-            type(batch).__name__,
-        )
-        raise
+class Remedies:
+    """What to do about findings in this model.
 
+    Code stands between backticks. It runs with the package's public names imported and ``model``,
+    ``batches``, ``target_batches`` and ``forward`` as diagnose got them.
+    """
 
-def _agree_on_layers(layers: Sequence[DiagnosedLayer], group: ProcessGroup | None) -> None:
-    told = [(layer.name, layer.channels, layer.rows, layer.frozen) for layer in layers]
-    everyone = all_gather_object(told, group)
-    if any(other != everyone[0] for other in everyone):
-        raise ValueError("the ranks disagree about the model's BN-like layers or which are frozen")
+    def __init__(
+        self, model: nn.Module, layers: list[DiagnosedLayer], batches: int, forward: bool
+    ) -> None:
+        self.layers = {layer.name: layer for layer in layers}
+        self.model = "model" if model.training else "model.train()"
+        self.rest = f"{batches}, forward=forward" if forward else f"{batches}"
+        self.retinanet = any("RetinaNet" in kind.__name__ for kind in type(model).__mro__)
+        self.thaw = any(layer.about.frozen == "constant" for layer in layers)
+        self.noisy = max((layer.momentum or 0.0 for layer in layers), default=0.0) > 0.1
+
+    def given_to(self, finding: Finding) -> Finding:
+        """Return the finding with its remedy, unless it is "ok"."""
+        if finding.severity == "ok":
+            return finding
+        layer = self.layers.get(finding.layer)
+        if finding.kind == "repeated-use":
+            return dataclasses.replace(finding, remedy=self._repeated_use(finding, layer))
+        return dataclasses.replace(finding, remedy=self._remedy(finding, layer))
+
+    def _estimate(self, more: str = "", batches: str = "batches", model: str = "") -> str:
+        model = model or self.model
+        return f"`estimate_population_statistics({model}, {batches}, {self.rest}{more})`"
+
+    def _remedy(self, finding: Finding, layer: DiagnosedLayer | None) -> str:
+        kind, cause, estimate = finding.kind, finding.evidence.get("cause"), self._estimate()
+        frozen = layer.about.frozen if layer is not None and layer.frozen else ""
+        if frozen == "constant" and kind == "identity-statistics":  # never estimated in place
+            again = self._estimate(model="model.train()")
+            estimate = f'`convert_norms(model, "BN")`, {again}'
+        elif frozen == "constant":
+            estimate = self._estimate(", thaw=True")
+        elif frozen == "freeze_batch_norm":
+            estimate = f"`unfreeze_batch_norm(model)`, {estimate}, `freeze_batch_norm(model)`"
+        elif frozen:
+            name = f"model.get_submodule({finding.layer!r})"
+            estimate = f"`{name}.train()`, {estimate}, `{name}.eval()`"
+        if kind == "domain-shift":
+            more = ", labelled=False" + ", thaw=True" * self.thaw
+            return "estimate the target's statistics: " + self._estimate(more, "target_batches")
+        if kind == "dependent-samples" and "roi_heads" in finding.layer:
+            return "shuffle RoIs over ranks (ShuffleBNBoxHead, ShuffleBNMaskHead)"
+        if kind == "output-effect" and self.noisy:
+            cause = "momentum"
+        return {
+            "block": "freeze or thaw the layers of a block alike: `freeze_batch_norm(model)`",
+            "momentum": f"train with momentum 0.01, or estimate the statistics: {estimate}",
+            "stale-statistics": f"estimate the statistics: {estimate}",
+            "mixed-modes": f"estimate the statistics, and freeze them then: {estimate}",
+            "identity-statistics": "load the statistics that belong to these weights, or estimate "
+            f"them: {estimate}",
+            "impossible-variance": f"load the statistics again, or estimate them: {estimate}",
+            "non-finite": "find what makes the first such layer's input infinite (learning rate, "
+            f"overflow in half precision); then estimate the statistics: {estimate}",
+            "dead-channels": "look at what feeds these channels (zero filters, dead ReLUs), prune "
+            f"them, or estimate the statistics: {estimate}",
+            "small-batch": "more images in a normalisation batch, on several GPUs "
+            '`convert_norms(model, "SyncBN")`; or `freeze_batch_norm(model)` near the end of '
+            "training; or GN, MABN, mini-batch statistics at inference",
+            "dependent-samples": "shuffle the loader: what a batch holds should have nothing in "
+            "common",
+            "output-effect": f"mend the layers above first, or estimate the statistics: {estimate}",
+        }[cause or kind]
+
+    def _repeated_use(self, finding: Finding, layer: Any) -> str:
+        size = f"{layer.channels}, {finding.evidence['uses']}"
+        if isinstance(layer.layer, nn.modules.batchnorm._BatchNorm):
+            return (
+                f"give each use statistics of its own: `CycleBatchNorm2d({size})` where the layer "
+                f"is called once per use, `SplitBatchNorm2d({size})` where the uses are rows of "
+                f"one batch, `MultiDomainBatchNorm2d({size})` where they are a list"
+            )
+        alike = 'train_stats="domain_specific", population_stats="domain_specific"'
+        rows = " (rows 1, 4 or 6 of the paper's Table 5)" if self.retinanet else ""
+        return f"train and infer alike{rows}: `MultiDomainBatchNorm2d({size}, {alike})`"

@@ -1,24 +1,174 @@
-"""What one layer was given, batch after batch: sums that merge over batches and over ranks."""
+"""One BN-like layer under diagnosis: what it stores, and what it is given, batch after batch."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rethinking_bn.diagnosis.layers import DiagnosedLayer
-from rethinking_bn.layers.bn_like import find_bn_like
+from rethinking_bn.distributed import get_world_size
+from rethinking_bn.layers import MultiDomainBatchNorm2d, SplitBatchNorm2d
+from rethinking_bn.layers.bn_like import BatchNormLike, find_bn_like
 from rethinking_bn.numerics.channels import statistics_dtype
-from rethinking_bn.numerics.moments import Moments, local_moments, merge_moments
-from rethinking_bn.population.observe import MomentsAccumulator, TorchLayer, leaves_moments
+from rethinking_bn.numerics.moments import Moments, merge_moments
 
-_BLOCK = 32  # forwards that are merged at once in float64
+Statistics = tuple[Tensor, Tensor]  # mean and variance, each (D, C), float64 on the CPU
+
+_BUFFERS = ("running_mean", "running_var")
+
+
+class DiagnosedLayer:
+    """One BN-like layer of a model, watched.
+
+    A *use* is one tensor that the layer normalises in a forward of the model: the k-th call, or
+    the level of a list. Uses share a set of stored statistics (D sets) or have one each.
+
+    Args:
+        about: what the layer is.
+        frozen: whether it normalises by stored statistics in training, too.
+        depth: the order in which the layers were found.
+
+    Attributes:
+        apart: whether training normalises each use by statistics of its own.
+        from_buffers: whether what a training forward leaves in the buffers is what it normalised
+            by, so that the moments of its input need not be computed again.
+        equal_weights: whether batches count alike, since only the layer knows of which values its
+            statistics are (a forward of its own). Population training does the same.
+        stored: the statistics at construction, None where there are none; D rows.
+        by_batch: whether inference uses no stored statistics.
+        unbiased: whether the stored variance is the unbiased one of the values.
+        channels: C.
+        record: what is told of the layer's calls, within :meth:`watching`.
+    """
+
+    record: Any
+
+    def __init__(self, about: BatchNormLike, frozen: bool, depth: int = 0) -> None:
+        self.about, self.frozen, self.depth = about, frozen, depth
+        self.name, self.layer, self.eps = about.name, about.module, about.eps
+        self.momentum, self.mean_square = about.momentum, about.mean_square
+        layer = self.layer
+        shared = isinstance(layer, MultiDomainBatchNorm2d) and layer.train_stats == "shared"
+        self.apart = not (frozen or shared or about.mean_square)
+        tracks = bool(about.domains) and getattr(layer, "track_running_stats", True) is not False
+        self.equal_weights = about.kind == "own" and tracks and not frozen
+        plain = about.kind == "torch" and tracks and not isinstance(layer, nn.SyncBatchNorm)
+        exact = plain and layer.running_mean.dtype in (torch.float32, torch.float64)
+        self.from_buffers = (exact or self.equal_weights) and not frozen
+        self.stored = about.read() if about.domains else None
+        self.rows = len(about.domains) or 1
+        self.by_batch, self.unbiased = about.by_batch, not (self.mean_square or self.equal_weights)
+        tensors = layer.state_dict().values()
+        self.channels = int(next(t for t in tensors if t.dim() == 1).numel())
+
+    @property
+    def steps(self) -> int | None:
+        """Updates that the stored statistics have seen, where the layer counts them."""
+        for name, buffer in self.layer.named_buffers():
+            if name.endswith("num_batches_tracked"):
+                return int(buffer)
+        return None
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks' samples are normalised together."""
+        group = getattr(self.layer, "process_group", None)
+        return get_world_size(group) if self.about.pools_ranks else 1
+
+    @property
+    def groups(self) -> int:
+        """How many groups of its rows are normalised apart (MODEL.*.NORM_IMAGES)."""
+        return max(1, len(getattr(self.layer, "_groups", None) or ()))
+
+    def normalise_by_batch(self) -> None:
+        """Let the layer normalise by mini-batches from now on, unless it is frozen."""
+        if not self.frozen:
+            # its children too; train() may do more, or refuse
+            for module in self.layer.modules():
+                module.training = True
+
+    def normalise_by_population(self) -> None:
+        """Let the layer normalise by what is in its buffers from now on."""
+        for module in self.layer.modules():
+            module.training = False
+
+    def state_untouched(self) -> Any:
+        """Return a context in which the forwards of a layer of ours in training change no state."""
+        ours = self.about.kind == "ours" and self.about.domains and not self.frozen
+        # the diagnosis reads the inputs itself
+        return self.layer.observing(lambda moments: None) if ours else nullcontext()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Tell ``record`` what the layer is given and what it leaves, call by call.
+
+        ``record.see(tensors)`` is called before each call with the list of (N, C, *) that it is
+        given: rows that belong to domains (a layer of ours that is told which) come as one tensor
+        per domain. ``record.left(mean, var)`` is called after it with the batch's statistics, if
+        the layer is one that leaves them.
+        """
+        layer, own = self.layer, dict(self.layer._buffers)
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.record.see(self._tensors(args[0] if args else next(iter(kwargs.values()))))
+            if self.from_buffers and layer.training:
+                # with a momentum of 1 the forward leaves the batch's statistics in the buffers
+                for name in _BUFFERS:
+                    layer._buffers[name] = torch.zeros_like(own[name])
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self.from_buffers and layer.training:
+                self.record.left(*(layer._buffers[name] for name in _BUFFERS))
+                layer._buffers.update(own)
+
+        with ExitStack() as stack:
+            stack.enter_context(self.state_untouched())
+            if self.from_buffers:
+                stack.callback(layer._buffers.update, own)
+                stack.callback(setattr, layer, "momentum", layer.momentum)
+                layer.momentum = 1.0
+            for handle in (
+                layer.register_forward_pre_hook(before, with_kwargs=True),
+                layer.register_forward_hook(after, with_kwargs=True),
+            ):
+                stack.callback(handle.remove)
+            yield
+
+    def _tensors(self, x: Any) -> list[Tensor]:
+        tensors = [x] if isinstance(x, Tensor) else list(x)
+        rows = getattr(self.layer, "_rows", None)
+        if not isinstance(self.layer, SplitBatchNorm2d) or rows is None:
+            return tensors
+        domains = range(self.layer.num_domains)
+        each = torch.as_tensor([rows] * len(tensors[0]) if isinstance(rows, int) else rows)
+        return [t[(each == d).to(t.device)] for t in tensors for d in domains]
+
+
+def find_layers(model: nn.Module) -> tuple[list[DiagnosedLayer], tuple[str, ...]]:
+    """Return every BN-like layer of a model, and in words the modules that are left alone.
+
+    Frozen is what always is (constant layers, ``freeze_batch_norm``), and what is in eval mode in a
+    model that is in training mode.
+
+    Raises:
+        ValueError: for a lazy layer that has no size yet.
+    """
+    found = find_bn_like(model)
+    layers = [
+        DiagnosedLayer(about, about.frozen not in ("", "eval mode" * (not model.training)), depth)
+        for depth, about in enumerate(found.layers)
+    ]
+    return layers, tuple(map(str, found.left))
+
+
+def image_means(x: Tensor) -> Tensor:
+    """Return the means (N, C) of each image of (N, C, *)."""
+    dtype = statistics_dtype(x.dtype)
+    return x.flatten(2).mean(2, dtype=dtype) if x.dim() > 2 else x.to(dtype)
 
 
 @dataclass
@@ -34,163 +184,113 @@ class _Call:
     of: Sequence[Tensor] | None
 
 
-class _CallByCall(MomentsAccumulator):
-    """Hands the moments of every call on, instead of pooling them."""
-
-    def __init__(self, calls: deque[_Call], device: torch.device) -> None:
-        super().__init__(1, 0, device)
-        self._calls = calls
-
-    def merge(self, block: Moments) -> None:
-        """Take in K calls: mean and m2 (K, 1, C)."""
-        for mean, m2 in zip(block.mean[:, 0], block.m2[:, 0], strict=True):
-            self._calls.popleft().of = (mean, m2)
-
-
 class Record:
     """The moments of a layer's inputs over activations, over images and over forwards.
 
     The unit of independence is the image: what a statistic's error is follows from the scatter of
     whole batches, and of image means within them, so that the correlation of pixels is included.
-    One pass over an input gives its image means; the moments come from the layer's own forward
-    where that leaves them in its buffers, else from the same pass.
 
     Args:
-        layer: whose inputs are recorded, within :meth:`watching`.
+        layer: whose inputs are recorded, as its ``record``.
 
     Attributes:
-        sums: by name, U rows. In "even" and "odd" (forwards) the samples are activations, and
-            images in "within"; in "mean", "var", "apart_mean", "apart_var", "images" and "ratio",
-        forwards.
+        sums: by name, U rows, known after :meth:`merge`. In "even", "odd" (forwards)
+            and "exact" (all of them) the samples are activations, images in "within", and
+            forwards in "mean", "var", "apart_mean", "apart_var" and "images".
         not_finite: (C,) forwards with such values.
         groups: of rows that are normalised apart.
+        forwards: of the model in which the layer was called.
     """
 
     def __init__(self, layer: DiagnosedLayer) -> None:
         self.layer = layer
         self.sums: dict[str, Moments] = {}
         self.not_finite = torch.zeros(layer.channels, dtype=torch.float64)
-        self.groups = 1
-        self._forwards = 0
-        self._exact: Moments | None = None
+        self.groups, self.forwards = 1, 0
         self._now: list[_Call] = []
-        self._waiting: list[list[_Call]] = []
-        self._to_come: deque[_Call] = deque()  # calls whose moments the layer will leave
+        self._seen: list[list[_Call]] = []
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Record every call of the layer; its forwards in training change no state meanwhile."""
-        layer = self.layer
-        with ExitStack() as stack:
-            found = [] if layer.frozen else find_bn_like(layer.layer).layers
-            if found and leaves_moments(found[0]):
-                observed = TorchLayer(found[0])
-                observed.moments = _CallByCall(self._to_come, layer.stored_on())
-                stack.enter_context(observed.observing())
-                stack.enter_context(layer.watching(partial(self._see, leaves=True)))
-            else:
-                stack.enter_context(layer.state_untouched())
-                stack.enter_context(layer.watching(self._see))
-            yield
-
-    def _see(self, tensors: Sequence[Tensor], leaves: bool = False) -> None:
-        """Take in one call of the layer: one use per tensor (N, C, *).
-
-        Args:
-            leaves: whether its forward leaves the moments, if it is in training mode by then.
-        """
-        leaves = leaves and self.layer.layer.training
+    def see(self, tensors: Sequence[Tensor]) -> None:
+        """Take in one call of the layer: one use per tensor (N, C, *)."""
+        leaves = self.layer.from_buffers and self.layer.layer.training
         self.groups = max(self.groups, self.layer.groups)
         for x in tensors:
-            x, (rows, channels) = x.detach(), x.shape[:2]
-            of = None
+            x = x.detach()
+            if leaves and self.layer.equal_weights:  # what its images are, the layer alone knows
+                self._now.append(_Call(1, 0, x.new_zeros(self.layer.channels), None))
+                continue
+            of, rows = None, len(x)
             if leaves:
-                dtype = statistics_dtype(x.dtype)
-                mean = x.flatten(2).mean(2, dtype=dtype) if x.dim() > 2 else x.to(dtype)
-            else:  # as so many channels: the moments of every image in one pass
-                count, mean, m2 = local_moments(x.flatten(0, 1)[None])
-                mean, m2 = mean.view(rows, channels), m2.view(rows, channels)
-                _, *of = merge_moments(count.expand(rows), mean, m2)
+                means = image_means(x)
+            else:  # the moments of every image in one pass
+                means, m2 = _each_image(x)
+                count = means.new_full((rows,), float(x[0, 0].numel() if x.numel() else 0))
+                _, *of = merge_moments(count, means, m2)
             images = rows if x.numel() else 0
-            self._now.append(_Call(x.numel() // channels, images, _variance(mean), of))
-        if leaves:
-            self._to_come += self._now[-len(tensors) :]
+            self._now.append(_Call(x.numel() // self.layer.channels, images, variance(means), of))
+
+    def left(self, mean: Tensor, var: Tensor) -> None:
+        """Take in the statistics (C,) that the layer's last call has left."""
+        call = self._now[-1]
+        # back from the unbiased variance; a single value never gets past torch's forward
+        call.of = mean, var * (1 if self.layer.equal_weights else call.count - 1)
 
     def end_of_forward(self) -> None:
         """Close a forward of the model: the next call is its first use again."""
         if self._now:
-            self._waiting.append(self._now)
+            self._seen.append(self._now)
             self._now = []
-        if len(self._waiting) == 2 * _BLOCK:  # the moments of the first half have come by now
-            self._flush(_BLOCK)
 
-    def _flush(self, forwards: int) -> None:
-        """Merge the first forwards that wait into the sums."""
-        done, self._waiting = self._waiting[:forwards], self._waiting[forwards:]
-        if not done:
-            return
-        uses = max(len(calls) for calls in done)
-        nothing = torch.zeros_like(done[0][0].within)
+    def state(self) -> tuple[int, list[Tensor]]:
+        """Return all of it for other ranks, on the CPU: (K, U) and (K, U, C) of K forwards."""
+        if not self._seen:
+            return self.groups, []
+        uses = max(map(len, self._seen))
+        nothing = torch.zeros_like(self._seen[0][0].within)
         empty = _Call(0, 0, nothing, (nothing, nothing))
-        calls = [call for of in done for call in [*of, *[empty] * (uses - len(of))]]
+        calls = [call for of in self._seen for call in [*of, *[empty] * (uses - len(of))]]
         numbers = torch.tensor([(c.count, c.images) for c in calls], dtype=torch.float64)
-        means, m2s = zip(*(c.of or empty.of for c in calls), strict=True)
-        tensors = [means, m2s, [c.within for c in calls]]
-        self._add(
-            *numbers.view(len(done), uses, 2).unbind(2),
-            *(_stack(values).view(len(done), uses, -1) for values in tensors),
-        )
+        each = [(*(c.of or empty.of), c.within) for c in calls]  # type: ignore[misc]
+        tensors = [torch.stack(values).cpu() for values in zip(*each, strict=True)]
+        shape = (len(self._seen), uses, -1)
+        return self.groups, [*numbers.view(shape).unbind(2), *(t.view(shape) for t in tensors)]
 
-    def _add(self, count: Tensor, images: Tensor, mean: Tensor, m2: Tensor, within: Tensor) -> None:
-        """Add K forwards of U uses: (K, U) and (K, U, C)."""
+    def merge(self, states: Sequence[tuple[int, list[Tensor]]]) -> Record:
+        """Sum up the states of all ranks, the same on each."""
+        self.groups = max(groups for groups, _ in states)
+        known = [tensors for _, tensors in states if tensors]
+        self.forwards = sum(len(tensors[0]) for tensors in known)
+        if not known:
+            return self
+        uses = max(tensors[0].shape[1] for tensors in known)
+        count, images, mean, m2, within = (
+            torch.cat([_with_uses(x.double(), uses) for x in of_ranks])
+            for of_ranks in zip(*known, strict=True)
+        )
         bad = ~(mean.isfinite() & m2.isfinite()) & (count > 0)[..., None]
-        self.not_finite += bad.any(1).sum(0)
+        self.not_finite = bad.any(1).sum(0).double()
         broken = bad.any(2)
-        count = count.masked_fill(broken, 0)
-        images = images.masked_fill(broken, 0)
+        count, images = count.masked_fill(broken, 0), images.masked_fill(broken, 0)
         mean, m2, within = (v.masked_fill(broken[..., None], 0) for v in (mean, m2, within))
         if self.layer.mean_square:
             mean, m2 = torch.zeros_like(mean), m2 + count[..., None] * mean.square()
         seen, nothing = (count > 0).double(), torch.zeros_like(mean)
-        var = Moments(count, mean, m2).variance(unbiased=not self.layer.mean_square)
+        var = Moments(count, mean, m2).variance(unbiased=self.layer.unbiased)
         pooled = merge_moments(count, mean, m2, dim=1)
-        parity = torch.arange(self._forwards, self._forwards + len(count)) % 2 == 0
-        self._forwards += len(count)
-        rows = {
-            "even": Moments(count[parity], mean[parity], m2[parity]),
-            "odd": Moments(count[~parity], mean[~parity], m2[~parity]),
-            "mean": Moments(seen, mean, nothing),
-            "var": Moments(seen, var, nothing),
-            "apart_mean": Moments(seen, mean - pooled.mean[:, None], nothing),
-            "apart_var": Moments(seen, var - pooled.variance(unbiased=True)[:, None], nothing),
-            "within": Moments((images - 1).clamp(min=0), within, nothing),
-            "images": Moments(seen, images[..., None], nothing[..., :1]),
-            "ratio": _variance_ratio(images, mean, within),
+        apart = var - pooled.variance(unbiased=self.layer.unbiased)[:, None]
+        blocks = {
+            "even": (count[::2], mean[::2], m2[::2]),
+            "odd": (count[1::2], mean[1::2], m2[1::2]),
+            "exact": (count, mean, m2),
+            "mean": (seen, mean, nothing),
+            "var": (seen, var, nothing),
+            "apart_mean": (seen, mean - pooled.mean[:, None], nothing),
+            "apart_var": (seen, apart, nothing),
+            "within": ((images - 1).clamp(min=0), within, nothing),
+            "images": (seen, images[..., None], nothing[..., :1]),
         }
-        for name, block in rows.items():
-            merged = merge_moments(*block)
-            self.sums[name] = _merge(self.sums[name], merged) if name in self.sums else merged
-
-    def state(self) -> Any:
-        """Return everything as tensors on the CPU, for other ranks."""
-        self._flush(len(self._waiting))
-        return self.sums, self.not_finite, self._forwards, self.groups
-
-    def merge(self, states: list[Any]) -> None:
-        """Replace what is here by the merged states of all ranks, the same on each."""
-        self.sums, self._forwards, self._exact = {}, 0, None
-        self.not_finite = torch.zeros_like(self.not_finite)
-        for sums, not_finite, forwards, groups in states:
-            self.not_finite += not_finite
-            self._forwards += forwards
-            self.groups = max(self.groups, groups)
-            for name, moments in sums.items():
-                self.sums[name] = _merge(self.sums[name], moments) if name in self.sums else moments
-
-    @property
-    def forwards(self) -> int:
-        """Forwards of the model in which the layer was called."""
-        return self._forwards
+        self.sums = {name: merge_moments(*block) for name, block in blocks.items()}
+        return self
 
     @property
     def uses(self) -> int:
@@ -203,56 +303,30 @@ class Record:
 
     def exact(self) -> Moments:
         """Return the moments of all activations, U rows."""
-        if self._exact is None:
-            self._exact = _merge(self.sums["even"], self.sums["odd"])
-        return self._exact
+        return self.sums["exact"]
 
     def scatter(self, name: str) -> Tensor:
         """Return the variance over forwards of what is summed up under a name, (U, C)."""
         return self.sums[name].variance(unbiased=True)
 
 
-def _variance(mean: Tensor) -> Tensor:
+def _with_uses(x: Tensor, uses: int) -> Tensor:
+    """Return (K, U, ...) for (K, fewer, ...), with zeros for uses that a rank did not have."""
+    return torch.cat([x, x.new_zeros(len(x), uses - x.shape[1], *x.shape[2:])], 1)
+
+
+def variance(means: Tensor) -> Tensor:
     """Return the unbiased variance (C,) of (N, C), 0 for fewer than two; quicker than torch.var."""
-    if len(mean) < 2:
-        return mean.new_zeros(mean.shape[1])
-    return (mean - mean.mean(0)).square_().sum(0) / (len(mean) - 1)
+    if len(means) < 2:
+        return means.new_zeros(means.shape[1])
+    return (means - means.mean(0)).square_().sum(0) / (len(means) - 1)
 
 
-def _variance_ratio(images: Tensor, mean: Tensor, within: Tensor) -> Moments:
-    """Return the moments (U, 1) of each forward's N · (mean - all forwards')² / within.
-
-    That is averaged over the channels, whose correlation the scatter over forwards thus includes,
-    and scaled so that independent normal images are expected to give 1.
-
-    Args:
-        images: (K, U), 0 where there is no such use.
-        mean, within: (K, U, C).
-    """
-    used = images > 1
-    forwards, freedom = used.sum(0), (images - 1).clamp(min=0).sum(0)
-    weight = used.double()[..., None]
-    centre = (weight * mean).sum(0) / forwards.clamp(min=1)[:, None]
-    spread = ((images - 1).clamp(min=0)[..., None] * within).sum(0) / freedom.clamp(min=1)[:, None]
-    sound = spread > 1e-12 * centre.square()  # a constant's rounding says nothing
-    ratio = images[..., None] * (mean - centre).square() / spread.clamp(min=1e-300) * sound
-    scale = forwards / (forwards - 1).clamp(min=1) * (1 - 2 / freedom.clamp(min=3))
-    each = ratio.sum(2) / sound.sum(1).clamp(min=1) * scale
-    known = used & (forwards > 1) & (freedom > 4) & sound.any(1)
-    return Moments(known.double(), each[..., None], torch.zeros_like(each)[..., None])
-
-
-def _stack(values: Sequence[Tensor]) -> Tensor:
-    return torch.stack([v.to(values[0]) for v in values]).cpu().double()
-
-
-def _pad(x: Tensor, uses: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(uses - len(x), *x.shape[1:])]) if len(x) < uses else x
-
-
-def _merge(one: Moments, other: Moments) -> Moments:
-    uses = max(len(one.count), len(other.count))
-    count, mean, m2 = (
-        torch.stack([_pad(a, uses), _pad(b, uses)]) for a, b in zip(one, other, strict=True)
-    )
-    return merge_moments(count, mean, m2)
+def _each_image(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and M2 (N, C) over the positions of each image."""
+    if not x.numel():
+        nothing = torch.zeros(x.shape[:2], dtype=statistics_dtype(x.dtype), device=x.device)
+        return nothing, nothing
+    flat = x.flatten(2) if x.dim() > 2 else x[..., None]
+    var, mean = torch.var_mean(flat.to(statistics_dtype(x.dtype)), 2, correction=0)
+    return mean, var * flat.shape[2]

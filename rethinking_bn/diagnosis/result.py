@@ -1,4 +1,4 @@
-"""The result of a diagnosis: a table for the terminal, JSON, a picture."""
+"""What a diagnosis gives: findings with their severity, as text, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -6,24 +6,95 @@ import json
 import math
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rethinking_bn.diagnosis.findings import SEVERITIES, Finding
 from rethinking_bn.files import replace
 
-_WIDTH = 100
-_EXPLAINED = 8  # layers, the worst, whose numbers are printed; all whose kinds are new, too
+SEVERITIES = ("ok", "note", "warning", "severe")
+_DISTANCE = (0.05, 0.15, 0.5)
+# from which effect on a finding is a note, a warning, severe; docs/diagnosis.md says of what
+LIMITS: dict[str, tuple[float, float, float]] = {
+    "non-finite": (0.0, 0.0, 0.0),
+    "impossible-variance": (0.0, 0.0, 0.0),
+    "identity-statistics": _DISTANCE,
+    "repeated-use": (0.05, 0.15, 0.4),
+    "stale-statistics": _DISTANCE,
+    "mixed-modes": _DISTANCE,
+    "dependent-samples": (0.02, 0.1, 0.3),
+    "small-batch": (-64, -16, -4),  # independent samples, the fewer the worse
+    "dead-channels": (0.0, 0.15, 0.5),
+    "domain-shift": _DISTANCE,
+    "output-effect": (0.02, 0.1, 0.3),
+}
+KINDS = tuple(LIMITS)
 _FEW = 20  # batches
+_WHOLE = "(the model)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was measured about one layer.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        layer: the module's name; "" for the model as a whole.
+        severity: "ok", "note", "warning" or "severe".
+        evidence: numbers by name; lists of channels are cut at 16.
+        remedy: what to do, code between backticks; "" where nothing is.
+        what: one sentence with the numbers.
+        effect: the size by which findings of a severity are ordered.
+    """
+
+    kind: str
+    layer: str
+    severity: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+    remedy: str = ""
+    what: str = ""
+    effect: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.what}; do: {self.remedy}" if self.remedy else self.what
+
+    @property
+    def rank(self) -> tuple[int, float, int]:
+        """Sort key: the worst first, by the output's change where that was measured."""
+        size = self.evidence.get("output_change", self.effect)
+        size = math.inf if math.isnan(size) else size
+        return -SEVERITIES.index(self.severity), -size, KINDS.index(self.kind)
+
+    @property
+    def cause(self) -> tuple[str, str]:
+        """What findings of several layers are printed together by."""
+        return self.kind, self.evidence.get("cause", "")
+
+
+def make(
+    kind: str, layer: str, severity: str, what: str, effect: float, **evidence: Any
+) -> Finding:
+    """Return a finding; its remedy comes last, when all is known."""
+    return Finding(kind, layer, severity, evidence, "", what, float(effect))
+
+
+def severity_of(effect: float, limits: tuple[float, float, float]) -> str:
+    """Return the severity of an effect by three ascending limits; NaN is severe."""
+    if math.isnan(effect):
+        return "severe"
+    return SEVERITIES[sum(effect >= limit for limit in limits)]
+
+
+def worse(one: str, other: str) -> bool:
+    """Return whether one severity is worse than another."""
+    return SEVERITIES.index(one) > SEVERITIES.index(other)
 
 
 @dataclass(frozen=True)
 class Diagnosis:
     """What :func:`rethinking_bn.diagnosis.diagnose` found.
 
-    ``print`` shows a table, the worst layer first, with a sentence for every finding of the worst;
-    layers that are fine are counted only.
+    ``print`` shows a line for each cause, the worst first, with its layers counted.
 
     Attributes:
         findings: the worst first; what is fine is there too, as "ok" with its numbers.
@@ -32,6 +103,7 @@ class Diagnosis:
         world: ranks.
         seconds: what it took.
         unreached: layers that no finite value reached.
+        left: modules that look like BatchNorm but were left alone, with the reason.
     """
 
     findings: tuple[Finding, ...]
@@ -40,6 +112,7 @@ class Diagnosis:
     world: int
     seconds: float
     unreached: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
     @property
     def severe(self) -> tuple[Finding, ...]:
@@ -57,6 +130,10 @@ class Diagnosis:
         return sum(f.severity == severity for f in self.findings)
 
     def __str__(self) -> str:
+        return self.as_text()
+
+    def as_text(self, verbose: bool = False) -> str:
+        """Return a line for each cause, or all findings layer by layer."""
         counts = ", ".join(
             f"{self.count(s)} {s}{'s' if s in ('warning', 'note') and self.count(s) != 1 else ''}"
             for s in reversed(SEVERITIES[1:])
@@ -66,53 +143,58 @@ class Diagnosis:
         ]
         if self.batches < _FEW:
             lines.append(f'(few batches: what is "ok" may only be uncertain; take {_FEW} or more)')
-        by_layer: dict[str, list[Finding]] = {}
-        for finding in self.findings:
-            if finding.severity != "ok":
-                by_layer.setdefault(finding.layer, []).append(finding)
-        told: set[str] = set()  # a remedy is printed once, where its kind is worst
-        width = max((len(name or _WHOLE) for name in by_layer), default=0)
-        for number, (name, findings) in enumerate(by_layer.items()):
-            kinds = list(dict.fromkeys(f.kind for f in findings))
-            lines.append(f"{findings[0].severity:8} {name or _WHOLE:{width}}  {', '.join(kinds)}")
-            if number >= _EXPLAINED and told.issuperset(kinds):
-                continue
-            said = any("output_change" in f.evidence for f in findings)
-            for finding in findings:
-                if said and finding.kind == "output-effect":
-                    continue  # the other sentences say it
-                do = "as above" if finding.kind in told else finding.remedy
-                text = f"{finding.kind}: {finding.what}; do: {do}"
-                lines += textwrap.wrap(
-                    text, _WIDTH, initial_indent=" " * 9, subsequent_indent=" " * 11
-                )
-            told.update(kinds)
-        if len(by_layer) > _EXPLAINED:
-            lines.append("         (numbers of every layer: .findings, or the JSON file)")
-        fine = len(self.layers) - len([name for name in by_layer if name])
+        loud = [f for f in self.findings if f.severity != "ok"]
+        lines += self._by_layer(loud) if verbose else self._by_cause(loud)
+        fine = len(self.layers) - len({f.layer for f in loud if f.layer})
         if fine:
             lines.append(f"ok       {fine} layers")
         if self.unreached:
             lines.append(f"not reached by any value: {', '.join(self.unreached)}")
+        if self.left:
+            lines.append(f"left alone: {'; '.join(self.left)}")
         return "\n".join(lines)
+
+    def _by_cause(self, loud: list[Finding]) -> Iterator[str]:
+        groups: dict[tuple[str, str], list[Finding]] = {}
+        for finding in loud:
+            groups.setdefault(finding.cause, []).append(finding)
+        told = {f.layer for f in loud if f.kind != "output-effect"}
+        for (kind, _), group in groups.items():
+            if kind == "output-effect":  # of a single layer, its other findings tell
+                group = [f for f in group if f.layer not in told]
+            if group:
+                worst = group[0]
+                where = worst.layer or _WHOLE
+                if len(group) > 1:
+                    where = f"{len(group)} layers, worst {where}"
+                yield f"{worst.severity:8} {kind}: {where}: {worst}"
+
+    def _by_layer(self, loud: list[Finding]) -> Iterator[str]:
+        by_layer: dict[str, list[Finding]] = {}
+        for finding in loud:
+            by_layer.setdefault(finding.layer, []).append(finding)
+        told: set[str] = set()  # a remedy is printed once, where its kind is worst
+        for name, findings in by_layer.items():
+            kinds = ", ".join(dict.fromkeys(f.kind for f in findings))
+            yield f"{findings[0].severity:8} {name or _WHOLE}  {kinds}"
+            for f in findings:
+                text = f"{f.kind}: {f.what}" + ("" if f.remedy in told else f"; do: {f.remedy}")
+                told.add(f.remedy)
+                yield textwrap.indent(textwrap.fill(text, 91, subsequent_indent="  "), " " * 9)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values; numbers that are not finite become strings."""
+        names = ("kind", "layer", "severity", "what", "remedy")
         return {
             "batches": self.batches,
             "world": self.world,
             "seconds": round(self.seconds, 3),
             "layers": list(self.layers),
             "unreached": list(self.unreached),
+            "left": list(self.left),
             "findings": [
-                {
-                    "kind": f.kind,
-                    "layer": f.layer,
-                    "severity": f.severity,
-                    "what": f.what,
-                    "remedy": f.remedy,
-                    "evidence": {k: _plain(v) for k, v in f.evidence.items()},
-                }
+                {name: getattr(f, name) for name in names}
+                | {"evidence": {key: _plain(value) for key, value in f.evidence.items()}}
                 for f in self.findings
             ],
         }
@@ -124,16 +206,6 @@ class Diagnosis:
             replace(path, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
         return text
 
-    def plot(self, path: str | Path) -> None:
-        """Draw layers along the depth: distance, noise, uses apart; findings marked. Matplotlib.
-
-        Raises:
-            ImportError: without matplotlib.
-        """
-        from rethinking_bn.diagnosis.picture import draw
-
-        draw(self, Path(path))
-
     def scalars(self) -> Iterator[tuple[str, float]]:
         """Yield names and numbers for a plot over time: counts, and the largest of each effect."""
         for severity in SEVERITIES[1:]:
@@ -144,11 +216,77 @@ class Diagnosis:
                 largest[f.kind] = max(largest.get(f.kind, 0.0), f.effect)
         yield from ((kind.replace("-", "_"), value) for kind, value in largest.items())
 
+    def plot(self, path: str | Path) -> None:
+        """Draw the layers along the depth: what was measured, what was found. Needs Matplotlib.
 
-_WHOLE = "(the model)"
+        Args:
+            path: its suffix is the format.
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        depth = {name: i for i, name in enumerate(self.layers)}
+        width = max(7.0, min(16.0, 0.22 * len(depth) + 3))
+        figure = Figure(figsize=(width, 8.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(len(_PANELS), 1, sharex=True)
+        for ax, (title, severe, series) in zip(axes, _PANELS, strict=True):
+            for colour, (kind, key) in enumerate(series):
+                points = sorted(
+                    (depth[f.layer], f.evidence[key], f.severity)
+                    for f in self.of(kind)
+                    if f.layer in depth and math.isfinite(f.evidence.get(key, math.nan))
+                )
+                for severity, style in _STYLES.items():
+                    chosen = [p[:2] for p in points if severity in ("", p[2])]
+                    label = None if severity else f"{kind} {key}".replace("_", " ")
+                    if chosen:
+                        style = {"color": f"C{colour}", "label": label, **style}
+                        ax.plot(*zip(*chosen, strict=True), **style)
+            ax.axhline(severe, color="grey", linewidth=0.6, linestyle=":")
+            ax.set_ylim(bottom=0)
+            ax.set_title(title, fontsize=9, loc="left")
+            if ax.get_legend_handles_labels()[0]:
+                ax.legend(fontsize=7, loc="upper right", ncols=4)
+        every = max(1, len(depth) // 60)
+        names = list(depth)[::every]
+        axes[-1].set_xticks(list(depth.values())[::every], names, rotation=90, fontsize=6)
+        for finding in (*self.of("non-finite"), *self.of("impossible-variance")):
+            if finding.severity == "severe":
+                axes[0].axvline(depth[finding.layer], color="crimson", linewidth=0.8)
+        figure.suptitle(str(self).splitlines()[0], fontsize=10)
+        kind = Path(path).suffix.lstrip(".") or "png"
+        replace(path, lambda aside: figure.savefig(aside, dpi=110, format=kind))
+
+
+_STORED = ("stale-statistics", "identity-statistics", "mixed-modes", "domain-shift")
+# title, severe from, (kind, number in its evidence)
+_PANELS: tuple[tuple[str, float, list[tuple[str, str]]], ...] = (
+    (
+        "stored statistics, standard deviations from the data's",
+        0.5,
+        [(kind, "distance") for kind in _STORED],
+    ),
+    (
+        "within a batch, standard deviations",
+        0.4,
+        [("small-batch", "noise"), ("dependent-samples", "excess"), ("repeated-use", "apart")],
+    ),
+    (
+        "change of the output by one layer",
+        0.3,
+        [("output-effect", "stored_to_exact"), ("output-effect", "exact_to_batch")],
+    ),
+)
+_STYLES: dict[str, dict[str, Any]] = {
+    "": {"marker": ".", "linewidth": 0.8, "markersize": 4},
+    "warning": {"marker": "^", "linestyle": "", "color": "darkorange"},
+    "severe": {"marker": "X", "linestyle": "", "color": "crimson"},
+}
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rethinking_bn.checkpoint import read_weights
 from rethinking_bn.config import add_rethinking_bn_config, images_per_pass
-from rethinking_bn.diagnosis.layers import DiagnosedLayer, find_layers
+from rethinking_bn.diagnosis.record import DiagnosedLayer, find_layers
 from rethinking_bn.engine.checks import check_batch_size, check_model
 from rethinking_bn.engine.load_config import scale_to_ranks
 from rethinking_bn.layers import BatchStatNorm2d, MultiDomainBatchNorm2d
@@ -100,7 +100,7 @@ def make_plan(cfg: CfgNode, ranks: int = 1) -> Plan:
     if model is None:
         raise ValueError(f"{cfg.MODEL.META_ARCHITECTURE} cannot be built without data")
     model.train()
-    like_bn = {layer.name: layer for layer in find_layers(model)}
+    like_bn = {layer.name: layer for layer in find_layers(model)[0]}
     others = {
         name: module
         for name, module in model.named_modules()

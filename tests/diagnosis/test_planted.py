@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rethinking_bn.diagnosis import Diagnosis, diagnose
-from rethinking_bn.diagnosis.findings import KINDS, REMEDIES
+from rethinking_bn.diagnosis.result import KINDS
 from rethinking_bn.layers import CycleBatchNorm2d, MABN2d, MultiDomainBatchNorm2d
 from rethinking_bn.population import estimate_population_statistics
 from tests.diagnosis.cases import batches, healthy
@@ -46,7 +46,7 @@ def test_what_is_refused_while_other_ranks_wait_in_the_forward_is_an_error(
 ) -> None:
     net = healthy()
     net.layer1.bn2.communicates = True  # in training mode, as synchronised layers do
-    monkeypatch.setattr("rethinking_bn.diagnosis.examine.get_world_size", lambda group: 2)
+    monkeypatch.setattr("rethinking_bn.diagnosis.effects.get_world_size", lambda group: 2)
     net.layer1.bn2.running_mean += 5
     forwards = 0
 
@@ -130,7 +130,7 @@ def test_a_defect_of_one_layer_is_found_there_and_nowhere_else(kind: str) -> Non
     diagnosis = diagnose(net, batches())
     found = [f for f in diagnosis.of(kind, "layer1.bn2") if f.severity != "ok"]
     assert found and found[0].severity == severity
-    assert found[0].remedy == REMEDIES[kind]
+    assert "estimate_population_statistics(" in found[0].remedy
     assert {layer for _, layer, _ in bad(diagnosis)} <= {"layer1.bn2", ""}
     assert found[0] in diagnosis.severe and diagnosis.findings[0].severity == "severe"
 
@@ -251,12 +251,22 @@ def test_what_changes_nothing_in_the_output_is_not_severe() -> None:
     assert not diagnosis.severe
 
 
-def test_many_layers_are_listed_but_only_the_worst_explained() -> None:
+def test_what_is_printed_has_a_line_for_each_cause() -> None:
     torch.manual_seed(0)
     layers = [m for _ in range(12) for m in (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())]
-    text = str(diagnose(nn.Sequential(*layers), batches(4), output_batches=0))
-    assert text.count("identity-statistics\n") > text.count("identity-statistics: ") == 8
-    assert "few batches" in text and "few batches" not in str(diagnose(healthy(), batches(20, 8)))
+    net = nn.Sequential(*layers).train()
+    net[4].running_mean += 1
+    diagnosis = diagnose(net, batches(4), output_batches=0)
+    lines = str(diagnosis).splitlines()
+    loud = [f for f in diagnosis.findings if f.severity != "ok"]
+    assert len(lines) <= 3 + len({f.kind for f in loud}) and "few batches" in lines[1]
+    (line,) = [line for line in lines if "identity-statistics" in line]
+    count = sum(f.kind == "identity-statistics" for f in loud)
+    assert line.startswith("severe") and f"{count} layers" in line
+    verbose = diagnosis.as_text(verbose=True)
+    for f in loud:
+        assert any(f.layer in line.split() and f.kind in line for line in verbose.splitlines())
+    assert "few batches" not in str(diagnose(healthy(), batches(20, 8)))
 
 
 def test_the_result_can_be_printed_saved_and_drawn(tmp_path: Path) -> None:

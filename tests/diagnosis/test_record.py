@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rethinking_bn.diagnosis.layers import DiagnosedLayer
-from rethinking_bn.diagnosis.record import Record
+from rethinking_bn.diagnosis.distance import Scatter, scattering
+from rethinking_bn.diagnosis.record import Record, find_layers
 from rethinking_bn.layers import BatchNorm2d
 
 FORWARDS = 70  # more than two blocks
@@ -46,8 +46,10 @@ def test_sums_equal_a_reference(
     if len(shape) == 1:  # torch refuses a batch of one value per channel
         seen = [[x.repeat(2, 1) for x in calls] for calls in seen]
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    record = Record(DiagnosedLayer("bn", layer, frozen))
-    with torch.no_grad(), record.watching():
+    ((watched,), _) = find_layers(nn.ModuleList([layer]))
+    watched.frozen, watched.from_buffers = frozen, watched.from_buffers and not frozen
+    watched.record = record = Record(watched)
+    with torch.no_grad(), watched.watching():
         for calls in seen:
             for x in calls:
                 layer(x)
@@ -73,24 +75,28 @@ def test_sums_equal_a_reference(
         torch.testing.assert_close(record["within"].mean[use], within, rtol=1e-4, atol=0)
 
 
-def ratios(shared: float) -> tuple[float, float]:
-    """Return the mean variance ratio of independent images plus what a batch has in common."""
+def scattering_of(shared: float) -> tuple[float, float, float]:
+    """Return excess, F and z of independent images plus what a batch has in common."""
     g = torch.Generator().manual_seed(1)
-    layer = nn.BatchNorm2d(4)
-    record = Record(DiagnosedLayer("bn", layer, False))
-    with torch.no_grad(), record.watching():
+    ((layer,), _) = find_layers(nn.ModuleList([nn.BatchNorm2d(4)]))
+    scatter, record = Scatter(layer), Record(layer)
+    with torch.no_grad():
         for _ in range(200):
             image = torch.randn(8, 4, 1, 1, generator=g)
-            layer(image + shared * torch.randn(4, 1, 1, generator=g) + torch.zeros(8, 4, 2, 2))
-            record.end_of_forward()
-    record.merge([record.state()])
-    ratio = record["ratio"]
-    return float(ratio.mean[0]), float((record.scatter("ratio")[0] / ratio.count[0]).sqrt())
+            x = image + shared * torch.randn(4, 1, 1, generator=g) + torch.zeros(8, 4, 2, 2)
+            for watcher in (scatter, record):
+                layer.record = watcher
+                layer.layer.train(watcher is record)
+                with layer.watching():
+                    layer.layer(x)
+                watcher.end_of_forward()
+    verdict, f, _ = scattering(layer, record.merge([record.state()]), [scatter.summary()] * 2)
+    return verdict.effect, f, verdict.z
 
 
 def test_the_variance_ratio_of_independent_images_is_one() -> None:
-    mean, error = ratios(0.0)
-    assert abs(mean - 1) < 3 * error < 0.3
-    # 8 images: 1 + 8 · 0.5²
-    mean, error = ratios(0.5)
-    assert abs(mean - 3) < 3 * error and error < 0.4
+    effect, f, z = scattering_of(0.0)
+    assert abs(f - 1) < 0.15 and z < 3 and effect == 0
+    # 8 images: 1 + 8 · 0.5²; in standard deviations of the values, sqrt(1.25)
+    effect, f, z = scattering_of(0.5)
+    assert abs(f - 3) < 0.4 and z > 10 and effect == pytest.approx(0.5 / 1.25**0.5, abs=0.05)

@@ -1,0 +1,340 @@
+"""From what was recorded to findings: one function per question, all of them pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rethinking_bn.diagnosis.distance import (
+    DEAD,
+    Verdict,
+    by_row,
+    compare_with_stored,
+    exact_statistics,
+    judge,
+    pool,
+    ratio,
+    scattering,
+    to_z,
+)
+from rethinking_bn.diagnosis.record import DiagnosedLayer, Record
+from rethinking_bn.diagnosis.result import LIMITS, Finding, make, severity_of, worse
+from rethinking_bn.numerics.moments import merge_moments
+
+_FOLDED = -0.5  # correlation below which an affine holds the statistics
+_LARGEST_BLOCK = 8  # norm layers
+_USUAL = 0.1  # momentum of nn.BatchNorm2d
+
+
+def judge_layer(
+    layer: DiagnosedLayer, record: Record, scatter: Sequence[Any], *, idle: bool = False
+) -> Iterator[Finding]:
+    """Yield what is found at one layer, but for what other layers or data are needed for.
+
+    Args:
+        scatter: every rank's summary of the forwards by constants.
+        idle: whether inference does not call the layer, whose statistics then do not matter.
+    """
+    yield from _non_finite(layer, record)
+    yield from _impossible(layer)
+    if record.uses == 0 or record.exact().count.sum() == 0:
+        return
+    yield from _dead_channels(layer, record)
+    if layer.stored is not None and not layer.by_batch and not idle:
+        yield _stored_against(layer, record)
+    if record.uses > 1:
+        yield _repeated_use(layer, record)
+    # of a forward of the layer's own nobody else knows the batch that it normalises by
+    if not layer.frozen and not layer.equal_weights:
+        yield _dependent_samples(layer, record, scatter)
+        yield _small_batch(layer, record)
+
+
+def _off(layer: DiagnosedLayer, verdict: Verdict) -> dict[str, Any]:
+    return {
+        "z": verdict.z,
+        "channels": len(verdict.channels),
+        "of": layer.channels,
+        "which": verdict.channels[:16].tolist(),
+        "together": verdict.together,
+    }
+
+
+def _stored_against(layer: DiagnosedLayer, record: Record) -> Finding:
+    """Judge the stored statistics: one of identity, mixed modes (frozen), stale."""
+    assert layer.stored is not None
+    mean, var = layer.stored
+    unit = (mean == 0).all() and ((var - 1).abs() <= 2 * layer.eps).all()
+    identity = bool((var == 1).all()) if layer.mean_square else bool(unit)
+    kind = "mixed-modes" if layer.frozen else "stale-statistics"
+    kind = "identity-statistics" if identity else kind
+    moving = not (identity or layer.frozen)
+    verdicts = compare_with_stored(layer, record, moving=moving)
+    row, worst = max(enumerate(verdicts), key=lambda pair: max(pair[1].effect, pair[1].noise))
+    severity = severity_of(worst.effect, LIMITS[kind])
+    evidence = {"distance": worst.effect, **_off(layer, worst)}
+    evidence |= {"row": row} if layer.rows > 1 else {}
+    steps, momentum = layer.steps, layer.momentum
+    evidence |= {} if steps is None else {"steps": steps}
+    far = f"{worst.effect:.2f} standard deviations from the data's"
+    where = f" in {len(worst.channels)} of {layer.channels} channels (z {worst.z:.0f})"
+    if identity and layer.frozen and severity != "ok" and _is_folded(layer, record):
+        evidence["folded"] = True
+        return make(kind, layer.name, "ok", "statistics are in the affine", 0.0, **evidence)
+    # every average has some noise: with a usual momentum less than a warning's is none
+    noisy = moving and momentum is not None and worst.noise >= LIMITS[kind][momentum <= _USUAL]
+    if noisy and worse(by_noise := severity_of(worst.noise, LIMITS[kind]), severity):
+        assert momentum is not None
+        held = (2 - momentum) / momentum
+        batches = f"{held:.0f} batches" if held >= 1.5 else "one batch"
+        evidence |= {"distance": worst.noise, "cause": "momentum", "momentum": momentum}
+        what = (
+            f"momentum {momentum:g}: the average holds {batches}, and its noise takes the stored "
+            f"statistics {worst.noise:.2f} standard deviations from the data's"
+        )
+        return make(kind, layer.name, by_noise, what, worst.noise, **evidence)
+    what = {
+        "identity-statistics": f"mean 0 and variance 1, as created, are {far}{where}: inference "
+        "does not normalise",
+        "mixed-modes": f"frozen statistics are {far}{where}: training and inference get features "
+        "that are not normalised",
+        "stale-statistics": f"stored statistics are {far}{where}: inference sees other features "
+        "than training",
+    }[kind]
+    if kind == "stale-statistics" and steps and momentum and (1 - momentum) ** steps > 0.01:
+        what += f", after only {steps} updates"
+    if severity == "ok":
+        what = f"stored statistics fit the data's (largest z {worst.z:.1f})"
+    return make(kind, layer.name, severity, what, worst.effect, **evidence)
+
+
+def _is_folded(layer: DiagnosedLayer, record: Record) -> bool:
+    """Return whether an affine makes up for identity statistics, as in converted Caffe2 weights.
+
+    There the weight is γ / σ: large where the data's deviation is small.
+    """
+    weight = getattr(layer.layer, "weight", None)
+    if weight is None or layer.channels < 8:
+        return False
+    w = weight.detach().double().cpu().abs().clamp(min=1e-12).log()
+    s = exact_statistics(layer, record)[1][0].clamp(min=1e-24).log() / 2
+    return bool(w.std() >= 1e-6) and float(torch.corrcoef(torch.stack([w, s]))[0, 1]) < _FOLDED
+
+
+def _dead_channels(layer: DiagnosedLayer, record: Record) -> Iterator[Finding]:
+    kind = "dead-channels"
+    mean, var = exact_statistics(layer, record)
+    dead = (var < DEAD * layer.eps) & (by_row(layer, record, record.exact()).count > 1)[:, None]
+    count = int(dead.any(0).sum())
+    if not count:
+        yield make(kind, layer.name, "ok", "every channel varies", 0.0, channels=0)
+        return
+    shift = torch.zeros_like(mean)
+    if layer.stored is not None and not layer.by_batch:
+        sd = (layer.stored[1].clamp(min=0) + layer.eps).sqrt()
+        shift = ((mean - layer.stored[0]) / sd).abs().nan_to_num(0.0)
+    harm = float(shift[dead].max())
+    share = count / layer.channels
+    severity = severity_of(harm, LIMITS[kind])
+    if severity == "severe" and share < 0.05 or severity in ("ok", "note") and share >= 0.25:
+        severity = "warning"
+    what = (
+        f"{count} of {layer.channels} channels do not vary; inference makes them a constant "
+        f"{harm:.2f} from training's"
+    )
+    yield make(
+        kind, layer.name, severity, what, max(share, harm),
+        channels=count, of=layer.channels, harm=harm,
+        which=dead.any(0).nonzero()[:16, 0].tolist(),
+    )  # fmt: skip
+
+
+def _non_finite(layer: DiagnosedLayer, record: Record) -> Iterator[Finding]:
+    stored = torch.zeros(layer.channels, dtype=torch.bool)
+    if layer.stored is not None:
+        stored = ~(layer.stored[0].isfinite() & layer.stored[1].isfinite()).all(0)
+    given = record.not_finite > 0
+    channels = (stored | given).nonzero()[:, 0]
+    if not len(channels):
+        yield make("non-finite", layer.name, "ok", "everything is finite", 0.0, channels=0)
+        return
+    batches = int(record.not_finite.max())
+    what = (
+        f"{int(stored.sum())} channels have stored statistics that are not finite; "
+        f"{int(given.sum())} of {layer.channels} channels were given values that are not, in "
+        f"{batches} of {record.forwards} batches: all that follows is lost"
+    )
+    yield make(
+        "non-finite", layer.name, "severe", what, float(len(channels)),
+        channels=len(channels), of=layer.channels, stored=int(stored.sum()), batches=batches,
+        which=channels[:16].tolist(),
+    )  # fmt: skip
+
+
+def _impossible(layer: DiagnosedLayer) -> Iterator[Finding]:
+    if layer.stored is None:
+        return
+    bad = (layer.stored[1] < 0).any(0).nonzero()[:, 0]
+    if not len(bad):
+        yield make("impossible-variance", layer.name, "ok", "variances are possible", 0.0)
+        return
+    lowest = float(layer.stored[1].nan_to_num(0.0).min())
+    what = (
+        f"{len(bad)} of {layer.channels} channels store a negative variance, down to {lowest:.3g}"
+    )
+    yield make(
+        "impossible-variance", layer.name, "severe", what, float(len(bad)),
+        channels=len(bad), of=layer.channels, lowest=lowest, which=bad[:16].tolist(),
+    )  # fmt: skip
+
+
+def _repeated_use(layer: DiagnosedLayer, record: Record) -> Finding:
+    """Do uses that training normalises apart share stored statistics, or the other way round?"""
+    kind = "repeated-use"
+    seen, exact = record["mean"].count, record.exact()
+    df = max(float(seen.max()) - 1, 1)
+    pooled = merge_moments(exact.count, exact.mean, exact.m2)
+    mean, var, each = pooled.mean, pooled.variance(), exact.variance()
+    z = to_z(torch.zeros_like(mean), df)
+    sizes = []
+    for use in range(record.uses):
+        if seen[use] == 0:
+            continue
+        for name in ("apart_mean", "apart_var"):
+            error = (record.scatter(name)[use] / seen[use]).sqrt()
+            z = torch.maximum(z, to_z(ratio(record[name].mean[use], error), df))
+        sd = (var + layer.eps).sqrt()
+        gain = (each[use] + layer.eps).sqrt() / sd
+        sizes.append(((exact.mean[use] - mean) / sd).square() + (gain - 1).square())
+    verdict = judge(torch.stack(sizes).mean(0).sqrt(), z)
+    at_odds = layer.apart if layer.rows == 1 else not layer.apart
+    at_odds = at_odds and not (layer.frozen or layer.by_batch)
+    severity = severity_of(verdict.effect, LIMITS[kind]) if at_odds else "ok"
+    evidence = {"uses": record.uses, "apart": verdict.effect, **_off(layer, verdict)}
+    what = f"its {record.uses} uses per forward lie {verdict.effect:.2f} standard deviations apart"
+    if severity == "ok":
+        what += "" if at_odds else ", but training and inference treat them alike"
+    elif layer.apart:
+        what += (
+            f" (z {verdict.z:.0f}): training normalises each by itself, inference all by one set "
+            "of statistics"
+        )
+    else:
+        what += (
+            f" (z {verdict.z:.0f}): training normalises them together, inference each by its own "
+            "statistics"
+        )
+    return make(kind, layer.name, severity, what, verdict.effect, **evidence)
+
+
+def _dependent_samples(layer: DiagnosedLayer, record: Record, scatter: Sequence[Any]) -> Finding:
+    """Do batch means scatter more than means of as many independent images would?"""
+    kind = "dependent-samples"
+    verdict, f, use = scattering(layer, record, scatter)
+    severity = severity_of(verdict.effect, LIMITS[kind])
+    evidence = {"excess": verdict.effect, "variance_ratio": f, "z": verdict.z}
+    evidence |= {"use": use} if record.uses > 1 else {}
+    what = (
+        f"batch means scatter {verdict.effect:.2f} standard deviations more than independent "
+        f"samples' (F {f:.1f}, z {verdict.z:.0f}): the batch tells what a sample is, and inference "
+        "has no such batch"
+    )
+    if severity == "ok":
+        what = f"batch means scatter no more than independent samples' (z {verdict.z:.1f})"
+    return make(kind, layer.name, severity, what, verdict.effect, **evidence)
+
+
+def _small_batch(layer: DiagnosedLayer, record: Record) -> Finding:
+    """How many independent samples does a normalisation batch amount to, per channel?"""
+    uses = list(range(record.uses))
+    parts = [[use] for use in uses] if layer.apart else [uses]
+    samples = min(float(_samples(layer, record, part).median()) for part in parts)
+    severity = severity_of(-samples, LIMITS["small-batch"])
+    images = float(record["images"].mean.mean()) * layer.ranks / record.groups
+    noise = samples**-0.5 if samples > 0 else float("inf")
+    what = (
+        f"a normalisation batch of {images:.0f} is worth {samples:.0f} independent samples: its "
+        f"mean is off by {noise:.2f} standard deviations, noise that inference does not have"
+    )
+    if severity == "ok":
+        what = f"a normalisation batch is worth {samples:.0f} independent samples"
+    return make(
+        "small-batch", layer.name, severity, what, noise,
+        samples=samples, noise=noise, rows=images, ranks=layer.ranks,
+    )  # fmt: skip
+
+
+def _samples(layer: DiagnosedLayer, record: Record, uses: Sequence[int]) -> Tensor:
+    """Return (C,): variance of the values over variance of the normalisation batch's mean.
+
+    Pixels of an image are correlated, so a batch of N is worth something from N to N·H·W. Levels
+    of one image are taken as one.
+    """
+    exact = record.exact()
+    chosen = [use for use in uses if record["mean"].count[use] > 0]
+    if not chosen:
+        return torch.full((layer.channels,), float("inf"), dtype=torch.float64)
+    pooled = pool(exact, chosen)
+    share = exact.count[chosen] / exact.count[chosen].sum()
+    error = torch.zeros(layer.channels, dtype=torch.float64)
+    for use, part in zip(chosen, share, strict=True):
+        images = float(record["images"].mean[use]) / record.groups
+        within = record["within"].mean[use]
+        if float(record["within"].count[use]) < 1:  # a single image: the scatter of batches
+            within, images = record.scatter("mean")[use], max(images, 1.0)
+        error += part * (within / max(images * layer.ranks, 1.0)).sqrt()
+    alive = pooled.variance() >= DEAD * layer.eps
+    n = pooled.variance() / error.square().clamp(min=1e-30)
+    return n[alive] if alive.any() else torch.full_like(n, float("inf"))
+
+
+def mixed_blocks(layers: Sequence[DiagnosedLayer]) -> Iterator[Finding]:
+    """Yield a finding per block that is frozen in part.
+
+    The block of a layer is the smallest module that holds another norm layer too, if it is no
+    more than two modules up and holds no more than eight.
+    """
+    by_prefix: dict[str, list[DiagnosedLayer]] = {}
+    for layer in layers:
+        parts = layer.name.split(".")
+        for up in range(1, len(parts)):
+            by_prefix.setdefault(".".join(parts[:-up]), []).append(layer)
+    seen: set[str] = set()
+    for layer in layers:
+        parts = layer.name.split(".")
+        prefixes = [".".join(parts[:-up]) for up in range(1, min(3, len(parts)))]
+        block = next((p for p in prefixes if len(by_prefix[p]) > 1), None)
+        if block is None or block in seen or len(by_prefix[block]) > _LARGEST_BLOCK:
+            continue
+        seen.add(block)
+        frozen = [member.name for member in by_prefix[block] if member.frozen]
+        thawed = [member.name for member in by_prefix[block] if not member.frozen]
+        if frozen and thawed:
+            what = (
+                f"{len(frozen)} of {len(frozen) + len(thawed)} layers of the block {block} are "
+                f"frozen ({', '.join(frozen)}): their statistics stay while those beside them move"
+            )
+            yield make(
+                "mixed-modes", frozen[0], "note", what, len(frozen) / len(thawed),
+                cause="block", block=block, frozen=frozen, thawed=thawed,
+            )  # fmt: skip
+
+
+def domain_shift(layer: DiagnosedLayer, record: Record) -> Iterator[Finding]:
+    """Yield how far the target's statistics are from the stored ones."""
+    if layer.stored is None or layer.by_batch or record.uses == 0:
+        return
+    verdicts = compare_with_stored(layer, record, moving=not layer.frozen)
+    worst = max(verdicts, key=lambda verdict: verdict.effect)
+    severity = severity_of(worst.effect, LIMITS["domain-shift"])
+    what = (
+        f"the target's statistics are {worst.effect:.2f} standard deviations from the stored "
+        f"ones in {len(worst.channels)} of {layer.channels} channels (z {worst.z:.0f})"
+    )
+    if severity == "ok":
+        what = f"stored statistics fit the target's (largest z {worst.z:.1f})"
+    evidence = {"distance": worst.effect, **_off(layer, worst)}
+    yield make("domain-shift", layer.name, severity, what, worst.effect, **evidence)
