@@ -143,10 +143,20 @@ def test_user_errors_are_named() -> None:
         diagnose(nn.Sequential(nn.LazyBatchNorm2d()), batches(3))
 
 
-def test_a_batch_that_the_model_cannot_take_is_explained(caplog) -> None:
-    with pytest.raises(TypeError):
+def test_loaders_are_taken_as_they_are_or_refused_with_advice() -> None:
+    with pytest.raises(ValueError, match="forward="):
         diagnose(healthy(), [{"image": x} for x in batches(2)])
-    assert "forward=" in caplog.text and "(dict)" in caplog.text
+    with pytest.raises(ValueError, match="generator.* has no length"):
+        diagnose(healthy(), (x for x in batches(2)))
+    assert diagnose(healthy(), (x for x in batches(3)), num_batches=3).batches == 3
+
+
+def test_a_diagnosis_within_another_is_refused_and_nothing_has_changed() -> None:
+    net = healthy()
+    before = Snapshot(net)
+    with pytest.raises(RuntimeError, match="running"):
+        diagnose(net, batches(3), forward=lambda model, x: diagnose(model, batches(3)))
+    before.assert_unchanged()
 
 
 def test_a_model_without_batch_norm_has_an_empty_diagnosis(caplog) -> None:
