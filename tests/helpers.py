@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from studies.processes import run_processes
+from machine.processes import run_processes
+
+# Of several tests that start processes most need these; without detectron2 two are left out.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    [f"rethinking_bn.{room}" for room in ("layers", "modeling", "engine")]
+)
 
 
 def run_distributed(

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rethinking_bn"
 # distributions whose modules have another name
 NAMES = {"PIL": "Pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "PyYAML"}
-OURS = {"rethinking_bn", "benchmarks", "studies", "trials"}
+OURS = {"rethinking_bn", "benchmarks", "machine", "studies", "trials"}
 WITH_DETECTRON2 = {"detectron2", "iopath", "omegaconf", "yacs"}  # it brings them along
 DETECTION = [
     *PACKAGE.glob("modeling/*.py"),

@@ -35,8 +35,8 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # for the proc
 
 from benchmarks import COMPARISONS, Options, ResultsDiffer, compare  # noqa: E402
 from benchmarks.result import write_report  # noqa: E402
+from machine.environment import describe_environment  # noqa: E402
 from rethinking_bn.files import probe_folder  # noqa: E402
-from studies.environment import describe_environment  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

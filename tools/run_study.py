@@ -5,13 +5,17 @@ What there is:
 
     python tools/run_study.py list
 
-The paper's Table 5, one seed, in at most eight minutes on two CPU cores:
+One detection head of the paper's Table 5, the same weights by three kinds of statistics:
 
     python tools/run_study.py rows
 
-Prints each value as soon as it is known, then a table beside the paper's, and writes it as JSON and
-CSV, with a plot, to OUTPUT/NAME. Ctrl-C keeps what was finished, and running the same command again
-goes on from there.
+The whole table: three trainings of heads, GN, and no norm:
+
+    python tools/run_study.py rows --all
+
+Says first how long it takes here (rows), prints each value as soon as it is known, then a table
+beside the paper's, and writes it as JSON, with a plot, to OUTPUT/NAME. Ctrl-C keeps what was
+finished, and running the same command again goes on from there.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rethinking_bn.files import probe_folder  # noqa: E402
-from studies import STUDIES, Interrupted, run_study  # noqa: E402
+from studies import STUDIES  # noqa: E402
+from studies.runner import run_study  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("studies_output"), metavar="DIR")
     parser.add_argument("--seeds", type=int, metavar="N", help="run seeds 0 to N - 1")
     parser.add_argument("--quick", action="store_true", help="a first look, one seed, in seconds")
-    parser.add_argument("--all", action="store_true", help="rows: GN and no norm, too")
+    parser.add_argument("--all", action="store_true", help="rows: the whole table")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args(arguments)
     if args.seeds is not None and args.seeds < 1:
@@ -65,19 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
     study = STUDIES[args.name]
     count = args.seeds or (1 if args.quick else study.seeds)
     folder = args.output / (f"{study.name}-quick" if args.quick else study.name)
+    options = {"quick": args.quick, "everything": args.all, "device": torch.device(args.device)}
     try:
-        run_study(
-            study,
-            folder,
-            seeds=range(count),
-            quick=args.quick,
-            everything=args.all,
-            device=torch.device(args.device),
-        )
-    except Interrupted as interrupted:
-        none = "no seed was finished, parts that stand alone are kept"
-        kept = none if interrupted.report is None else "finished seeds are kept"
-        print(f"interrupted: {kept}; the same command goes on from there", file=sys.stderr)
+        run_study(study, folder, seeds=range(count), **options)
+    except KeyboardInterrupt:
+        said = "interrupted: what was finished is kept, and the same command goes on from there"
+        print(said, file=sys.stderr)
         return 130
     return 0
 

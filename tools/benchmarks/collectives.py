@@ -15,8 +15,8 @@ from benchmarks.equality import ResultsDiffer
 from benchmarks.levels import TOY_SIZES, make_levels
 from benchmarks.result import Result
 from benchmarks.timing import Options, alternate, missing
+from machine.processes import run_processes
 from rethinking_bn.layers import SyncBatchNorm2d
-from studies.processes import run_processes
 
 _WORLD = 2
 _SMALL_SIZES = ((24, 32), (12, 16), (6, 8), (3, 4), (2, 2))

@@ -11,9 +11,9 @@ from torch import Tensor
 from benchmarks.equality import ResultsDiffer, require_equal
 from benchmarks.result import Result
 from benchmarks.timing import Options, alternate
+from machine.processes import run_processes
 from rethinking_bn.distributed import all_gather_object, get_rank
 from rethinking_bn.layers import shuffle_rows, unshuffle_rows
-from studies.processes import run_processes
 
 _OURS, _OTHER = "shuffle_rows", "padded all_gather"
 _SEED = 17

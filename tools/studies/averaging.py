@@ -14,20 +14,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rethinking_bn.averaging import AveragedWeights
-from studies.data import Digits, load_digits, shuffled_indices
-from studies.network import make_net
+from studies.data import CAMERAS, QUICK_CAMERAS, Digits, load_digits, shuffled_indices
 from studies.study import Claim, Panel, Point, Series, Settings, Study, Values
-from studies.training import (
-    Schedule,
-    constant_rate,
-    error,
-    learning_rate,
-    precise,
-    train,
-)
+from studies.training import Schedule, constant_rate, error, learning_rate, make_net, precise, train
 
 _SCHEDULES: Mapping[str, Schedule] = {"constant": constant_rate, "cosine": learning_rate}
 _STATISTICS: tuple[Any, ...] = ("average", "copy", "estimate")
@@ -53,85 +44,62 @@ def _train(
         for name, kind in _KINDS.items()
         for statistics in _STATISTICS
     }
-    steps, size = settings["steps"], settings["batch_size"]
-    for done in train(
-        net,
-        digits.train,
-        shuffled_indices(len(digits.train.labels), size, seed),
-        steps=steps,
-        lr=settings["lr"],
-        label=f"{schedule} rate",
-        schedule=_SCHEDULES[schedule],
-    ):
+    steps, images = settings["steps"], digits.train.images
+    batches = shuffled_indices(len(images), settings["batch_size"], seed)
+    options = {"lr": settings["lr"], "schedule": _SCHEDULES[schedule]}
+    for done in train(net, digits.train, batches, steps=steps, **options):
         for (name, _), averaged in averages.items():
             if name == "EMA" or done > settings["swa_start"] * steps:
                 averaged.update(net)
-    images = digits.train.images
+    size = settings["population_batch"]
+    full = [batch for batch in images.split(size) if len(batch) == size]
     for (name, statistics), averaged in averages.items():
         if statistics == "estimate":
-            batches = _full_batches(images, settings["population_batch"])
-            averaged.estimate_statistics(batches, len(batches), labelled=True, progress=False)
+            averaged.estimate_statistics(full, len(full), labelled=True, progress=False)
         yield f"{schedule}, {name}, {statistics}", error(averaged.module, digits.test)
     yield f"{schedule}, last, copy", error(net, digits.test)
-    precise(net, images, settings["population_batch"])
+    precise(net, images, size)
     yield f"{schedule}, last, estimate", error(net, digits.test)
 
 
-def _full_batches(images: Tensor, size: int) -> list[Tensor]:
-    return [batch for batch in images.split(size) if len(batch) == size]
+def _series(schedule: str, name: str) -> Series:
+    """Return one kind of weights; the last have no statistics averaged along."""
+    ways = [way for way in _STATISTICS if (name, way) != ("last", "average")]
+    points = [Point(f"{schedule}, {name}, {way}", way) for way in ways]
+    return Series(f"{name} weights" if name == "last" else name, points)
 
-
-def _panel(schedule: str) -> Panel:
-    """Return the axes of one schedule; the last weights have no statistics averaged along."""
-    return Panel(
-        f"{schedule} learning rate",
-        "statistics",
-        "error (%)",
-        [
-            Series(
-                f"{name} weights" if name == "last" else name,
-                [
-                    Point(f"{schedule}, {name}, {statistics}", statistics)
-                    for statistics in _STATISTICS
-                    if (name, statistics) != ("last", "average")
-                ],
-            )
-            for name in (*_KINDS, "last")
-        ],
-        ordered=False,
-    )
-
-
-_SETTINGS = {
-    "steps": 300,
-    "batch_size": 32,
-    "lr": 0.05,
-    "decay": 0.99,
-    "swa_start": 0.5,  # of the training
-    "population_batch": 100,
-    "conditions": {"copies": 2, "contrast": 0.1, "brightness": 2.0},
-}
 
 STUDY = Study(
     name="averaging",
     title="Averaged weights and their statistics",
     source="SWA (arXiv 1803.05407) and section 3",
-    panels=tuple(_panel(schedule) for schedule in _SCHEDULES),
-    claims=tuple(
-        Claim(f"constant rate, {name}: {text}", low=f"constant, {low}", high=f"constant, {high}")
+    panels=[
+        Panel(
+            f"{schedule} learning rate",
+            "statistics",
+            [_series(schedule, name) for name in (*_KINDS, "last")],
+            ordered=False,
+        )
+        for schedule in _SCHEDULES
+    ],
+    claims=[
+        Claim(f"constant rate, {name}: {text}", f"constant, {low}", f"constant, {high}")
         for name in _KINDS
         for text, low, high in (
             ("estimated beat copied ones", f"{name}, estimate", f"{name}, copy"),
             ("estimated beat averaged ones", f"{name}, estimate", f"{name}, average"),
             ("beats the last weights, all estimated", f"{name}, estimate", "last, estimate"),
         )
-    ),
-    settings=_SETTINGS,
-    quick={
-        **_SETTINGS,
-        "steps": 8,
-        "conditions": {"copies": 1, "contrast": 0.1, "brightness": 2.0},
+    ],
+    settings={
+        "steps": 300,
+        "batch_size": 32,
+        "lr": 0.05,
+        "decay": 0.99,
+        "swa_start": 0.5,  # of the training
+        "population_batch": 100,
+        "conditions": CAMERAS,
     },
-    parts=len(_SCHEDULES),
+    quick={"steps": 8, "conditions": QUICK_CAMERAS},
     run=run,
 )

@@ -13,6 +13,9 @@ from rethinking_bn.data.corruptions import corrupt
 from rethinking_bn.randomness import derive_seed
 
 NUM_CLASSES = 10
+# conditions of the images, for load_digits: as different cameras may see them, and for a first look
+CAMERAS = {"copies": 2, "contrast": 0.1, "brightness": 2.0}
+QUICK_CAMERAS = {**CAMERAS, "copies": 1}
 NUM_TRAIN = 1000  # of 1797 images; the rest is for testing
 _SPLIT_SEED = 2021  # the same split in every study and for every seed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
+from tqdm import tqdm
 
 from rethinking_bn.data import CLASSES, ShapesDataset
 from rethinking_bn.torchvision import MultiDomainBNRetinaNetHead, run_detector
 from studies.data import shuffled_indices
+from studies.study import Settings
 from studies.training import learning_rate
 
 LEVELS = 5
@@ -62,19 +64,12 @@ def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 def make_detector(norm: Any, **choices: str) -> RetinaNet:
     """Return a RetinaNet with our head; arguments as MultiDomainBNRetinaNetHead's."""
-    anchors = AnchorGenerator(_SIZES, _RATIOS)
     count = len(_SIZES[0]) * len(_RATIOS[0])  # per location
     head = MultiDomainBNRetinaNetHead(
         _CHANNELS, count, len(CLASSES), norm, num_levels=LEVELS, **choices
     )
-    model = RetinaNet(
-        Backbone(),
-        len(CLASSES),
-        anchor_generator=anchors,
-        head=head,
-        min_size=192,
-        max_size=224,
-    )
+    options: Any = {"anchor_generator": AnchorGenerator(_SIZES, _RATIOS), "head": head}
+    model = RetinaNet(Backbone(), len(CLASSES), min_size=192, max_size=224, **options)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -97,14 +92,12 @@ def batches(data: ShapesDataset, batch_size: int, seed: int) -> Iterator[Batch]:
         yield images, targets
 
 
-def train_detector(
-    model: nn.Module, data: ShapesDataset, settings: Any, seed: int, tick: Callable[[], Any]
-) -> None:
-    """Train with SGD and clipped gradients, a tick a step; the schedule is the classifier's."""
+def train_detector(model: nn.Module, data: ShapesDataset, settings: Settings, seed: int) -> None:
+    """Train with SGD and clipped gradients; the schedule is the classifier's."""
     model.train()
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, settings["lr"], 0.9, weight_decay=1e-4, foreach=True)
-    steps = range(settings["steps"])
+    steps = tqdm(range(settings["steps"]), desc="training", leave=False, mininterval=0.5)
     for step, batch in zip(steps, batches(data, settings["batch_size"], seed), strict=False):
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings["steps"], settings["lr"])
         loss = sum(run_detector(model, batch).values())
@@ -112,7 +105,6 @@ def train_detector(
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 5.0)
         optimizer.step()
-        tick()
 
 
 @torch.no_grad()
@@ -135,7 +127,7 @@ def box_ap(model: nn.Module, data: ShapesDataset) -> float:
     return 100 * float(evaluation.stats[0])
 
 
-def _as_coco(image_id: int, result: dict[str, Tensor]) -> Sequence[dict[str, Any]]:
+def _as_coco(image_id: int, result: dict[str, Tensor]) -> list[dict[str, Any]]:
     boxes = result["boxes"].cpu()
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
     each = zip(boxes.tolist(), result["labels"].tolist(), result["scores"].tolist(), strict=True)

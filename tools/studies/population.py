@@ -16,10 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from studies.data import Digits, load_digits, shuffled_indices
-from studies.network import make_net
+from studies.data import CAMERAS, QUICK_CAMERAS, Digits, load_digits, shuffled_indices
 from studies.study import Claim, Panel, Point, Series, Settings, Study, Values
-from studies.training import error, precise, train
+from studies.training import error, make_net, precise, train
 
 # The paper's numbers: error in %, ResNet-50 on ImageNet, for EMA and N or B samples.
 _PAPER_1 = {
@@ -39,7 +38,7 @@ def _panel(
         Series(arm, [Point(f"{arm}, {x}", x, v) for x, v in zip(names, values, strict=True)])
         for arm, values in paper.items()
     ]
-    return Panel(title, "population statistics", "error (%)", lines, source)
+    return Panel(title, "population statistics", lines, source)
 
 
 def run(settings: Settings, seed: int, device: torch.device) -> Iterator[Values]:
@@ -70,8 +69,7 @@ def _train(
     batches = shuffled_indices(number, batch_size, seed)
     values: Values = {}
     watched = {steps: "late"} if early is None else {round(early * steps): "early", steps: "late"}
-    label = f"{arm} of {batch_size}" + (f", NBS {nbs}" if nbs else "")
-    for done in train(net, digits.train, batches, steps=steps, lr=lr, nbs=nbs, label=label):
+    for done in train(net, digits.train, batches, steps=steps, lr=lr, nbs=nbs):
         if done in watched and nbs is None:
             key = f"{arm}, {watched[done]}"
             values[f"{key}, EMA"] = error(net, digits.test)
@@ -95,51 +93,41 @@ def _after(net: nn.Module, digits: Digits, seed: int, samples: int, batch_size: 
     return result
 
 
-_SETTINGS = {
-    "epochs": 20,
-    "small_batch": 32,
-    "large_batch": 500,
-    "early": 0.3,  # of the training
-    "lr_per_sample": 0.02 / 32,
-    "conditions": {"copies": 2, "contrast": 0.1, "brightness": 2.0},
-}
+_LATE, _EARLY = "small batch, late", "large batch, early"
 
 STUDY = Study(
     name="population",
     title="EMA or PreciseBN, from N samples, in batches of B",
     source="Tables 1 and 2",
-    panels=(
+    panels=[
         _panel("EMA or PreciseBN", "Table 1", _PAPER_1, ["EMA", *(f"N={n}" for n in _SAMPLES)]),
         _panel("Batches of B", "Table 2", _PAPER_2, ["EMA", *(f"B={b}" for b in _BATCHES)]),
-    ),
-    claims=(
+    ],
+    claims=[
         Claim(
             "early in training with large batches PreciseBN beats EMA",
-            low="large batch, early, N=1000",
-            high="large batch, early, EMA",
+            low=f"{_EARLY}, N=1000",
+            high=f"{_EARLY}, EMA",
         ),
         Claim(
             "late in training a thousand samples do as well as EMA",
-            low="small batch, late, N=1000",
-            high="small batch, late, EMA",
+            low=f"{_LATE}, N=1000",
+            high=f"{_LATE}, EMA",
             similar=True,
         ),
-        Claim(
-            "ten samples are too few",
-            low="small batch, late, N=1000",
-            high="small batch, late, N=10",
-        ),
+        Claim("ten samples are too few", low=f"{_LATE}, N=1000", high=f"{_LATE}, N=10"),
         Claim("batches of 2 spoil an estimate", low="NBS=32, B=1000", high="NBS=32, B=2"),
         Claim("trained at NBS 2, too", low="NBS=2, B=1000", high="NBS=2, B=2"),
         Claim("trained at NBS 2, EMA is worse", low="NBS=2, B=1000", high="NBS=2, EMA"),
-    ),
-    settings=_SETTINGS,
-    quick={
-        **_SETTINGS,
-        "epochs": 1,
-        "early": 0.5,
-        "conditions": {"copies": 1, "contrast": 0.1, "brightness": 2.0},
+    ],
+    settings={
+        "epochs": 20,
+        "small_batch": 32,
+        "large_batch": 500,
+        "early": 0.3,  # of the training
+        "lr_per_sample": 0.02 / 32,
+        "conditions": CAMERAS,
     },
-    parts=3,
+    quick={"epochs": 1, "early": 0.5, "conditions": QUICK_CAMERAS},
     run=run,
 )

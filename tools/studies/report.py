@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from pathlib import Path
 from textwrap import wrap
@@ -81,13 +80,12 @@ def as_text(report: dict[str, Any]) -> str:
         paper = "" if row["paper"] is None else f"{row['paper']:g}"
         rows.append((row["arm"], row["x"], _with_spread(row["mean"], row["std"]), paper))
     lines += ["", *_aligned(rows), ""]
-    if not report["claims"]:
-        return "\n".join(lines)
-    claims = [("the paper finds that", "high - low", f"holds here ({_seeds(report)})")]
-    claims += [
-        (c["claim"], _with_spread(c["difference"], c["std"]), c["holds"]) for c in report["claims"]
-    ]
-    return "\n".join([*lines, *_aligned(claims), ""])
+    if report["claims"]:
+        claims = [("the paper finds that", "high - low", f"holds here ({_seeds(report)})")]
+        for c in report["claims"]:
+            claims.append((c["claim"], _with_spread(c["difference"], c["std"]), c["holds"]))
+        lines += [*_aligned(claims), ""]
+    return "\n".join(lines)
 
 
 def _seeds(report: dict[str, Any]) -> str:
@@ -107,21 +105,6 @@ def _aligned(rows: list[Any]) -> list[str]:
     ]
 
 
-def write_csv(path: Path, report: dict[str, Any]) -> None:
-    """Write the table, one line per quantity, with the values of every seed."""
-    names = ["panel", "arm", "x", "mean", "std", "paper"]
-    seeds = [f"seed_{seed}" for seed in report["seeds"]]
-
-    def write(aside: Path) -> None:
-        with aside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([*names, *seeds])
-            for row in report["table"]:
-                writer.writerow([*(row[n] for n in names), *report["values"][row["key"]]])
-
-    replace(path, write)
-
-
 def plot(path: Path, study: Study, report: dict[str, Any]) -> None:
     """Draw ours (filled, error bars over seeds), and beside it the paper's values (hollow).
 
@@ -136,17 +119,15 @@ def plot(path: Path, study: Study, report: dict[str, Any]) -> None:
     size = (11.0, 4.8) if beside else (max(8.0, 5.5 * len(panels)), 7.6)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(1, 2, squeeze=False).T if beside else figure.subplots(2, len(panels))
-    for panel, row in [(panel, row) for panel in range(len(panels)) for row in (0, 1)]:
-        axes, ours = grid[row][panel], row == 0
-        _draw(axes, panels[panel], report, found, ours=ours)
-        if ours and len(panels[panel].series) > 1:
-            side = "center" if beside else ("left", "right")[panel % 2]
-            place: Any = f"outside lower {side}"
-            handles, labels = axes.get_legend_handles_labels()
-            title = None if beside else panels[panel].title
-            figure.legend(  # type: ignore[call-overload]  # of some versions: lists every location
-                handles, labels, title=title, fontsize="small", loc=place
-            )
+    for number, panel in enumerate(panels):
+        _draw(grid[0][number], panel, report, found, ours=True)
+        _draw(grid[1][number], panel, report, found, ours=False)
+        if len(panel.series) > 1:
+            place: Any = "center" if beside else ("left", "right")[number % 2]
+            handles, labels = grid[0][number].get_legend_handles_labels()
+            title = None if beside else panel.title
+            options: Any = {"title": title, "fontsize": "small", "loc": f"outside lower {place}"}
+            figure.legend(handles, labels, **options)
     figure.suptitle("\n".join(wrap(study.title, width=round(10 * size[0]))))
     replace(path, lambda aside: figure.savefig(aside, dpi=110, format="png"))
 
@@ -155,16 +136,13 @@ def _draw(axes: Any, panel: Panel, report: dict[str, Any], found: Any, *, ours: 
     if not ours and not panel.paper:
         axes.set_axis_off()
         return
-    shown = [
-        (series, [p for p in series.points if p.key in found and (ours or p.paper is not None)])
-        for series in panel.series
-    ]
-    ticks = list(
-        dict.fromkeys(p.x for series in panel.series for p in series.points if p.key in found)
-    )
+    measured = [[p for p in series.points if p.key in found] for series in panel.series]
+    ticks = list(dict.fromkeys(p.x for points in measured for p in points))
     ticks = [tick for tick in panel.ticks if tick in ticks] or ticks
-    for number, (series, points) in enumerate(shown):
-        aside = 0.0 if panel.ordered or panel.ticks else 0.12 * (number - len(shown) / 2 + 0.5)
+    for number, (series, points) in enumerate(zip(panel.series, measured, strict=True)):
+        points = [p for p in points if ours or p.paper is not None]
+        aside = 0.12 * (number - len(measured) / 2 + 0.5)
+        aside = 0.0 if panel.ordered or panel.ticks else aside
         x = [ticks.index(point.x) + aside for point in points]
         style = {"color": f"C{number}", "label": series.label or None}
         line = "-" if panel.ordered else ""
@@ -176,13 +154,11 @@ def _draw(axes: Any, panel: Panel, report: dict[str, Any], found: Any, *, ours: 
             axes.plot(x, [p.paper for p in points], f"D{line}", mfc="none", **style)
     who = f"ours, {_seeds(report)}" if ours else f"the paper, {panel.paper}"
     axes.set_title(f"{panel.title}\n{who}", fontsize="medium")
-    label = panel.y_label if ours or not panel.paper_label else panel.paper_label
+    label = panel.y_label
     if not ours and panel.paper_label:
         axes.invert_yaxis()
-        label += ", axis reversed"
+        label = f"{panel.paper_label}, axis reversed"
     axes.set(xlabel=panel.x_label, ylabel=label)
-    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set_xticks(range(len(ticks)), ticks, rotation=35 if len("".join(ticks)) > 48 else 0)
     axes.set_xlim(-0.5, len(ticks) - 0.5)
-    if len("".join(ticks)) > 48:
-        axes.tick_params(axis="x", rotation=35)
     axes.grid(alpha=0.3)

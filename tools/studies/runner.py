@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from machine.environment import describe_environment
+from machine.processes import run_beside
 from rethinking_bn.files import read_json, write_json
 from rethinking_bn.randomness import isolated_random_state
-from studies.environment import describe_environment
-from studies.processes import run_beside
-from studies.report import as_text, plot, summarise, write_csv
+from studies.report import as_text, plot, summarise
 from studies.study import Part, Settings, Study, Values
 
-_PACKAGES = ("scikit-learn", "matplotlib", "pycocotools", "Pillow")
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C; ``report`` is that of the finished seeds, None if there are none."""
-
-    def __init__(self, report: dict[str, Any] | None) -> None:
-        super().__init__()
-        self.report = report
+Record = dict[str, Any]  # of one seed, as in its JSON
 
 
 def run_study(
@@ -39,61 +30,49 @@ def run_study(
     quick: bool = False,
     everything: bool = False,
     device: torch.device | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Run the seeds that are not finished yet and report on all of them.
 
     Args:
         folder: gets ``seed_<n>.json`` as each seed ends or a part gives a value, then
-            ``<study>.json``, ``.csv``, ``.png``. What is found there is taken as it is if its
+            ``<study>.json`` and ``.png``. What is found there is taken as it is if its
             settings and device are these.
-        seeds: which, in this order.
+        seeds: which, in this order; one at least.
         quick: small settings, to see that everything works.
         everything: measure what the study holds back by default, too.
 
-    Returns:
-        The report, as in the JSON.
-
     Raises:
-        Interrupted: on Ctrl-C, after the finished seeds were reported.
+        KeyboardInterrupt: on Ctrl-C, after the finished seeds were reported.
         FloatingPointError: when a quantity is not finite.
     """
     device = torch.device("cpu") if device is None else device
-    settings = study.quick if quick else study.settings
-    identity = {"study": study.name, "settings": dict(settings), "device": device.type}
+    settings = {**study.settings, **(study.quick if quick else {})}
     wanted = study.keys(everything)
-    finished: dict[int, dict[str, Any]] = {}
-    begun: dict[int, dict[str, Any]] = {}
+    identity = {"study": study.name, "settings": settings, "device": device.type}
+    records: dict[int, Record] = {}
     for seed in seeds:
-        record = read_json(_path(folder, seed))
-        if record is None or record.get("identity") != identity:
-            continue
-        done = set(wanted) <= set(record["values"])
-        (finished if done else begun)[seed] = record
+        found = read_json(_path(folder, seed))
+        known = found is not None and found.get("identity") == identity
+        records[seed] = found if known else {"identity": identity, "seconds": 0.0, "values": {}}
+    missing = {seed: set(wanted).difference(r["values"]) for seed, r in records.items()}
+    finished = [seed for seed in seeds if not missing[seed]]
     if finished:
-        tqdm.write(f"{study.name}: seeds {sorted(finished)} are finished, found in {folder}")
-    todo = [seed for seed in seeds if seed not in finished]
-    total, unit = study.parts * len(todo), "part"
-    if study.ticks is not None:
-        unit = "step"
-        missing = [set(wanted).difference(begun.get(s, {"values": ()})["values"]) for s in todo]
-        first, more = study.ticks(settings)
-        total = first * sum(bool(keys.difference(study.more)) for keys in missing)
-        total += more * sum(bool(keys.intersection(study.more)) for keys in missing)
-    bar = tqdm(total=total, desc=study.name, unit=unit, disable=not todo)
+        print(f"{study.name}: seeds {finished} are finished, found in {folder}")
+    todo = [seed for seed in seeds if missing[seed]]
+    if todo and study.seconds is not None:
+        with isolated_random_state(0, [device]):
+            each = study.seconds(settings, sorted(missing[todo[0]]), device)
+        minutes = f"{each / 60:.1f} minutes" if each > 90 else f"{each:.0f} seconds"
+        print(f"{study.name}: a seed takes about {minutes} here", flush=True)
     try:
-        with bar:
+        total = sum(len(missing[seed]) for seed in todo)
+        with tqdm(total=total, desc=study.name, unit="value", disable=not todo) as bar:
             for seed in todo:
-                record = begun.get(seed, {"seed": seed, "seconds": 0.0, "values": {}})
-                record["identity"] = identity
-                _run_seed(study, settings, record, wanted, _path(folder, seed), device, bar)
-                finished[seed] = record
-    except KeyboardInterrupt:
-        raise Interrupted(
-            _report(study, folder, finished, settings, wanted, quick, device)
-        ) from None
-    report = _report(study, folder, finished, settings, wanted, quick, device)
-    assert report is not None  # no seeds is a usage error, caught by the command line
-    return report
+                _run_seed(study, settings, seed, records[seed], wanted, folder, device, bar)
+                finished.append(seed)
+    finally:
+        if finished:
+            _report(study, folder, records, sorted(finished), wanted, quick, device)
 
 
 def _path(folder: Path, seed: int) -> Path:
@@ -103,73 +82,52 @@ def _path(folder: Path, seed: int) -> Path:
 def _run_seed(
     study: Study,
     settings: Settings,
-    record: dict[str, Any],
+    seed: int,
+    record: Record,
     wanted: Sequence[str],
-    path: Path,
+    folder: Path,
     device: torch.device,
     bar: Any,
 ) -> None:
     """Bring a seed's record to its end; it is written with each value of a part."""
     start, before = time.perf_counter(), record["seconds"]
-    values: dict[str, float] = record["values"]
-    options = {} if study.ticks is None else {"tick": bar.update}
+    values: Values = record["values"]
 
-    def take(new: dict[str, float]) -> None:
+    def take(new: Values) -> None:
         for key, value in new.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{study.name}, seed {record['seed']}: {key} is {value}")
-            tqdm.write(f"{study.name}, seed {record['seed']}: {key} {value:.1f}")
+                raise FloatingPointError(f"{study.name}, seed {seed}: {key} is {value}")
+            tqdm.write(f"{study.name}, seed {seed}: {key} {value:.1f}")
+        bar.update(len(new))
         values.update(new)
         record["seconds"] = round(before + time.perf_counter() - start, 1)
-        if study.ticks is None:
-            bar.update()
 
-    with isolated_random_state(record["seed"], [device]):
+    with isolated_random_state(seed, [device]):
         parts: list[Part] = []
-        for part in study.run(settings, record["seed"], device, **options):
+        for part in study.run(settings, seed, device):
             if isinstance(part, Part):
                 parts.append(part)
             else:
                 take(part)
         todo = [i for i, p in enumerate(parts) if {*p.keys}.intersection(wanted).difference(values)]
         threads = torch.get_num_threads() if device.type == "cpu" else 1
-        if len(todo) > 1 and threads > 1:
-            ticks = study.ticks is not None
-            jobs = [(study.run, settings, record["seed"], device, i, ticks) for i in todo]
-            results = _beside(jobs, threads, bar.update)
+        if len(todo) > 1 and threads > 1:  # one thread a part keeps a core busier than two for one
+            jobs = [(study.run, settings, seed, device, index) for index in todo]
+            results: Generator[Values, None, None] = run_beside(_run_part, jobs, threads)
         else:
-            results = (v for i in todo for v in _values(parts[i], record["seed"], device))
+            results = (v for i in todo for v in _values(parts[i], seed, device))
         with closing(results):
             for new in results:
                 take(new)
-                write_json(path, record)
+                write_json(_path(folder, seed), record)
     record["values"] = {key: values[key] for key in study.keys() if key in values}
-    write_json(path, record)
-
-
-def _beside(
-    jobs: Sequence[tuple[Any, ...]], threads: int, tick: Callable[[int], Any]
-) -> Generator[Values, None, None]:
-    """Yield the values of parts that all run at once: one thread a part keeps a core busier."""
-    with closing(run_beside(_run_part, jobs, threads)) as sent:
-        for new in sent:
-            if isinstance(new, int):
-                tick(new)
-            else:
-                yield new
+    write_json(_path(folder, seed), record)
 
 
 def _run_part(
-    run: Callable[..., Iterator[Part]],
-    settings: Settings,
-    seed: int,
-    device: torch.device,
-    index: int,
-    ticks: bool,
-    send: Callable[[Values | int], None],
+    run: Any, settings: Settings, seed: int, device: torch.device, index: int, send: Any
 ) -> None:
-    options: Any = {"tick": lambda steps=1: send(steps)} if ticks else {}
-    parts = [p for p in run(settings, seed, device, **options) if isinstance(p, Part)]
+    parts = [part for part in run(settings, seed, device) if isinstance(part, Part)]
     for new in _values(parts[index], seed, device):
         send(new)
 
@@ -180,49 +138,34 @@ def _values(part: Part, seed: int, device: torch.device) -> Iterator[Values]:
         yield from part.run()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _report(
     study: Study,
     folder: Path,
-    finished: dict[int, dict[str, Any]],
-    settings: Settings,
+    records: dict[int, Record],
+    seeds: Sequence[int],
     wanted: Sequence[str],
     quick: bool,
     device: torch.device,
-) -> dict[str, Any] | None:
-    if not finished:
-        return None
-    seeds = sorted(finished)
-    values = {key: [finished[s]["values"][key] for s in seeds] for key in wanted}
-    environment = describe_environment(device)
-    for package in _PACKAGES:
-        environment[package] = _version(package)
+) -> None:
+    values = {key: [records[seed]["values"][key] for seed in seeds] for key in wanted}
     report = {
         "study": study.name,
         "title": study.title,
         "source": study.source,
         "quick": quick,
-        "settings": dict(settings),
+        "settings": records[seeds[0]]["identity"]["settings"],
         "seeds": seeds,
-        "seconds": [finished[seed]["seconds"] for seed in seeds],
-        "environment": environment,
+        "seconds": [records[seed]["seconds"] for seed in seeds],
+        "environment": describe_environment(device),
         "values": values,
         **summarise(study, values),
     }
     if quick:
         report["claims"] = []  # so little training shows nothing
-    write_csv(folder / f"{study.name}.csv", report)
     drawn = any(value for of_key in values.values() for value in of_key)
     if drawn:
         plot(folder / f"{study.name}.png", study, report)
     write_json(folder / f"{study.name}.json", report)  # last: it says that all is there
-    tqdm.write(as_text(report))
+    print(as_text(report))
     pictures = ".png" if drawn else "no picture, as every value is 0"
-    tqdm.write(f"written to {folder}: {study.name}.json, .csv, {pictures}")
-    return report
+    print(f"written to {folder}: {study.name}.json, {pictures}")

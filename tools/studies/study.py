@@ -46,10 +46,10 @@ class Panel(NamedTuple):
 
     title: str
     x_label: str
-    y_label: str
     series: Sequence[Series]
     paper: str | None = None
     paper_label: str | None = None
+    y_label: str = "error (%)"
     ordered: bool = True
     ticks: Sequence[str] = ()
 
@@ -71,15 +71,14 @@ class Study:
         name, title: for the command line and the report.
         source: tables and figures compared with.
         panels, claims: what is reported.
-        settings, quick: all numbers of a run; by default, and for a first look.
-        parts: results that ``run`` yields for one seed, for the progress bar.
+        settings: all numbers of a run.
+        quick: those that differ in a first look.
         run: (settings, seed, device) -> the quantities, some in each yield, all of them in the end;
             or parts that give them.
         seeds: how many by default.
         more: keys of quantities that are measured only when asked for (``--all``).
-        ticks: settings -> training steps of all parts but those of ``more``, and of those; ``run``
-            then takes ``tick``, to be called after each (or with a number, for what takes as long
-            as so many), and the time to go is told by them.
+        seconds: (settings, keys, device) -> how long a seed takes here, measured on its first
+            steps; None: it is not told.
     """
 
     name: str
@@ -89,11 +88,10 @@ class Study:
     claims: Sequence[Claim]
     settings: Settings
     quick: Settings
-    parts: int
-    run: Callable[..., Iterator[Values | Part]]
+    run: Callable[[Settings, int, Any], Iterator[Values | Part]]
     seeds: int = 3
     more: Sequence[str] = ()
-    ticks: Callable[[Settings], tuple[int, int]] | None = None
+    seconds: Callable[[Settings, Sequence[str], Any], float] | None = None
 
     def keys(self, everything: bool = True) -> list[str]:
         """Return the keys of the quantities, in the order of the report."""

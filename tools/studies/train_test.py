@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from rethinking_bn.layers import BatchNorm2d
-from studies.data import Digits, load_digits, shuffled_indices
-from studies.network import make_net
+from studies.data import CAMERAS, QUICK_CAMERAS, Digits, load_digits, shuffled_indices
 from studies.study import Claim, Panel, Point, Series, Settings, Study, Values
-from studies.training import error, mini_batch_error, precise, train
+from studies.training import error, make_net, mini_batch_error, precise, train
 
 # Read off Figures 5 and 6, to 0.1: error in % by normalisation batch size.
 _NBS = (128, 64, 32, 16, 8, 4, 2)
@@ -49,77 +48,57 @@ def run(settings: Settings, seed: int, device: torch.device) -> Iterator[Values]
 def _train(settings: Settings, digits: Digits, seed: int, nbs: int, frozen: bool) -> nn.Module:
     torch.manual_seed(seed)
     net = make_net().to(digits.train.images.device)
-    total = settings["total_batch"]
-    steps = settings["steps"]
+    total, steps = settings["total_batch"], settings["steps"]
     batches = shuffled_indices(len(digits.train.labels), total, seed)
-    label = f"NBS {nbs}" + (", FrozenBN at the end" if frozen else "")
-    for done in train(
-        net, digits.train, batches, steps=steps, lr=settings["lr"], nbs=nbs, label=label
-    ):
+    for done in train(net, digits.train, batches, steps=steps, lr=settings["lr"], nbs=nbs):
         if frozen and done == round(_FROZEN * steps):
             precise(net, digits.train.images, total)
-            _freeze(net)
+            for layer in net.modules():
+                if isinstance(layer, BatchNorm2d):  # population statistics from now on
+                    layer.eval().requires_grad_(False)
     return net
 
 
-def _freeze(net: nn.Module) -> None:
-    """Normalise by population statistics from now on, and leave the affine as it is."""
-    for layer in net.modules():
-        if isinstance(layer, BatchNorm2d):
-            layer.eval().requires_grad_(False)
-
-
-_SETTINGS = {
-    "steps": 200,
-    "total_batch": 128,
-    "lr": 0.1,
-    "conditions": {"copies": 2, "contrast": 0.1, "brightness": 2.0},
-}
+_POPULATION, _MINI_BATCH, _FREEZING = _PAPER
 
 STUDY = Study(
     name="train-test",
     title="The batch in training and at inference",
     source="Figures 5 and 6",
-    panels=(
+    panels=[
         Panel(
             "Normalisation batch size at a fixed total batch",
             "NBS",
-            "error (%)",
             [
                 Series(arm, [Point(f"NBS={n}, {arm}", str(n), v) for n, v in points])
                 for arm, points in ((a, list(zip(_NBS, p, strict=True))) for a, p in _PAPER.items())
             ],
             "Figures 5 and 6",
         ),
-    ),
-    claims=(
+    ],
+    claims=[
         Claim(
             "at NBS 2, mini-batch statistics at inference beat population statistics",
-            low="NBS=2, mini-batch statistics",
-            high="NBS=2, population statistics",
+            low=f"NBS=2, {_MINI_BATCH}",
+            high=f"NBS=2, {_POPULATION}",
         ),
         Claim(
             "at NBS 2, FrozenBN for the last fifth beats population statistics",
-            low="NBS=2, FrozenBN for the last fifth",
-            high="NBS=2, population statistics",
+            low=f"NBS=2, {_FREEZING}",
+            high=f"NBS=2, {_POPULATION}",
         ),
         Claim(
             "at NBS 64, population statistics beat mini-batch statistics",
-            low="NBS=64, population statistics",
-            high="NBS=64, mini-batch statistics",
+            low=f"NBS=64, {_POPULATION}",
+            high=f"NBS=64, {_MINI_BATCH}",
         ),
         Claim(
             "population statistics at NBS 2 are worse than at 32",
-            low="NBS=32, population statistics",
-            high="NBS=2, population statistics",
+            low=f"NBS=32, {_POPULATION}",
+            high=f"NBS=2, {_POPULATION}",
         ),
-    ),
-    settings=_SETTINGS,
-    quick={
-        **_SETTINGS,
-        "steps": 4,
-        "conditions": {"copies": 1, "contrast": 0.1, "brightness": 2.0},
-    },
-    parts=2 * len(_NBS),
+    ],
+    settings={"steps": 200, "total_batch": 128, "lr": 0.1, "conditions": CAMERAS},
+    quick={"steps": 4, "conditions": QUICK_CAMERAS},
     run=run,
 )

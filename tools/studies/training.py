@@ -1,10 +1,11 @@
-"""How the classification studies train and evaluate their network."""
+"""The small residual network of the classification studies: how it is trained and evaluated."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,68 @@ from tqdm import tqdm
 
 from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d
 from rethinking_bn.population import estimate_population_statistics
-from studies.data import Split
-from studies.network import make_net
+from studies.data import NUM_CLASSES, Split, shuffled_indices
+from studies.study import Settings
 
 MOMENTUM, WEIGHT_DECAY, WARMUP = 0.9, 1e-4, 0.05  # WARMUP: fraction of the steps
 Schedule = Callable[[int, int, float], float]
 SoftLoss = Callable[[Tensor, Tensor], Tensor]
 _ROWS = 512  # images in one forward of an evaluation
+NormFactory = Callable[[int], nn.Module]
+WIDTHS = (16, 32, 64)  # channels of the stages; each but the first halves the map
+BLOCKS = 2  # per stage
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, each with norm, as in ResNet-18.
+
+    (N, inputs, H, W) -> (N, outputs, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, norm: NormFactory, conv: type[nn.Conv2d]
+    ) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            conv(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            norm(outputs),
+            nn.ReLU(),
+            conv(outputs, outputs, 3, padding=1, bias=False),
+            norm(outputs),
+        )
+        self.shortcut = (
+            nn.Sequential(conv(inputs, outputs, 1, stride=stride, bias=False), norm(outputs))
+            if inputs != outputs
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.branch(x) + self.shortcut(x))
+
+
+def make_net(
+    norm: NormFactory = BatchNorm2d,
+    *,
+    conv: type[nn.Conv2d] = nn.Conv2d,
+    widths: Sequence[int] = WIDTHS,
+) -> nn.Sequential:
+    """Return a classifier of (N, 1, 8, 8) images: a stem, three stages of two blocks, mean, linear.
+
+    15 norm layers; the maps of the stages are 8x8, 4x4 and 2x2.
+    """
+    layers: list[nn.Module] = [
+        conv(1, widths[0], 3, padding=1, bias=False),
+        norm(widths[0]),
+        nn.ReLU(),
+    ]
+    channels = widths[0]
+    for width in widths:
+        for _ in range(BLOCKS):
+            layers.append(ResidualBlock(channels, width, width // channels, norm, conv))
+            channels = width
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, NUM_CLASSES)
+    )
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -42,7 +98,7 @@ def train(
     lr: float,
     nbs: int | None = None,
     micro_batch: int | None = None,
-    label: str | None = "",
+    label: str | None = "training",
     schedule: Schedule = learning_rate,
     soft_loss: SoftLoss | None = None,
 ) -> Iterator[int]:
@@ -83,10 +139,28 @@ def train(
         yield step + 1
 
 
-def train_to_the_end(*args: object, **options: object) -> None:
+def train_to_the_end(*args: Any, **options: Any) -> None:
     """Run :func:`train` without looking in between."""
-    for _ in train(*args, **options):  # type: ignore[arg-type]
+    for _ in train(*args, **options):
         pass
+
+
+def trained(
+    settings: Settings, data: Split, seed: int, *args: Any, make: Any = make_net, **options: Any
+) -> nn.Module:
+    """Return a new network after training in shuffled batches, as settings say.
+
+    Args:
+        settings: with batch_size, steps and lr.
+        args: of ``make``.
+        options: of :func:`train`, in place of those of the settings.
+    """
+    torch.manual_seed(seed)
+    net: nn.Module = make(*args).to(data.images.device)
+    batches = shuffled_indices(len(data.labels), settings["batch_size"], seed)
+    own = {name: settings[name] for name in ("steps", "lr") if name not in options}
+    train_to_the_end(net, data, batches, **own, **options)
+    return net
 
 
 @contextmanager

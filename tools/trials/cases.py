@@ -21,8 +21,7 @@ from rethinking_bn.population import estimate_population_statistics
 from rethinking_bn.population.forwards import throwaway_event_storage
 from rethinking_bn.torchvision import run_detector
 from studies.data import load_digits, shuffled_indices
-from studies.network import make_net
-from studies.training import train_to_the_end
+from studies.training import make_net, train_to_the_end
 
 Sample = Any  # (image, label), (image, target) or detectron2's dict
 

@@ -18,11 +18,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # The server imports everything once and forks a clean process per rank: quicker than starting each,
-# and without the threads and locks that a fork of this process would inherit. What needs detectron2
-# is imported where it can be.
+# and without the threads and locks that a fork of this process would inherit.
 _CONTEXT: Any = mp.get_context("forkserver")
-_ROOMS = ("layers", "modeling", "engine")
-_CONTEXT.set_forkserver_preload(["torch.distributed", *(f"rethinking_bn.{r}" for r in _ROOMS)])
+_CONTEXT.set_forkserver_preload(["torch.distributed", "rethinking_bn.layers"])
 _GRACE = 30.0  # seconds that the others have to fail, too, once a rank has failed
 
 
