@@ -18,7 +18,7 @@ from rethinking_bn._detectron2 import (
 )
 from rethinking_bn.config import get_config_file
 
-__version__ = "0.1.0"  # setup.py reads this line
+__version__ = "0.2.0"
 
 if not detectron2_installed():
     pass

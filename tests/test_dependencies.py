@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rethinking_bn"
 # distributions whose modules have another name
 NAMES = {"PIL": "Pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "PyYAML"}
-OURS = {"rethinking_bn", "benchmarks", "machine", "studies", "trials"}
+OURS = {"rethinking_bn", *(path.stem for path in (ROOT / "tools").iterdir())}
 WITH_DETECTRON2 = {"detectron2", "iopath", "omegaconf", "yacs"}  # it brings them along
 DETECTION = [
     *PACKAGE.glob("modeling/*.py"),
@@ -34,11 +34,10 @@ BASE = sorted(
 
 
 def declared(name: str) -> set[str]:
-    """Return a list of setup.py, by the name of the constant that holds it."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
-            return set(ast.literal_eval(node.value))
-    raise AssertionError(f"setup.py has no {name}")
+    """Return an extra of pyproject.toml."""
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return set(project["optional-dependencies"][name])
 
 
 def imported(files: Iterable[Path]) -> set[str]:
@@ -54,17 +53,17 @@ def imported(files: Iterable[Path]) -> set[str]:
     return {NAMES.get(name, name) for name in found}
 
 
-@pytest.mark.parametrize(("files", "name"), [(STUDIES, "STUDIES"), (DETECTION, "DETECTION")])
+@pytest.mark.parametrize(("files", "name"), [(STUDIES, "studies"), (DETECTION, "detection")])
 def test_an_extra_declares_what_its_part_imports(files: list[Path], name: str) -> None:
     assert len(files) > 5
     assert imported(files) == declared(name)
 
 
 def test_the_rest_needs_torch_alone() -> None:
-    # Triton comes with torch where there is a GPU; pictures of a diagnosis, and annotations
-    assert imported(BASE) <= {"triton", "matplotlib", "typing_extensions"}
+    # pictures of a diagnosis, and annotations
+    assert imported(BASE) <= {"matplotlib", "typing_extensions"}
 
 
 def test_what_stands_beside_the_tools_imports_nothing_else() -> None:
     files = [ROOT / "tools" / "benchmark.py", *(ROOT / "tools").glob("*/**/*.py")]
-    assert imported(files) <= declared("STUDIES") | declared("DETECTION") | {"triton"}
+    assert imported(files) <= declared("studies") | declared("detection")
