@@ -16,6 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+#: torch 2.14 renames what older versions call all_gather_into_tensor
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
 
 def is_initialized() -> bool:
     """Return whether a default process group exists in this process."""
@@ -60,7 +63,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     if world == 1:
         return x.unsqueeze(0)
     out = x.new_empty((world * x.numel(),))
-    dist.all_gather_into_tensor(out, x.view(-1), group=group)
+    getattr(dist, ALL_GATHER)(out, x.view(-1), group=group)
     return out.view(world, *x.shape)
 
 
@@ -82,10 +85,9 @@ _host_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyD
 def host_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | None:
     """Return a group of the same ranks whose collectives take tensors on the CPU.
 
-    What the host must know before it can go on travels there: over NCCL it would wait for
-    everything that the GPU was given before. Where ``group`` itself takes CPU tensors, as gloo
-    does, it is returned. Else a gloo group is created on first use, once per group, which is a
-    collective of its ranks.
+    Numbers that the host waits for travel there: over NCCL it would wait for all earlier work of
+    the GPU. A ``group`` that takes CPU tensors, as gloo does, is returned itself. Else a gloo
+    group is created on first use, once per group, which is a collective of its ranks.
     """
     if get_world_size(group) == 1:
         return group
@@ -125,7 +127,7 @@ def all_gather_object(obj: Any, group: dist.ProcessGroup | None = None) -> list[
 
 
 def raise_together(error: BaseException | None, group: dist.ProcessGroup | None = None) -> None:
-    """Let a failure of one rank fail all of them: a collective that every rank must reach.
+    """Make all ranks fail when one has failed: a collective that every rank must reach.
 
     Args:
         error: what went wrong on this rank, or None.
@@ -175,12 +177,11 @@ def all_to_all_rows(
 
 
 def data_parallel(model: nn.Module, **options: Any) -> DistributedDataParallel:
-    """Wrap a model for data-parallel training; its buffers stay each rank's own, always.
+    """Wrap a model for data-parallel training in which rank 0's buffers never replace others'.
 
     Layers of ours agree on statistics by themselves, and those of unsynced BN differ by rank.
-    What torch's ``broadcast_buffers=False`` meant: neither at the start nor in a forward are
-    buffers overwritten by rank 0's. Torch 2.13 deprecates it for ``forward_sync_buffers``, which
-    is about the forward only; the start is then undone here.
+    torch's ``broadcast_buffers=False`` did this. torch 2.13 replaces it by
+    ``forward_sync_buffers``, which is about forwards only; the start is undone here.
 
     Args:
         model: on its device, in a process group.

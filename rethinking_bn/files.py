@@ -1,8 +1,8 @@
-"""Files and folders that are either there in full or not at all, and folders that can be written.
+"""Files and folders that are there in full or not at all, and folders that can be written to.
 
-What is written aside has a unique hidden name beside its place, so that processes that write the
-same file do not meet, and a process that is killed leaves nothing under the final name. What such
-a process leaves under the hidden one is removed an hour later, by the next to write there.
+A file is written under a hidden name of its own beside its place, and then renamed. So processes
+that write the same file do not meet, and a killed process leaves nothing under the final name. The
+hidden files that it leaves are removed an hour later, by the next process that writes there.
 """
 
 from __future__ import annotations
@@ -22,23 +22,18 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_ABANDONED = 3600  # seconds without a change after which what was written aside has no writer
+_ABANDONED = 3600  # seconds without a change after which a hidden file has no writer any more
 _SUFFIX = "partial"
-_LOCK = ".lock"
 _locked: set[str] = set()  # folders that this process holds
 
 
 def replace(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file or a folder aside, then give it its name in one step.
+    """Let ``write`` make a file or a folder at a hidden path, then rename it in one step.
 
-    Args:
-        path: of the file, which may be there already, or of the folder, which must not. The folder
-            above is made.
-        write: is given the path to write to.
+    The folder above ``path`` is made. A file may exist already, a folder must not.
 
     Raises:
-        OSError: if it cannot be written, or a folder cannot be renamed to ``path``. On this and any
-            other exception there is neither the new file nor a part of it.
+        OSError: if it cannot be written or renamed. On any exception nothing new is left.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +46,7 @@ def replace(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
         os.replace(aside, path)
     finally:
         _remove(aside)
-    remove_abandoned(path.parent.glob(f".{path.name}.*.{_SUFFIX}"))
+    _remove_abandoned(path.parent.glob(f".{path.name}.*.{_SUFFIX}"))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -69,16 +64,10 @@ def read_json(path: Path) -> Any:
 
 
 def probe_folder(folder: str | os.PathLike[str], name: str) -> None:
-    """Make a folder, if need be, and see that files can be written there.
-
-    To be called before the work whose results are to go there.
-
-    Args:
-        folder: its leftovers of killed processes are removed, when they are old.
-        name: the key or option that names the folder, for the message.
+    """Make a folder, if need be, and try to write there: before the work that it is for.
 
     Raises:
-        OSError: naming ``name`` and the folder and saying why, in one line.
+        OSError: with ``name``, the key or option that names the folder, and the reason.
     """
     folder = Path(folder)
     try:
@@ -92,78 +81,59 @@ def probe_folder(folder: str | os.PathLike[str], name: str) -> None:
         raise type(error)(
             f"{name} {str(folder)!r} cannot be written to ({why}): name another folder"
         ) from error
-    remove_abandoned(folder.glob(f".*.{_SUFFIX}"))
+    _remove_abandoned(folder.glob(f".*.{_SUFFIX}"))
 
 
 @contextlib.contextmanager
-def locked_folder(folder: str | os.PathLike[str], name: str) -> Iterator[None]:
-    """Hold a folder for this process alone, or refuse.
+def locked_folder(
+    folder: str | os.PathLike[str], name: str, kind: int = fcntl.LOCK_EX
+) -> Iterator[None]:
+    """Hold a folder for this process alone, or refuse; a process may nest locks of one folder.
 
-    The lock dies with the process, however that ends, and forked processes do not inherit it
-    (fcntl's). The process may nest locks of one folder. Where the file system knows no locks, there
-    is a warning and no lock. The file of the lock stays: removing it could remove another's.
-
-    Args:
-        folder: exists.
-        name: the key or option that names it, for the message.
+    The lock ends with the process, and forked processes do not inherit it. A file system without
+    locks gets a warning. The file of the lock stays, as removing it could remove another's.
 
     Raises:
-        BlockingIOError: naming the host and the process that hold the folder, in one line.
+        BlockingIOError: with ``name``, the key or option that names the folder, and its holder.
     """
-    path = os.path.join(os.path.realpath(folder), _LOCK)
+    path = os.path.join(os.path.realpath(folder), ".lock")
     if path in _locked:  # closing any descriptor of the file would give up the lock
         yield
         return
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if _lock(descriptor, folder, name):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"host {socket.gethostname()}, process {os.getpid()}".encode())
-            _locked.add(path)
-        yield
-    finally:
-        _locked.discard(path)
-        os.close(descriptor)
-
-
-def _lock(
-    descriptor: int, folder: str | os.PathLike[str], name: str, kind: int = fcntl.LOCK_EX
-) -> bool:
-    """Return whether the file is locked now; False where there are no locks."""
-    try:
-        fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        holder = os.read(descriptor, 1000).decode(errors="replace") or "another process"
-        raise BlockingIOError(
-            f"{name} {str(folder)!r} is in use: {holder} trains there; wait for its end, or name "
-            "another folder"
-        ) from error
-    except OSError as error:
-        logger.warning(
-            "%s %s: the file system knows no locks (%s); nothing prevents a second run there",
-            name,
-            folder,
-            error.strerror,
-        )
-        return False
-    return True
+    said, alone = f"{name} {str(folder)!r}", kind == fcntl.LOCK_EX
+    with open(path, "a+" if alone else "r", encoding="utf-8", errors="replace") as file:
+        try:
+            fcntl.lockf(file, kind | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise BlockingIOError(
+                f"{said} is in use: {file.read(1000) or 'another process'} trains there; wait for "
+                "its end, or name another folder"
+            ) from error
+        except OSError as error:
+            logger.warning("%s can have two runs: no locks there (%s)", said, error.strerror)
+        else:
+            if alone:
+                file.truncate(0)
+                file.write(f"host {socket.gethostname()}, process {os.getpid()}")
+                file.flush()
+                _locked.add(path)
+        try:
+            yield
+        finally:
+            _locked.discard(path)
 
 
 def check_unlocked(folder: str | os.PathLike[str], name: str) -> None:
-    """Raise as :func:`locked_folder` does, if another process holds the folder; write nothing."""
-    path = os.path.join(os.path.realpath(folder), _LOCK)
-    if path in _locked or not os.path.isfile(path):
-        return
-    with contextlib.suppress(PermissionError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:  # shared: ranks that ask at the same time do not take each other for a run
-            _lock(descriptor, folder, name, fcntl.LOCK_SH)
-        finally:
-            os.close(descriptor)
+    """Raise as :func:`locked_folder` does if another process holds the folder; write nothing."""
+    # shared: ranks that ask at the same time do not take each other for a run
+    shared = locked_folder(folder, name, fcntl.LOCK_SH)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError), shared:
+        pass
 
 
-def remove_abandoned(hidden: Iterable[Path]) -> None:
-    """Remove, of what was written aside, that whose writer must be dead."""
+def _remove_abandoned(hidden: Iterable[Path]) -> None:
+    """Remove hidden files and folders that nobody has changed for an hour."""
     for old in hidden:
         with contextlib.suppress(OSError):  # its writer may be removing it right now
             parts = (list(old.iterdir()) if old.is_dir() else []) or [old]

@@ -42,8 +42,7 @@ class IterationAware(Protocol):
 def derive_seed(*ints: int) -> int:
     """Return a seed in [0, 2**63) that depends on every argument and on their order.
 
-    The same on every machine, Python version and process (unlike ``hash``); neighbouring
-    arguments give unrelated seeds. Any integer is accepted, negative ones included.
+    It is the same in every process, unlike ``hash``. Similar arguments give unrelated seeds.
     """
     text = ",".join(str(int(value)) for value in ints)
     digest = hashlib.blake2b(text.encode("ascii"), digest_size=8).digest()
@@ -59,27 +58,19 @@ def announce_iteration(model: nn.Module, run_seed: int, iteration: int) -> None:
             module.set_iteration(run_seed, iteration)
 
 
-def _cuda_indices(devices: Iterable[torch.device]) -> list[int]:
-    """Return the indices of the CUDA devices among ``devices``, each once."""
-    indices = set()
-    for device in devices:
-        if device.type == "cuda":
-            indices.add(torch.cuda.current_device() if device.index is None else device.index)
-    return sorted(indices)
-
-
 @contextmanager
 def isolated_random_state(
     seed: int | None = None, devices: Iterable[torch.device] = ()
 ) -> Iterator[None]:
-    """Give back every generator on exit as it was on entry, whatever happens in between.
+    """Put every generator back on exit: Python's, torch's, numpy's, and those of CUDA devices.
 
     Args:
-        seed: of all these generators inside; None: they go on from where they are.
-        devices: devices whose generators count too; those that are not CUDA are passed over.
+        seed: of these generators inside; None: they go on from where they are.
+        devices: of which the CUDA devices count.
     """
-    numpy = sys.modules.get("numpy")
-    indices = _cuda_indices(devices)
+    numpy = sys.modules.get("numpy")  # where nothing has imported it, nothing depends on it
+    cuda = [device.index for device in devices if device.type == "cuda"]
+    indices = sorted({torch.cuda.current_device() if index is None else index for index in cuda})
     python_state, torch_state = random.getstate(), torch.get_rng_state()
     numpy_state = None if numpy is None else numpy.random.get_state()
     cuda_states = [torch.cuda.get_rng_state(index) for index in indices]
@@ -128,13 +119,11 @@ class Forwards(Generic[T]):
     """What the newest 64 forwards of a module used, so that recomputed ones use it again.
 
     A recomputation does not say which forward it repeats: segments come back in reverse order,
-    they may use a module several times, and they may stop early. But the input is the same. So
-    each forward has a mark, some numbers that follow from its input, and the nearest mark is
-    taken. Of equally near ones the least often recomputed is taken, and of those the oldest, which
-    is right for equal inputs of one segment; with ``newest_first`` it is the newest, which is
-    right for equal inputs of different segments.
-
-    Copies and pickles are empty: no graph could ask them.
+    may use a module several times, and may stop early. But its input is the same. So each forward
+    has a mark, some numbers that follow from its input, and the nearest mark is taken. Of equally
+    near ones it is the least often recomputed, and of those the oldest, which is right for equal
+    inputs of one segment, or with ``newest_first`` the newest, right for those of different
+    segments. Copies and pickles are empty: no graph could ask them.
     """
 
     def __init__(self, *, newest_first: bool = False) -> None:

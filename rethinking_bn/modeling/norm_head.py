@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from rethinking_bn.checkpoint import require_statistics
 from rethinking_bn.config import check_has_keys, images_per_pass
 from rethinking_bn.layers import MABN2d, get_norm, norm_names
+from rethinking_bn.layers.bn_like import communicates
 from rethinking_bn.layers.convert import centre_convolutions
 from rethinking_bn.shuffle.layers import (
     ShuffledLayers,
     mixes_rows,
     mixes_rows_of_a_rank,
-    pools_ranks,
 )
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class NormHead(RequiresStatistics):
         if norm_images < 0:
             raise ValueError(f"norm_images (MODEL.ROI_HEADS.NORM_IMAGES) is {norm_images} < 0")
         for norm in norms if norm_images else ():
-            pooled = pools_ranks(norm)
+            pooled = communicates(norm)
             if mixes_rows(norm) and (pooled or not hasattr(norm, "row_groups")):
                 why = "pools all images of all ranks" if pooled else "takes all rows together"
                 raise ValueError(

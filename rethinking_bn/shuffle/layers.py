@@ -23,15 +23,15 @@ class ShuffledLayers:
     ranks are permuted before the normalised layers, so that each rank normalises an equal share
     of them, and brought back after; see :func:`rethinking_bn.layers.shuffle_rows`.
 
-    Rows are shuffled while a BN layer of the head is in training mode, so in population training
-    too, labelled or not, and not at inference, nor without such a layer (GN; SyncBN, which
-    pools all ranks anyway). Parameters and state dict are those of the unshuffled head.
+    Rows are shuffled while a BN layer of the head is in training mode, and so in population
+    training. They are not at inference, nor where no layer needs it (GN; SyncBN, which pools all
+    ranks anyway). Parameters and state dict are those of the unshuffled head.
 
-    The permutation is a function of (run seed, iteration, kind of head, call within the
-    iteration). Both are announced through :meth:`set_iteration`; under a trainer that does not,
-    the run seed is 0, the iteration that of :meth:`unannounced_iteration`. Heads of one kind, as
-    in a cascade, draw the same permutation when they shuffle the same number of rows.
-    A recomputation (activation checkpointing) repeats the permutation of its first pass.
+    The permutation follows from run seed, iteration, kind of head, and call within the iteration.
+    :meth:`set_iteration` announces the first two. Under a trainer that does not call it the run
+    seed is 0, and :meth:`unannounced_iteration` is the iteration. Heads of one kind, as in a
+    cascade, draw the same permutation when they shuffle the same number of rows. Under activation
+    checkpointing a recomputed call repeats the permutation of its first pass.
 
     Every rank must call the head equally often, with zero rows where it has none, and every
     rank's loss must depend on the result, also on zero rows.
@@ -66,8 +66,8 @@ class ShuffledLayers:
     def unannounced_iteration(self) -> int:
         """Return the iteration under a trainer that announces none, the same on all ranks.
 
-        0 throughout unless a subclass knows better: calls are then counted from the head's
-        construction on, so that permutations still differ, but a resumed run begins anew.
+        It is always 0, unless a subclass knows better: permutations then differ by a count of all
+        calls, which a resumed run begins anew.
         """
         return 0
 
@@ -116,14 +116,10 @@ def mixes_rows(norm: nn.Module) -> bool:
     return _EACH_ROW_APART.isdisjoint(kind.__name__ for kind in type(norm).__mro__)
 
 
-def pools_ranks(norm: nn.Module) -> bool:
-    """Return whether the rows of several ranks are normalised together."""
-    return isinstance(norm, nn.SyncBatchNorm) or getattr(norm, "sync", False)
-
-
 def mixes_rows_of_a_rank(norm: nn.Module) -> bool:
     """Return whether the result for a row also depends on which rank the other rows are on."""
-    pools_all = pools_ranks(norm) and norm.process_group is None
+    pools_ranks = isinstance(norm, nn.SyncBatchNorm) or getattr(norm, "sync", False)
+    pools_all = pools_ranks and norm.process_group is None
     return mixes_rows(norm) and not pools_all
 
 

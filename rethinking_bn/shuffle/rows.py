@@ -22,8 +22,13 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from rethinking_bn.distributed import all_gather_object, gather_numbers, get_rank
-from rethinking_bn.shuffle.exchange import exchange_rows, layout_vote
-from rethinking_bn.shuffle.permutation import Exchange, plan_exchange, stable_hash
+from rethinking_bn.shuffle.exchange import (
+    Exchange,
+    exchange_rows,
+    layout_vote,
+    plan_exchange,
+    stable_hash,
+)
 
 _NO_ROWS = "missing (0-dimensional tensor)"
 
@@ -35,8 +40,8 @@ class ShuffleState:
     Attributes:
         there, back: the exchange and its inverse, indices on the device of the rows.
         link: when the rows of any rank required grad, an empty output of the shuffle's autograd
-            node. As an input of the unshuffle it leads every backward on to the shuffle's, even
-            on a rank without rows whose head answered with a constant.
+            node. The unshuffle takes it as an input, so that every backward reaches the shuffle's,
+            even on a rank without rows whose head returned a constant.
         channels_last: whether 4-d and 5-d rows travel, and come out, in channels-last format.
         group: the process group, None for the default one.
     """

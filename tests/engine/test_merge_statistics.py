@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from rethinking_bn.distributed import ALL_GATHER
 from rethinking_bn.engine import MergeStatistics, merge_statistics
 from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, SyncBatchNorm2d
 from tests.helpers import run_distributed
@@ -63,7 +64,7 @@ def merged_on(rank: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     model = Twice()
     fill(model, rank)
     before = buffers(model)
-    with patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gather:
+    with patch.object(dist, ALL_GATHER, wraps=getattr(dist, ALL_GATHER)) as gather:
         merge_statistics(model)
     return before, buffers(model), gather.call_count
 

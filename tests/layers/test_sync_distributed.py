@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rethinking_bn.distributed import ALL_GATHER
 from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, SyncBatchNorm2d
 from tests import reference
 from tests.helpers import run_distributed
@@ -84,7 +85,7 @@ def test_sync_equals_one_process_on_all_data(world: int) -> None:
 
 def _count_collectives(rank: int) -> Counter[str]:
     counts: Counter[str] = Counter()
-    for name in ("all_gather_into_tensor", "all_reduce", "all_gather", "broadcast"):
+    for name in (ALL_GATHER, "all_reduce", "all_gather", "broadcast"):
         original = getattr(dist, name)
 
         def counted(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
@@ -98,7 +99,7 @@ def _count_collectives(rank: int) -> Counter[str]:
 
 def test_one_collective_a_layer_and_direction() -> None:
     for counts in run_distributed(_count_collectives, 2):
-        assert counts == {"all_gather_into_tensor": 1, "all_reduce": 1}
+        assert counts == {ALL_GATHER: 1, "all_reduce": 1}
 
 
 def _sync_batch_norm(rank: int, rows: tuple[int, ...]) -> dict[str, Any]:

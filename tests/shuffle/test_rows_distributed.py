@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rethinking_bn.distributed import ALL_GATHER
 from rethinking_bn.layers import shuffle_rows, unshuffle_rows
 from tests.helpers import run_distributed
 from tests.shuffle.test_rows import DTYPES, random_bits, same_bits
@@ -188,9 +189,7 @@ def _only_rows_that_leave_are_sent(rank: int, world: int) -> None:
     leave, come = counts[rank] - stay, len(arriving) - stay
     with (
         mock.patch.object(dist, "all_to_all_single", counting(dist.all_to_all_single, sent)),
-        mock.patch.object(
-            dist, "all_gather_into_tensor", counting(dist.all_gather_into_tensor, headers)
-        ),
+        mock.patch.object(dist, ALL_GATHER, counting(getattr(dist, ALL_GATHER), headers)),
     ):
         x = torch.randn(counts[rank], 6, requires_grad=True)
         rows, state = shuffle_rows(x, generator_seed=21)
