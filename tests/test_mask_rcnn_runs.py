@@ -1,4 +1,4 @@
-"""The configs of Tables 3 and 6: what the paper says, and runs on one and on two processes."""
+"""Runs of Mask R-CNN, by the configs of Tables 3 and 6, on one and on two processes."""
 
 from __future__ import annotations
 
@@ -11,89 +11,20 @@ from unittest import mock
 
 import pytest
 import torch
-from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from rethinking_bn import add_rethinking_bn_config
 from rethinking_bn.engine import Trainer
 from rethinking_bn.engine.checks import check_batch_size
 from rethinking_bn.engine.data_parallel import wrap_data_parallel
-from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d
 from rethinking_bn.shuffle import rows
-from tests.anchor_levels import share_of_levels
 from tests.helpers import run_distributed
 from tests.modeling.roi_cases import SHUFFLED, gradients, mask_config, norms, register_masks
-from tests.test_config import flat
-from tests.test_configs import batch, load
+from tests.test_configs import TABLES_3_AND_6, batch, load
 
 TRAIN_NET = Path(__file__).parents[1] / "tools" / "train_net.py"
-BOX, MASK = "MODEL.ROI_BOX_HEAD.", "MODEL.ROI_MASK_HEAD."
-
-
-def heads(norm: str, *, precise: bool = False, shuffle: bool = False, images: int = 0) -> Any:
-    return {
-        BOX + "NAME": "ShuffleBNBoxHead" if shuffle else "NormBoxHead",
-        MASK + "NAME": "ShuffleBNMaskHead" if shuffle else "NormMaskHead",
-        **({BOX + "NORM": norm, MASK + "NORM": norm} if norm else {}),
-        **({"TEST.PRECISE_BN.ENABLED": True} if precise else {}),
-        **({"MODEL.ROI_HEADS.NORM_IMAGES": images} if images else {}),
-    }
-
-
-TABLES_3_AND_6 = {
-    "mask_rcnn_bn_head": heads("BN", precise=True),
-    "mask_rcnn_bn_head_1im": heads("BN", precise=True, images=1),
-    "mask_rcnn_bn_head_batch_stats": heads("BatchStatBN"),
-    "mask_rcnn_shuffle_bn_head": heads("BN", precise=True, shuffle=True),
-    "mask_rcnn_shuffle_bn_head_1im": heads("BN", precise=True, shuffle=True, images=1),
-    "mask_rcnn_syncbn_head": heads("SyncBN", precise=True),
-    "mask_rcnn_gn_head": heads("GN"),
-    "mask_rcnn_no_norm": heads(""),
-}
-
-
-@pytest.mark.parametrize("name", TABLES_3_AND_6)
-def test_differs_from_detectron2s_3x_baseline_in_nothing_else(name: str) -> None:
-    stock = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml")
-    add_rethinking_bn_config(stock)
-    baseline, ours = flat(stock), flat(load(f"{name}.yaml"))
-    assert {key: value for key, value in ours.items() if baseline[key] != value} == {
-        "MODEL.ROI_HEADS.NAME": "NormImagesROIHeads",
-        BOX + "NUM_CONV": 4,
-        BOX + "NUM_FC": 1,
-        "OUTPUT_DIR": f"output/{name}",
-        **TABLES_3_AND_6[name],
-    }
-    # what the paper states of the recipe, whatever detectron2's defaults become
-    assert ours["SOLVER.MAX_ITER"] == 270000 and ours["SOLVER.STEPS"] == (210000, 250000)
-    assert ours["SOLVER.IMS_PER_BATCH"] == 16 and ours["SOLVER.BASE_LR"] == 0.02
-    assert ours["MODEL.BACKBONE.FREEZE_AT"] == 2 and ours["MODEL.RESNETS.NORM"] == "FrozenBN"
-    assert ours[BOX + "CONV_DIM"] == ours[MASK + "CONV_DIM"] == 256
-    assert ours[BOX + "FC_DIM"] == 1024 and ours[MASK + "NUM_CONV"] == 4
-
-
-def test_the_heads_norms_are_the_only_ones_that_are_trained() -> None:
-    classes = {"BN": BatchNorm2d, "BatchStatBN": BatchStatNorm2d, "SyncBN": SyncBatchNorm2d}
-    for name, keys in TABLES_3_AND_6.items():
-        cfg = load(f"{name}.yaml")
-        cfg.MODEL.DEVICE = "meta"
-        with torch.device("meta"):
-            model = build_model(cfg)
-        found = {n: type(m) for n, m in model.named_modules() if hasattr(m, "momentum")}
-        expected = classes.get(keys.get(BOX + "NORM", ""))
-        assert set(found.values()) == ({expected} if expected else set())
-        assert len(found) == (8 if expected else 0)
-        assert all(name.startswith("roi_heads") for name in found)
-
-
-def test_every_level_of_the_shapes_twins_gets_objects() -> None:
-    cfg = load("shapes/mask_rcnn_bn_head.yaml")
-    strides = (4, 8, 16, 32, 64)
-    share = share_of_levels(cfg, strides)
-    assert (share > 0.05).all(), share
 
 
 def _step_and_infer(rank: int) -> dict[str, Any]:
