@@ -214,7 +214,8 @@ def select_domain(state_dict: Mapping[str, Tensor], domain: int) -> dict[str, Te
     sets = _sets(state_dict)
     numbers = sorted(set(sets.values()))
     if len(numbers) != 1:
-        raise ValueError(f"one number of domains in all layers is needed, there are {numbers}")
+        found = f"they have {numbers}" if numbers else "there is none"
+        raise ValueError(f"layers with one number of domains in all are needed; {found}")
     pyramid = {key for key in state_dict if re.search(r"\.(fpn_output\d|p[67])\.weight$", key)}
     if all(name.startswith("head.") for name in sets) and len(pyramid) in (0, numbers[0]):
         raise ValueError(

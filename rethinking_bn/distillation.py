@@ -20,8 +20,9 @@ def kl_soft_loss(
     """Return T² · KL(teacher ‖ student) of softmax predictions softened by T.
 
     With p = softmax(teacher / T) and q = softmax(student / T) over the classes, this is
-    T² · Σ p (log p − log q), summed over the classes and averaged over all other positions; its
-    gradient in a student's logit is T (q − p) / positions. The teacher gets none.
+    T² · Σ p (log p − log q), summed over the classes and divided by the number of all other
+    positions: by N for logits (N, K), by N·H·W for dense maps (N, K, H, W), not by N. Its gradient
+    in a student's logit is T (q − p) / positions. The teacher gets none.
 
     Args:
         student_logits, teacher_logits: (N, K, ...), classes in dimension 1; of any floating type.
@@ -50,8 +51,10 @@ def binary_kl_soft_loss(
 
     Every logit is a Bernoulli variable of its own, as in the heads of dense detectors: with
     p = σ(teacher / T) and q = σ(student / T), the mean over all elements of
-    T² · (p (log p − log q) + (1 − p) (log(1 − p) − log(1 − q))). Its gradient in a student's logit
-    is T (q − p) / elements. The teacher gets none.
+    T² · (p (log p − log q) + (1 − p) (log(1 − p) − log(1 − q))): divided by N·K·H·W for dense maps
+    (N, K, H, W), not by N or by the number of objects. Concatenate levels before, so that each
+    position counts alike. Its gradient in a student's logit is T (q − p) / elements. The teacher
+    gets none.
 
     Args:
         student_logits, teacher_logits: of one shape and any floating types.

@@ -200,6 +200,16 @@ class _ShuffledBlocks(ShuffledLayers):
         blocks = [b for b in self if isinstance(b, Conv2dNormActivation) and len(b) == 3]
         return [block[1] for block in blocks if mixes_rows_of_a_rank(block[1])]
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the head makes of rows (R, C, H, W), one per RoI; R may be 0.
+
+        A collective in training, which every rank must call.
+        """
+        if torch.jit.is_scripting():
+            return self.forward_unshuffled(x)
+        else:  # not compiled by TorchScript
+            return self.forward_shuffled(x) if self.communicates else self.forward_unshuffled(x)
+
 
 class ShuffleBNBoxHead(_ShuffledBlocks, FastRCNNConvFCHead):
     """torchvision's FastRCNNConvFCHead that normalises RoIs shuffled over all ranks.
@@ -229,6 +239,9 @@ class ShuffleBNBoxHead(_ShuffledBlocks, FastRCNNConvFCHead):
             from channels to a layer, None or "". Only norms whose result depends on the rows of a
             rank, as BN's, are shuffled for.
 
+    Returns (of the forward):
+        (R, fc_layers[-1]), or (R, conv_layers[-1] * H * W) without fully connected layers.
+
     Raises:
         ValueError: for an unknown norm, or one that does not fit.
     """
@@ -244,17 +257,6 @@ class ShuffleBNBoxHead(_ShuffledBlocks, FastRCNNConvFCHead):
     ) -> None:
         norm = _factory(norm_layer)
         super().__init__(input_size, list(conv_layers), list(fc_layers), norm_layer=norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (R, fc_layers[-1]) for rows (R, C, H, W), one per RoI; R may be 0.
-
-        A collective in training, which every rank must call. Without fully connected layers the
-        result is (R, conv_layers[-1] * H * W).
-        """
-        if torch.jit.is_scripting():
-            return self.forward_unshuffled(x)
-        else:  # not compiled by TorchScript
-            return self.forward_shuffled(x) if self.communicates else super().forward(x)
 
 
 class ShuffleBNMaskHead(_ShuffledBlocks, MaskRCNNHeads):
@@ -284,16 +286,6 @@ class ShuffleBNMaskHead(_ShuffledBlocks, MaskRCNNHeads):
         norm_layer: NormLayer = "BN",
     ) -> None:
         super().__init__(in_channels, list(layers), dilation, norm_layer=_factory(norm_layer))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (R, layers[-1], H, W) for rows (R, C, H, W), one per RoI; R may be 0.
-
-        A collective in training, which every rank must call.
-        """
-        if torch.jit.is_scripting():
-            return self.forward_unshuffled(x)
-        else:  # not compiled by TorchScript
-            return self.forward_shuffled(x) if self.communicates else super().forward(x)
 
 
 def run_detector(model: nn.Module, batch: Any) -> Any:

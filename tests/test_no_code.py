@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2 import model_zoo
 from torch import nn
 
 from rethinking_bn.checkpoint import read_file, read_weights
@@ -83,6 +84,15 @@ def test_a_run_and_its_teacher_refuse(malicious: Path, tmp_path: Path) -> None:
     teacher = Teacher(str(tmp_path / "teacher.yaml"), str(malicious))
     with pytest.raises(ValueError, match="cannot be read"):
         teacher.model(torch.zeros(1))
+
+
+def test_a_teachers_config_outside_of_the_zoo_runs_nothing(tmp_path: Path) -> None:
+    made = tmp_path / "it ran"
+    (tmp_path / "evil.yaml").write_text(f"SEED: !!python/object/apply:os.mkdir ['{made}']\n")
+    zoo = Path(model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_3x.yaml")).parents[1]
+    with pytest.raises(Exception, match=r"tag|constructor"):
+        teacher_config(os.path.relpath(tmp_path / "evil.yaml", zoo))
+    assert not made.exists()
 
 
 @pytest.mark.parametrize("read", [load_config, teacher_config])

@@ -20,12 +20,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
-import torch
+# of detectron2, which is imported where it is there: nothing a user of this tool can change
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch|detectron2|fvcore")
+warnings.filterwarnings("ignore", message="pkg_resources")
 
-from rethinking_bn.checkpoint import copy_to_levels, read_weights, select_domain
-from rethinking_bn.files import replace
+import torch  # noqa: E402
+
+from rethinking_bn.checkpoint import copy_to_levels, read_weights, select_domain  # noqa: E402
+from rethinking_bn.files import replace  # noqa: E402
 
 
 def convert(source: Path, target: Path, domain: int | None, levels: int) -> str:

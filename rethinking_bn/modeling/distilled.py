@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,13 +37,14 @@ def teacher_config(name: str) -> CfgNode:
             path = get_config_file(name)
         else:
             try:
-                path, installed = model_zoo.get_config_file(name), True
+                path = model_zoo.get_config_file(name)
+                installed = ".." not in Path(name).parts
             except RuntimeError as error:
                 raise ValueError(
                     f"MODEL.DISTILL.TEACHER_CONFIG {name!r} is no file, and no name under "
                     "configs/ or in detectron2's model zoo"
                 ) from error
-    # the zoo's Base-RetinaNet.yaml holds a tag that runs code; detectron2's own code, that is
+    # the zoo's Base-RetinaNet.yaml holds a tag that runs code, which is detectron2's own
     cfg.merge_from_file(path, allow_unsafe=installed)
     return cfg
 
@@ -112,7 +114,8 @@ class DistilledRetinaNet(ConfigurableHeadRetinaNet):
     """ConfigurableHeadRetinaNet with one loss more, against a teacher (docs/distillation.md).
 
     ``loss_distill`` is WEIGHT · :func:`rethinking_bn.distillation.binary_kl_soft_loss` over all
-    classes of the anchors that the focal loss counts, those that are not ignored. Apart from it
+    classes of the anchors that the focal loss counts, those that are not ignored: it is divided by
+    their number times the number of classes, over all levels and images. Apart from it
     this is the model it would be without a teacher, whose checkpoints it shares.
 
     The teacher gets the same images, normalised by its own pixel statistics.

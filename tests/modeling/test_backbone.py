@@ -1,4 +1,4 @@
-"""Backbones with GN or MABN throughout: built from detectron2's, frozen, loaded, evaluated."""
+"""Backbones with GN or MABN throughout, or as the keys say: built, frozen, loaded, evaluated."""
 
 from __future__ import annotations
 
@@ -9,18 +9,31 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.layers import Conv2d, DeformConv, ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.layers import Conv2d, DeformConv, FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
-from torch import nn
+from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
 
-from rethinking_bn.layers import CenConv2d, MABN2d
+from rethinking_bn.engine.checks import check_batch_size
+from rethinking_bn.layers import (
+    BatchNorm2d,
+    BatchStatNorm2d,
+    CenConv2d,
+    MABN2d,
+    SyncBatchNorm2d,
+    get_norm,
+)
 from tests.engine.tiny import tiny_config
+from tests.helpers import run_distributed
 
 IMAGE = ShapeSpec(channels=3)
 KINDS = ("resnet", "resnet_fpn", "retinanet_resnet_fpn")
+NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, nn.GroupNorm, MABN2d, LayerNorm2d)
+NORMS += (nn.InstanceNorm2d,)
 STATISTICS = ("running_mean_square", "count", "last_16")
 
 
@@ -49,8 +62,20 @@ def build(kind: str, norm: str, cfg: CfgNode) -> Backbone:
     return BACKBONE_REGISTRY.get(f"build_{norm}{kind}_backbone")(cfg, IMAGE)
 
 
-def norms(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if isinstance(m, (nn.GroupNorm, MABN2d))]
+def norms(module: nn.Module) -> list[Any]:
+    return [m for m in module.modules() if isinstance(m, NORMS)]
+
+
+NAMES = ("BN", "SyncBN", "BatchStatBN", "FrozenBN", "GN", "LN", "IN", "MABN", "")
+
+
+def small(resnets: str, fpn: str, **overrides: Any) -> CfgNode:
+    keys = {"MODEL__RESNETS__NORM": resnets, "MODEL__FPN__NORM": fpn}
+    return config(18, **{**keys, **overrides})
+
+
+def kind_of(norm: str) -> type:
+    return FrozenBatchNorm2d if norm == "FrozenBN" else type(get_norm(norm, 64))
 
 
 @pytest.mark.parametrize(
@@ -91,23 +116,6 @@ def test_other_depths_build(norm: str, depth: int) -> None:
     assert len(norms(backbone)) == {34: 36, 101: 104, 152: 155}[depth] + 6
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gn_is_what_detectron2_builds_with_gn(kind: str) -> None:
-    models = []
-    for norm in ("gn_", ""):
-        torch.manual_seed(1)
-        cfg = config(MODEL__RESNETS__NORM="GN", MODEL__FPN__NORM="GN", MODEL__BACKBONE__FREEZE_AT=2)
-        models.append((build(kind, norm, cfg), torch.get_rng_state()))
-    (ours, state), (stock, expected_state) = models
-    assert torch.equal(state, expected_state)
-    assert str(ours) == str(stock)
-    assert list(ours.state_dict()) == list(stock.state_dict())
-    for (name, p), q in zip(ours.named_parameters(), stock.parameters(), strict=True):
-        assert torch.equal(p, q) and p.requires_grad == q.requires_grad, name
-    x = torch.randn(1, 3, 64, 64)
-    assert all(torch.equal(y, z) for y, z in zip(ours(x).values(), stock(x).values(), strict=True))
-
-
 def test_p6_and_p7_stay_plain_convolutions() -> None:
     top = build("retinanet_resnet_fpn", "mabn_", config()).top_block
     assert isinstance(top, LastLevelP6P7)
@@ -141,14 +149,43 @@ def test_a_batch_size_that_does_not_fit() -> None:
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
-@pytest.mark.parametrize("freeze_at", range(6))
-@pytest.mark.parametrize(("kind", "norm"), [("resnet", "gn_"), ("resnet_fpn", "mabn_")])
-def test_frozen_stages_stay_as_they_are(kind: str, norm: str, freeze_at: int) -> None:
-    backbone = build(kind, norm, config(MODEL__BACKBONE__FREEZE_AT=freeze_at)).train()
-    frozen = tuple(
-        ("bottom_up." if kind != "resnet" else "") + stage
-        for stage in ("stem.", "res2.", "res3.", "res4.", "res5.")[:freeze_at]
-    )
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("prefix", "norm"), [("norm_", "FrozenBN"), ("norm_", "BN"), ("norm_", ""), ("gn_", "GN")]
+)
+def test_is_what_detectron2_builds_where_it_knows_the_norm(
+    kind: str, prefix: str, norm: str
+) -> None:
+    models = []
+    fpn = "BN" if norm == "FrozenBN" else norm
+    for name in (prefix, ""):
+        torch.manual_seed(1)
+        cfg = small(norm, fpn, MODEL__BACKBONE__FREEZE_AT=2)
+        models.append((build(kind, name, cfg), torch.get_rng_state()))
+    (ours, state), (stock, expected_state) = models
+    assert torch.equal(state, expected_state)
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    for (name, p), q in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        assert torch.equal(p, q) and p.requires_grad == q.requires_grad, name
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for mode in (True, False):
+        got, want = ours.double().train(mode)(x), stock.double().train(mode)(x)
+        torch.testing.assert_close(got, want)
+
+
+FROZEN = [
+    *product(range(6), [("resnet", "gn_", "GN"), ("resnet_fpn", "mabn_", "MABN")]),
+    *((2, ("resnet", "norm_", norm)) for norm in ("BN", "SyncBN", "BatchStatBN")),
+]
+
+
+@pytest.mark.parametrize(("freeze_at", "builder"), FROZEN)
+def test_frozen_stages_stay_as_they_are(freeze_at: int, builder: tuple[str, str, str]) -> None:
+    kind, prefix, norm = builder
+    cfg = config(MODEL__BACKBONE__FREEZE_AT=freeze_at, MODEL__RESNETS__NORM=norm)
+    backbone = build(kind, prefix, cfg).train()
+    stages = ("stem.", "res2.", "res3.", "res4.", "res5.")[:freeze_at]
+    frozen = tuple(("" if kind == "resnet" else "bottom_up.") + stage for stage in stages)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     for name, parameter in backbone.named_parameters():
         assert parameter.requires_grad != name.startswith(frozen or ("none",)), name
@@ -161,26 +198,30 @@ def test_frozen_stages_stay_as_they_are(kind: str, norm: str, freeze_at: int) ->
         moved = not torch.equal(tensor, before[name])
         if name.startswith(frozen or ("none",)):
             assert not moved, name
-        elif name.endswith(("running_mean_square", "count")):
+        elif name.endswith(("running_mean", "running_mean_square", "count")):
             assert moved, name
-    if freeze_at and norm == "mabn_":
-        assert not backbone.bottom_up.stem.conv1.norm.training  # type: ignore[union-attr]
+    bottom_up: Any = backbone if kind == "resnet" else backbone.bottom_up
+    if freeze_at:
+        norm_layer = bottom_up.stem.conv1.norm
+        assert (type(norm_layer) is FrozenBatchNorm2d) == (prefix == "norm_")
+        assert norm != "MABN" or not norm_layer.training
 
 
-def test_deformable_stages() -> None:
+@pytest.mark.parametrize(
+    ("prefix", "norm"), [("gn_", "GN"), ("norm_", "BN"), ("norm_", "SyncBN"), ("mabn_", "MABN")]
+)
+def test_deformable_stages_get_the_norm(prefix: str, norm: str) -> None:
     stages = [False, True, True, True]
-    cfg = config(MODEL__RESNETS__DEFORM_ON_PER_STAGE=stages)
-    backbone = build("resnet", "gn_", cfg)
+    cfg = config(MODEL__RESNETS__NORM=norm, MODEL__RESNETS__DEFORM_ON_PER_STAGE=stages)
+    if norm == "MABN":
+        with pytest.raises(ValueError, match=r"DEFORM_ON_PER_STAGE is \[False, True, True, True\]"):
+            build("resnet", prefix, cfg)
+        return
+    with torch.device("meta"):
+        backbone = build("resnet", prefix, cfg)
     deformable = [m for m in backbone.modules() if isinstance(m, DeformConv)]
-    assert len(deformable) == 4 + 6 + 3
-    assert all(isinstance(m.norm, nn.GroupNorm) for m in deformable)
-    with pytest.raises(ValueError, match=r"DEFORM_ON_PER_STAGE is \[False, True, True, True\]"):
-        build("resnet", "mabn_", cfg)
-
-
-def test_gn_needs_channels_that_its_groups_divide() -> None:
-    with pytest.raises(ValueError, match="conv1.norm: GN has 32 groups"):
-        build("resnet", "gn_", config(MODEL__RESNETS__STEM_OUT_CHANNELS=24))
+    assert len(deformable) == 4 + 6 + 3 and len(norms(backbone)) == 53
+    assert {type(m) for m in norms(backbone)} == {kind_of(norm)}
 
 
 class Detector(nn.Module):
@@ -260,3 +301,156 @@ def test_the_norm_keys_are_replaced_and_that_is_said(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO, "rethinking_bn"):
         build("resnet", "mabn_", config(MODEL__RESNETS__NORM="MABN"))
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("index", "norm"), list(enumerate(NAMES)))
+def test_every_norm_builds_trains_and_evaluates(index: int, norm: str) -> None:
+    fpn = NAMES[index - 1]
+    backbone = build("resnet_fpn", "norm_", small(norm, fpn))
+    inner = norms(backbone.bottom_up)
+    outer = [m for m in norms(backbone) if m not in inner]
+    assert [type(m) for m in inner] == [kind_of(norm)] * (20 if norm else 0)
+    assert [type(m) for m in outer] == [kind_of(fpn)] * (6 if fpn else 0)
+    assert [m for m, _ in backbone.named_children()][-1] == "bottom_up"
+    x = torch.randn(2, 3, 64, 64)
+    outputs = backbone(x)
+    sum(y.square().mean() for y in outputs.values()).backward()
+    missing = [name for name, p in backbone.named_parameters() if p.grad is None]
+    assert not missing
+    backbone.eval()(x[:1])
+
+
+def test_the_number_of_groups_is_a_key() -> None:
+    backbone = build("resnet_fpn", "norm_", small("GN", "GN", MODEL__GN__NUM_GROUPS=4))
+    assert {m.num_groups for m in norms(backbone)} == {4}
+    preset = build("resnet_fpn", "gn_", small("BN", "", MODEL__GN__NUM_GROUPS=16))
+    assert {m.num_groups for m in norms(preset)} == {16}
+    with pytest.raises(ValueError, match="conv1.norm: GN has 48 groups.* 64 channels"):
+        build("resnet", "norm_", small("GN", "", MODEL__GN__NUM_GROUPS=48))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"MODEL__RESNETS__NORM": "nnSyncBN"}, r"MODEL.RESNETS.NORM must be one of .*'nnSyncBN'"),
+        ({"MODEL__FPN__NORM": "gn"}, r"MODEL.FPN.NORM must be one of .*got 'gn'"),
+        ({"MODEL__BACKBONE__NORM_IMAGES": -1}, "NORM_IMAGES is -1 < 0"),
+        (
+            {"MODEL__BACKBONE__NORM_IMAGES": 1, "MODEL__FPN__NORM": "SyncBN"},
+            "NORM_IMAGES is 1, but SyncBatchNorm2d pools all ranks",
+        ),
+        (
+            {"MODEL__BACKBONE__NORM_IMAGES": 1, "MODEL__RESNETS__NORM": "MABN"},
+            "NORM_IMAGES is 1, but MABN2d averages",
+        ),
+        (
+            {"MODEL__BACKBONE__NORM_IMAGES": 1, "MODEL__RESNETS__NORM": "GN"},
+            "NORM_IMAGES is 1, but no norm",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build("resnet_fpn", "norm_", small("BN", "", **overrides))
+
+
+def test_images_that_leave_a_remainder_are_refused() -> None:
+    cfg = small("BN", "", MODEL__BACKBONE__NORM_IMAGES=2, SOLVER__IMS_PER_BATCH=6)
+    check_batch_size(cfg, 1)
+    with pytest.raises(ValueError, match="MODEL.BACKBONE.NORM_IMAGES 2 does not divide the 3 im"):
+        check_batch_size(cfg, 2)
+    backbone = build("resnet", "norm_", cfg)
+    with pytest.raises(ValueError, match="3 rows cannot be normalised 2 at a time"):
+        backbone(torch.randn(3, 3, 64, 64))
+    backbone.eval()(torch.randn(3, 3, 64, 64))  # population statistics: any number
+
+
+def images() -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(4, 3, 64, 64, dtype=torch.float64, generator=generator)
+
+
+def loss_of(backbone: Backbone, x: Tensor) -> Tensor:
+    """Return a loss that is a sum over images, so that gradients of ranks add up."""
+    return sum((y * y.detach().sin()).flatten(1).mean(1).sum() for y in backbone(x).values())
+
+
+def gradients(backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
+    loss_of(backbone, images).backward()
+    grads = {name: p.grad for name, p in backbone.named_parameters() if p.grad is not None}
+    for grad in grads.values() if dist.is_initialized() else ():
+        dist.all_reduce(grad)
+    return grads
+
+
+def make(norm: str, **overrides: Any) -> Backbone:
+    torch.manual_seed(0)
+    return build("resnet_fpn", "norm_", small(norm, norm, **overrides)).double().train()
+
+
+def on_a_rank(rank: int) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    results = {}
+    for norm in ("BN", "SyncBN"):
+        backbone = make(norm)
+        grads = gradients(backbone, images()[2 * rank : 2 * rank + 2])
+        results[norm] = grads, dict(backbone.named_buffers())
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[Any]:
+    """Return what two processes with two images each computed."""
+    return run_distributed(on_a_rank, 2)
+
+
+def close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(value, want[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_two_of_four_images_on_one_process_equal_two_processes(ranks: list[Any]) -> None:
+    (grads, first), (_, second) = (of_rank["BN"] for of_rank in ranks)
+    backbone = make("BN", MODEL__BACKBONE__NORM_IMAGES=2)
+    close(gradients(backbone, images()), grads)
+    # two steps of the moving average, the first batch's and the second's, from mean 0, variance 1
+    for name, value in backbone.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            assert value == 2
+            continue
+        initial = 1.0 if name.endswith("var") else 0.0
+        batch = [(buffers[name] - 0.9 * initial) / 0.1 for buffers in (first, second)]
+        expected = 0.9 * (0.9 * initial + 0.1 * batch[0]) + 0.1 * batch[1]
+        torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_sync_bn_on_two_processes_equals_one(ranks: list[Any]) -> None:
+    backbone = make("SyncBN")
+    assert all(isinstance(m, SyncBatchNorm2d) for m in norms(backbone))
+    grads = gradients(backbone, images())
+    for of_rank in ranks:
+        of_two, buffers = of_rank["SyncBN"]
+        close(of_two, grads)
+        close(buffers, dict(backbone.named_buffers()))
+
+
+def test_mini_batch_statistics_at_inference_take_each_image_by_itself() -> None:
+    backbone = make("BatchStatBN", MODEL__BACKBONE__NORM_IMAGES=2).eval()
+    assert all(isinstance(m, BatchStatNorm2d) for m in norms(backbone))
+    x = images()[:3]
+    with torch.no_grad():
+        together = backbone(x)
+        for i in range(3):
+            alone = backbone(x[i : i + 1])
+            for name, y in together.items():
+                torch.testing.assert_close(y[i : i + 1], alone[name])
+
+
+def test_a_detector_is_built_with_it() -> None:
+    cfg = small("BN", "GN", MODEL__META_ARCHITECTURE="ConfigurableHeadRetinaNet")
+    cfg.MODEL.DEVICE = "meta"
+    cfg.MODEL.BACKBONE.NAME = "build_norm_retinanet_resnet_fpn_backbone"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert sum(isinstance(m, BatchNorm2d) for m in model.modules()) == 20
+    assert not any(isinstance(m, MABN2d) for m in model.modules())

@@ -240,7 +240,7 @@ def test_selecting_a_domain_names_what_is_wrong(
     assert (plain[1].running_var == 3).all()
     with pytest.raises(ValueError, match="domains 0 to 1, not 2"):
         select_domain(model.state_dict(), 2)
-    with pytest.raises(ValueError, match=r"there are \[\]"):
+    with pytest.raises(ValueError, match="there is none"):
         select_domain(plain.state_dict(), 0)
     bad = tmp_path / "bad.pth"
     bad.write_text("nothing")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.config import LazyCall, instantiate
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
@@ -296,18 +295,3 @@ def test_empty_batch_leaves_the_statistics_alone(cls: type[nn.Module]) -> None:
     assert [x.shape[0] for x in (*logits, *deltas)] == [0] * 10
     for name, tensor in head.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-
-
-@pytest.mark.parametrize("cls", [SharedBNRetinaNetHead, CycleBNRetinaNetHead])
-def test_inference_exports(cls: type[nn.Module]) -> None:
-    head = cls(**head_arguments(norm="SyncBN")).eval()
-    xs = features()
-    exported = torch.export.export(head, (xs,)).module()
-    torch.testing.assert_close(exported(xs), head(xs))
-
-
-def test_lazy_config_instantiates_a_head() -> None:
-    lazy = LazyCall(DomainBNRetinaNetHead)(**head_arguments(norm="SyncBN"))
-    lazy.num_classes = 4
-    head = instantiate(lazy)
-    assert isinstance(head, DomainBNRetinaNetHead) and head.cls_score.out_channels == 12
