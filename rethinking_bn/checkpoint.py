@@ -35,34 +35,26 @@ class _PlainUnpickler(pickle.Unpickler):
     """Reads numpy arrays, numbers, text and plain containers, and calls nothing else."""
 
     _ALLOWED = {
-        ("_codecs", "encode"),
-        ("collections", "OrderedDict"),
-        *(
-            (f"numpy.{core}.multiarray", name)
-            for core in ("core", "_core")
-            for name in ("_reconstruct", "scalar")
-        ),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
+        *(("_codecs", "encode"), ("collections", "OrderedDict")),
+        *(("numpy", "ndarray"), ("numpy", "dtype")),
+        *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+        *((f"numpy.{core}.multiarray", "scalar") for core in ("core", "_core")),
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what a pickle names, if that is allowed."""
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(
-                f"it names {module}.{name}, and only arrays and plain containers are read, because "
-                "anything else can execute code"
-            )
-        return super().find_class(module, name)
+        if (module, name) in self._ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(
+            f"it names {module}.{name}; only arrays and plain containers are read, as anything "
+            "else can execute code"
+        )
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what a checkpoint file holds, on the CPU; nothing in the file can execute code.
 
-    Every reader of weights in this package and its tools comes here.
-
-    Args:
-        path: a pickle of arrays (".pkl", as in detectron2's model zoo), else torch's format.
+    Every reader of weights in this package and its tools comes here: of pickles of arrays (".pkl",
+    as in detectron2's model zoo), else of torch's format.
 
     Raises:
         OSError: for a file that cannot be opened.
@@ -106,9 +98,8 @@ def find_misfit(given: Sequence[str], expected: Sequence[str], loaded: Sequence[
     """Say in one line that weights are of another architecture, if they are.
 
     Args:
-        given: keys of the checkpoint, as it has them.
-        expected: names of the model's parameters.
-        loaded: those of them that were in the checkpoint.
+        given, expected, loaded: keys of the checkpoint, names of the model's parameters, and
+            which of those the checkpoint had.
     """
     if not given or not expected:
         return None
@@ -128,35 +119,28 @@ def find_misfit(given: Sequence[str], expected: Sequence[str], loaded: Sequence[
 def missing_statistics(
     module: nn.Module, state_dict: Mapping[str, Any], prefix: str = ""
 ) -> dict[str, Tensor]:
-    """Return key and present value of what a module's norms would not get from a state dict.
+    """Return the means and variances, key and present value, that a state dict does not give.
 
     A state dict without any key of the module (an ImageNet backbone, say) lacks nothing: the module
     starts anew. One with some of its weights but without its statistics, because they were trained
-    with another norm or none, would leave mean 0 and variance 1 under trained weights. MABN's mean
-    square is not among them: convolutions centred by :mod:`rethinking_bn.layers` warn of that.
+    with another norm or none, would leave mean 0 and variance 1 under trained weights. MABN, whose
+    convolutions warn, has neither. A layer with several domains takes the statistics of either
+    layout, and else demands all its entries.
 
     Args:
-        module: holds norm layers.
-        state_dict: with the module's entries under ``prefix``.
-        prefix: ends with a dot, unless it is empty.
-
-    Returns:
-        the absent means and variances. Of a layer with several domains, which takes the statistics
-        of either layout and else demands all its entries: all that are absent.
+        module, state_dict, prefix: norm layers, and a state dict with their entries under a prefix,
+            which ends with a dot unless it is empty.
     """
     missing: dict[str, Tensor] = {}
     keys = {key for key in state_dict if key.startswith(prefix)}
     for found in find_bn_like(module).layers if keys else ():
         below = f"{prefix}{found.name}." if found.name else prefix
-        layer = found.module
-        own = {f"{below}{key}": value for key, value in layer.state_dict().items()}
-        statistics = {key: v for key, v in own.items() if key.endswith(_STATISTICS[:2])}
-        if isinstance(layer, DomainBatchNormBase):
-            shared, level = below + "running_mean", below + "0.running_mean"
-            if not (shared in keys or level in keys):
-                missing.update((key, v) for key, v in own.items() if key not in keys)
-        else:
-            missing.update((key, v) for key, v in statistics.items() if key not in keys)
+        several = isinstance(found.module, DomainBatchNormBase)
+        if several and {below + "running_mean", below + "0.running_mean"} & keys:
+            continue
+        for entry, value in found.module.state_dict().items():
+            if (several or entry in _STATISTICS[:2]) and below + entry not in keys:
+                missing[below + entry] = value
     return missing
 
 
@@ -173,8 +157,7 @@ def require_statistics(
     Args:
         module, state_dict, prefix: as for :func:`missing_statistics`.
         error_msgs: gets one message, with the config key that allows it.
-        allow_missing: instead, what is missing is taken from the module, in place in
-            ``state_dict``, and the log says so.
+        allow_missing: instead, ``state_dict`` gets what the module has, and the log says so.
     """
     missing = missing_statistics(module, state_dict, prefix)
     if not missing:
@@ -197,10 +180,7 @@ def require_statistics(
 
 
 def select_domain(state_dict: Mapping[str, Tensor], domain: int) -> dict[str, Tensor]:
-    """Return the state dict of the model that a model with domains in the data is for one domain.
-
-    Layers with statistics or affines per domain become plain BatchNorms with those of ``domain``;
-    all other entries stay.
+    """Return the weights of a model with domains in its data, as plain BatchNorms of one domain.
 
     Args:
         state_dict: of a model with :class:`~rethinking_bn.layers.SplitBatchNorm2d` layers.
@@ -208,8 +188,8 @@ def select_domain(state_dict: Mapping[str, Tensor], domain: int) -> dict[str, Te
 
     Raises:
         ValueError: when no layer has domains, they disagree about how many, or have not so many;
-            when the sets are those of a RetinaNet head's feature levels: only the head has them,
-            and not another number than its pyramid has levels.
+            for a RetinaNet head's feature levels: only the head has several sets of statistics, and
+            not another number than its pyramid has levels.
     """
     sets = _sets(state_dict)
     numbers = sorted(set(sets.values()))
@@ -292,20 +272,15 @@ def _sets(state_dict: Mapping[str, Any]) -> dict[str, int]:
 
 
 def convert_mabn_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rewrite a state dict of the official MABN code for this package's layers.
+    """Return a state dict of the official MABN code, rewritten for this package's layers.
 
-    :class:`~rethinking_bn.layers.MABN2d` itself loads the official layout of a layer; this
-    function also gives the parts of a ResNet detectron2's names without a prefix
-    (``layer1.0.bn2.weight`` becomes ``res2.0.conv2.norm.weight``). Saved with ``torch.save``, the
-    result loads as ``MODEL.WEIGHTS: path.pth?matching_heuristics=True``, under which detectron2
-    adds the prefix of the model.
+    :class:`~rethinking_bn.layers.MABN2d` itself loads the official layout of a layer; here the
+    parts of a ResNet get detectron2's names, too (``layer1.0.bn2.weight`` becomes
+    ``res2.0.conv2.norm.weight``). Saved with ``torch.save``, the result loads as ``MODEL.WEIGHTS:
+    path.pth?matching_heuristics=True``, under which detectron2 adds the prefix of the model.
 
     Args:
-        state_dict: not modified. Of the classification code or the detection code; parts other than
-            the ResNet keep their names.
-
-    Returns:
-        a new state dict.
+        state_dict: of the classification or the detection code; other parts keep their names.
 
     Raises:
         ValueError: when it has no layer of the official code, or two keys become one.
@@ -314,8 +289,8 @@ def convert_mabn_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
     found = [key[: -len("running_var")] for key in state_dict if key.endswith("running_var")]
     if not [prefix for prefix in found if convert_official(converted, prefix)]:
         raise ValueError(
-            "the checkpoint has no layer of the official MABN code: no running_var of shape "
-            "(1, C, 1, 1), none beside a sta_matrix"
+            "no layer of the official MABN code: no running_var of shape (1, C, 1, 1), none beside "
+            "a sta_matrix"
         )
     renamed = {_detectron2_name(key): value for key, value in converted.items()}
     if len(renamed) < len(converted):

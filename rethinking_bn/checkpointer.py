@@ -1,25 +1,19 @@
-"""Checkpoint files that are either complete or not there, and cannot execute code.
-
-In them, detectron2's checkpointer finds its own models and those of its model zoo.
-"""
+"""Checkpoint files that are either complete or not there, and cannot execute code."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from rethinking_bn._detectron2 import require_detectron2
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
 
-require_detectron2("rethinking_bn.checkpointer")
-
-import torch  # noqa: E402
-from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
-
-from rethinking_bn.checkpoint import find_misfit, read_file, read_weights  # noqa: E402
-from rethinking_bn.files import replace  # noqa: E402
+from rethinking_bn.checkpoint import find_misfit, read_file, read_weights
+from rethinking_bn.files import replace
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -67,7 +61,8 @@ class Checkpointer(DetectionCheckpointer):
         if self.save_dir and os.path.dirname(filename) == self.save_dir:
             others = [os.path.join(self.save_dir, n) for n in later_checkpoints(self.save_dir, 0)]
             for path in sorted(others, key=os.path.getmtime, reverse=True):
-                if path != filename and _can_be_read(path):
+                with suppress(OSError, ValueError, MemoryError):
+                    read_weights(path)
                     name = os.path.basename(path)
                     return f"the newest that can is {name}: write that name to last_checkpoint"
         return "take another file"
@@ -147,14 +142,6 @@ def later_checkpoints(folder: str, start: int) -> list[str]:
         for name, match in found.items()
         if match and (start == 0 if match[1] == "final" else int(match[1]) >= start)
     )
-
-
-def _can_be_read(path: str) -> bool:
-    try:
-        read_weights(path)
-    except (OSError, ValueError, MemoryError):
-        return False
-    return True
 
 
 def _of_other_projects(content: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from rethinking_bn._detectron2 import require_detectron2
 if TYPE_CHECKING:  # the files are found without detectron2, too
     from detectron2.config import CfgNode
 
-_PACKAGE = Path(__file__).parent
+# beside the package in a checkout, inside it in a wheel
+_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+_CONFIGS = next(filter(Path.is_dir, _FOLDERS), _FOLDERS[1])
 
 
 def our_keys() -> CfgNode:
@@ -178,13 +180,7 @@ def our_keys() -> CfgNode:
 
 
 def add_rethinking_bn_config(cfg: CfgNode) -> None:
-    """Add the project's keys to ``cfg``, in place.
-
-    A key that ``cfg`` has already keeps its value, so calling this twice, or after a value was set,
-    changes nothing.
-
-    Args:
-        cfg: detectron2's config node, as :func:`detectron2.config.get_cfg` returns it.
+    """Add the project's keys to detectron2's ``cfg``, in place; those it has keep their values.
 
     Raises:
         AttributeError: when ``cfg`` is frozen and lacks a key.
@@ -278,16 +274,9 @@ def check_thaw(cfg: CfgNode) -> None:
         )
 
 
-def _config_folder() -> Path:
-    """Return configs/: beside the package in a checkout, inside it in a wheel."""
-    inside = _PACKAGE / "configs"
-    return inside if inside.is_dir() else _PACKAGE.parent / "configs"
-
-
 def list_config_files() -> list[str]:
     """Return the names that :func:`get_config_file` knows, sorted, with forward slashes."""
-    folder = _config_folder()
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+    return sorted(path.relative_to(_CONFIGS).as_posix() for path in _CONFIGS.rglob("*.yaml"))
 
 
 def get_config_file(name: str) -> str:
@@ -303,7 +292,5 @@ def get_config_file(name: str) -> str:
     known = list_config_files()
     if name not in known:
         close = get_close_matches(name, known, n=8, cutoff=0.5) or known
-        raise ValueError(
-            f"no config file {name!r} in {_config_folder()}; close names: {', '.join(close)}"
-        )
-    return str((_config_folder() / name).resolve())
+        raise ValueError(f"no config file {name!r} in {_CONFIGS}; close names: {', '.join(close)}")
+    return str((_CONFIGS / name).resolve())

@@ -101,10 +101,9 @@ def _factory(norm_layer: NormLayer, **options: Any) -> NormFactory | None:
 
 
 class MultiDomainBNClassificationHead(RetinaNetClassificationHead):
-    """torchvision's classification head, run layer by layer over all levels.
+    """torchvision's classification head, run layer by layer; for ``norm_layer`` :func:`level_norm`.
 
-    Construction, state dict and loss are torchvision's; ``norm_layer`` may also make layers over
-    all levels, see :func:`level_norm`.
+    Construction, state dict and loss are torchvision's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -117,10 +116,9 @@ class MultiDomainBNClassificationHead(RetinaNetClassificationHead):
 
 
 class MultiDomainBNRegressionHead(RetinaNetRegressionHead):
-    """torchvision's regression head, run layer by layer over all levels.
+    """torchvision's regression head, run layer by layer; for ``norm_layer`` :func:`level_norm`.
 
-    Construction, state dict and loss are torchvision's; ``norm_layer`` may also make layers over
-    all levels, see :func:`level_norm`.
+    Construction, state dict and loss are torchvision's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -293,15 +291,12 @@ def run_detector(model: nn.Module, batch: Any) -> Any:
 
     It is the ``forward`` argument of
     :func:`rethinking_bn.population.estimate_population_statistics`; batches without targets need
-    its ``labelled=False``.
+    its ``labelled=False``. Returned are losses in training mode, else detections.
 
     Args:
         model: called as ``model(images, targets)`` in training mode, else as ``model(images)``.
         batch: a pair (images, targets), as ``tuple(zip(*samples))`` makes of N samples, or N
             images alone; each (3, H, W), each target a dict.
-
-    Returns:
-        what the model returns: losses in training mode, else detections.
 
     Raises:
         ValueError: in training mode, for a batch without targets.

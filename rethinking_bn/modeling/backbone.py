@@ -53,21 +53,18 @@ def build_with_norms(
     convolutions. All other keys keep their meaning. The first MODEL.BACKBONE.FREEZE_AT stages are
     frozen: no gradients, FrozenBN in place of BN, and MABN keeps its statistics.
 
+    MODEL.BACKBONE.NORM_IMAGES makes BN normalise so many images at a time, and MODEL.DOMAIN_BN lets
+    BN and SyncBN follow the domains of the images.
+
     Args:
-        builder: of detectron2's registry, which reads these keys.
-        cfg: also its MODEL.MABN and MODEL.GN are read, where a norm has options, and
-            MODEL.BACKBONE.NORM_IMAGES, which makes BN normalise so many images at a time, and
-            MODEL.DOMAIN_BN, which makes BN and SyncBN follow the domains of the images.
-        input_shape: of the image.
+        builder, cfg, input_shape: of detectron2's registry, and its arguments.
         preset: a norm for both, in place of the keys.
 
     Raises:
         ValueError: for a norm that :func:`rethinking_bn.layers.get_norm` does not know; for
             deformable stages with MABN, which cannot centre their convolutions; for channels that
-            GN's groups do not divide; for a batch size that does not fit
-            (:func:`~rethinking_bn.modeling.norm_head.norm_options`); for NORM_IMAGES with norms
-            that know no groups of images; for MODEL.DOMAIN_BN with norms or a META_ARCHITECTURE
-            that know no domains.
+            GN's groups do not divide; for NORM_IMAGES, MODEL.DOMAIN_BN or MODEL.MABN with norms
+            that they do not fit.
     """
     check_has_keys(cfg)
     check_architecture(cfg)

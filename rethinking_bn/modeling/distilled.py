@@ -53,12 +53,8 @@ class Teacher:
     """A trained RetinaNet that is no part of the model that holds it.
 
     No module, so that checkpoints, optimizers, modes and population training pass it by; copies of
-    a model share it. It is built when it is first asked, with the random state as it was, and is in
-    eval mode ever after.
-
-    Args:
-        config_file: of any detectron2 RetinaNet, as :func:`teacher_config` finds it.
-        weights: a checkpoint of it.
+    a model share it. It is built when it is first asked, leaves the random state as it was, and
+    stays in eval mode. ``config_file`` is what :func:`teacher_config` finds.
     """
 
     def __init__(self, config_file: str, weights: str) -> None:

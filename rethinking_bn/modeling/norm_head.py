@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from detectron2.config import CfgNode, configurable
@@ -41,11 +41,10 @@ def norm_options(cfg: CfgNode, norm: str) -> dict[str, Any]:
         norm: a name that :func:`rethinking_bn.layers.get_norm` knows.
 
     Returns:
-        arguments of ``get_norm(norm, channels, ...)``: those of MODEL.MABN for "MABN", num_groups
-        for "GN", otherwise none. MABN's ``batch_size`` is in images, for layers that see RoIs as
-        well. It is None where MODEL.MABN.BATCH_SIZE is 0 and the images of a forward on the ranks
-        now running do not fit: a model that was trained on other ranks can be evaluated, and a
-        training stops at its first layer (rethinking_bn.engine checks that before it starts).
+        arguments of ``get_norm(norm, channels, ...)``. MABN's ``batch_size`` is in images, for
+        layers that see RoIs as well. It is None where MODEL.MABN.BATCH_SIZE is 0 and the images of
+        a forward on the ranks now running do not fit: a model trained on other ranks can be
+        evaluated, and a training stops at its first layer.
 
     Raises:
         ValueError: when MODEL.MABN.BATCH_SIZE does not divide MODEL.MABN.SIMULATED_BATCH_SIZE, or
@@ -64,12 +63,9 @@ def norm_options(cfg: CfgNode, norm: str) -> dict[str, Any]:
             f"MODEL.MABN.BATCH_SIZE {batch_size}"
         )
     if not batch_size:
-        try:
+        with suppress(ValueError):
             batch_size = images_per_pass(cfg, comm.get_world_size())
-        except ValueError:
-            batch_size = None
-        if batch_size and simulated % batch_size:
-            batch_size = None
+        batch_size = batch_size if batch_size and simulated % batch_size == 0 else None
     return {
         "simulated_batch_size": simulated,
         "batch_size": batch_size,
@@ -240,10 +236,7 @@ class NormHead(RequiresStatistics):
     def normalizing_images(self, num_rows: int, *, shuffled: bool = False) -> Iterator[None]:
         """Let the BN layers normalise the groups of rows that ``norm_images`` asks for.
 
-        Args:
-            num_rows: rows in the batch.
-            shuffled: whether they came from a shuffle. They are then split into as many groups as
-                the images on this rank would be, equal but for one row.
+        Shuffled rows are split into as many groups as the images on this rank, equal but for one.
 
         Raises:
             ValueError: outside of :meth:`image_rows`, for rows that do not sum up, or a number of

@@ -67,10 +67,9 @@ class ConfigurableHeadRetinaNet(FollowsDomains, RetinaNet):
     """detectron2's RetinaNet with the head that ``MODEL.RETINANET.HEAD_NAME`` names.
 
     With ``HEAD_NAME: RetinaNetHead``, detectron2's own, the model is detectron2's RetinaNet bit for
-    bit, and so is the random state after building it. Any other head is built from the random state
-    that detectron2's would have been built from. The constructor is RetinaNet's: from LazyConfig,
-    pass any head as ``head``. Norm layers that know domains follow the images'
-    (MODEL.DOMAIN_BN, see :class:`~rethinking_bn.modeling.domains.FollowsDomains`).
+    bit, and any head leaves the random state as detectron2's would have. The constructor is
+    RetinaNet's: from LazyConfig, pass any head as ``head``. Norm layers that know domains follow
+    the images' (MODEL.DOMAIN_BN).
     """
 
     reads = (*FollowsDomains.reads, "MODEL.RETINANET.HEAD_NAME")
@@ -99,10 +98,8 @@ class ConfigurableHeadRetinaNet(FollowsDomains, RetinaNet):
             stock.MODEL.RETINANET.NUM_CONVS = 1
             if cfg.TEST.PRECISE_BN.ENABLED:
                 logger.info(
-                    "TEST.PRECISE_BN is on. detectron2's own hook knows torch's BatchNorm classes "
-                    "only and passes over multi-domain layers: rethinking_bn.engine's Trainer "
-                    "trains their population statistics, and so does another trainer with its "
-                    "with_rethinking_bn."
+                    "TEST.PRECISE_BN is on. detectron2's own hook passes over multi-domain layers: "
+                    "rethinking_bn.engine's TrainerMixin or with_rethinking_bn replaces it."
                 )
             with torch.random.fork_rng(devices=[]):
                 arguments = {**super().from_config(stock), "backbone": backbone, "head": head}
