@@ -138,7 +138,7 @@ def test_files_are_read_in_one_place() -> None:
         lines = [line for line in source.splitlines() if "from rethinking_bn" not in line]
         if names := readers.findall("\n".join(lines)):
             found[file.relative_to(ROOT).as_posix()] = names
-    for own in ("rethinking_bn/engine/ranks.py", "tools/studies/processes.py"):
+    for own in ("rethinking_bn/engine/ranks.py", "tools/machine/processes.py"):
         found.pop(own, None)  # they read what processes of their own have just written
     assert found == {
         "rethinking_bn/checkpoint.py": ["pickle.Unpickler", "torch.load("],
