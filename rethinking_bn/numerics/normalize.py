@@ -128,7 +128,7 @@ def normalize(
         return _together(xs, weights, biases, call)
     outputs, local = _in_plain_operators(xs, weights, biases, call)
     if holders:
-        update_running_statistics(holders, local, momentum)
+        update_running_statistics(holders, Moments(*(v.detach() for v in local)), momentum)
     return Normalized(outputs, local if report else None)
 
 
@@ -275,7 +275,7 @@ def _gradients(
         for dy, x, p in zip(dys, xs, call.pool_of, strict=True)
     ]
     # (L, 2, C): Σ dy and Σ dy·x̂ of each tensor
-    sums = torch.stack([v for pair in pairs for v in pair]).unflatten(0, (len(xs), 2))
+    sums = torch.stack([v for pair in pairs for v in pair]).view(len(xs), 2, -1)
     a = invstd = (variance + call.eps).rsqrt()
     weighted = sums
     if weights[0] is not None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from typing import Any
 
@@ -8,8 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from rethinking_bn.layers import BatchStatNorm2d, SyncBatchNorm2d, get_norm, norm_names
-from rethinking_bn.layers.batch_norm import BatchNorm2d
+from rethinking_bn.layers import (
+    BatchNorm2d,
+    BatchStatNorm2d,
+    CycleBatchNorm2d,
+    MultiDomainBatchNorm2d,
+    SyncBatchNorm2d,
+    get_norm,
+    norm_names,
+)
 from tests import reference
 from tests.reference import CHANNELS
 
@@ -136,6 +144,14 @@ def test_sync_bn_refuses_row_groups() -> None:
 def test_class_hierarchy_lets_torch_tools_find_them_but_not_as_sync_batch_norm() -> None:
     for kind in OURS:
         assert issubclass(kind, nn.BatchNorm2d) and not issubclass(kind, nn.SyncBatchNorm)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-5])
+def test_eps_must_be_positive(eps: float) -> None:
+    several = functools.partial(MultiDomainBatchNorm2d, num_domains=2)
+    for kind in (*OURS, several, functools.partial(CycleBatchNorm2d, num_domains=2)):
+        with pytest.raises(ValueError, match=f"eps must be positive, got {eps}"):
+            kind(CHANNELS, eps=eps)
 
 
 def test_wrong_shape() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -141,3 +142,26 @@ def test_a_call_recomputed_outside_of_its_cycle_is_refused() -> None:
 
     sum(y.sum() for y in checkpoint(whole, *xs, use_reentrant=False)).backward()
     layer.eval()
+
+
+def test_several_threads_infer_at_once() -> None:
+    """Each thread has its own place in the cycle."""
+    layer = CycleBatchNorm2d(CHANNELS, L).eval()
+    for level in range(L):
+        layer.get_buffer(f"{level}.running_mean").fill_(level)
+    x = torch.zeros(1, CHANNELS, 1, 1)
+    turn, wrong = threading.Barrier(3), []
+
+    def infer() -> None:
+        with layer.cycle():
+            for level in range(L):
+                turn.wait()  # all threads are in mid-cycle
+                if not torch.allclose(layer(x), torch.tensor(-float(level)), atol=1e-3):
+                    wrong.append(level)
+
+    threads = [threading.Thread(target=infer) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and not layer._calls

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rethinking_bn.layers import MultiDomainBatchNorm2d
+from rethinking_bn.layers import BatchNorm2d, CycleBatchNorm2d, MultiDomainBatchNorm2d
 from tests import reference
 from tests.reference import CHANNELS
 
@@ -75,3 +75,47 @@ def test_equals_the_reference(
         for got, want in ((y, z), (x.grad, v.grad)):
             scale = max(1.0, want.abs().max().item())
             torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance * scale)
+
+
+def two_layouts(shape: tuple[int, ...]) -> list[Tensor]:
+    """Return inputs whose strides are contiguous, channels-last, or both at once."""
+    n, c, h, w = shape
+    x = torch.randn(shape)
+    last = x.to(memory_format=torch.channels_last)
+    strides = {(c * h * w, 1, s, t) for s in (1, w * c, 7) for t in (1, c, 9)}
+    odd = [
+        torch.as_strided(last, shape, (a, b, s if h == 1 else w * c, t if w == 1 else c))
+        for a, b, s, t in sorted(strides)
+    ]
+    return [x, last, *odd]
+
+
+LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
+    "BatchNorm2d": lambda: BatchNorm2d(8),
+    "inference": lambda: BatchNorm2d(8).eval(),
+    "cycle": lambda: CycleBatchNorm2d(8, 1),
+    "row 1": lambda: MultiDomainBatchNorm2d(8, 2),
+    "row 6": lambda: MultiDomainBatchNorm2d(
+        8, 2, train_stats="domain_specific", population_stats="domain_specific"
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 5, 1), (2, 8, 1, 5), (1, 8, 4, 3), (2, 8, 1, 1)], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_strides_that_are_two_layouts_at_once(kind: str, shape: tuple[int, ...]) -> None:
+    """Defect 38: torch's CPU operator then mixes up elements of the input and of the gradient."""
+    layer, wide = LAYERS[kind](), LAYERS[kind]().double()
+
+    def gradients(net: torch.nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        assert leaf.stride() == x.stride()
+        several = isinstance(net, MultiDomainBatchNorm2d)
+        outputs = net([leaf, leaf.detach() + 1]) if several else [net(leaf)]
+        return list(torch.autograd.grad(outputs[0], [leaf, *list(net.parameters())[:2]], dy))
+
+    for x in two_layouts(shape):
+        for dy in two_layouts(shape):
+            got = gradients(layer, x, dy)
+            want = gradients(wide, x.double().contiguous(), dy.double().contiguous())
+            torch.testing.assert_close([g.double() for g in got], want, rtol=1e-4, atol=1e-4)
