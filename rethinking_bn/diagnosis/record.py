@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from rethinking_bn.distributed import get_world_size
 from rethinking_bn.layers import MultiDomainBatchNorm2d, SplitBatchNorm2d
 from rethinking_bn.layers.bn_like import BatchNormLike, find_bn_like
-from rethinking_bn.numerics.channels import statistics_dtype
-from rethinking_bn.numerics.moments import Moments, merge_moments
+from rethinking_bn.numerics.moments import Moments, merge_moments, statistics_dtype
 
 Statistics = tuple[Tensor, Tensor]  # mean and variance, each (D, C), float64 on the CPU
 

@@ -14,8 +14,7 @@ from torch.fx import Proxy
 
 from rethinking_bn.distributed import get_world_size
 from rethinking_bn.layers.population_layer import PopulationLayer, as_leaf, check_eps
-from rethinking_bn.numerics.channels import affine_normalize, exported_normalize
-from rethinking_bn.numerics.moments import Moments, merged
+from rethinking_bn.numerics.moments import Moments, affine_normalize, exported_normalize, merged
 from rethinking_bn.numerics.normalize import normalize
 from rethinking_bn.numerics.running import write_statistics
 

@@ -14,8 +14,7 @@ from torch.fx import Proxy
 
 from rethinking_bn.layers.domain_state import DomainBatchNormBase
 from rethinking_bn.layers.population_layer import as_leaf
-from rethinking_bn.numerics.channels import affine_normalize
-from rethinking_bn.numerics.moments import Moments
+from rethinking_bn.numerics.moments import Moments, affine_normalize
 from rethinking_bn.numerics.normalize import normalize
 from rethinking_bn.randomness import is_recomputing
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rethinking_bn.layers.population_layer import PopulationLayer, check_eps
-from rethinking_bn.numerics.channels import exported_normalize
-from rethinking_bn.numerics.moments import Moments, mix_statistics
+from rethinking_bn.numerics.moments import Moments, exported_normalize, mix_statistics
 from rethinking_bn.numerics.running import write_statistics
 
 Choice = Literal["shared", "domain_specific"]

@@ -11,8 +11,7 @@ from torch.fx import Proxy
 
 from rethinking_bn.layers.population_layer import PopulationLayer, as_leaf, check_eps
 from rethinking_bn.layers.ring import FullPrecisionBuffers, ValueRing, convert_official
-from rethinking_bn.numerics.channels import affine_normalize, exported_normalize
-from rethinking_bn.numerics.moments import Moments
+from rethinking_bn.numerics.moments import Moments, affine_normalize, exported_normalize
 from rethinking_bn.numerics.moving_average import Statistics, mabn_normalize, mean_square
 from rethinking_bn.randomness import Forwards, is_recomputing
 

@@ -11,7 +11,7 @@ from torch.fx import Proxy
 
 from rethinking_bn.layers.domain_state import Choice, DomainBatchNormBase, check_choice
 from rethinking_bn.layers.population_layer import as_leaf
-from rethinking_bn.numerics.channels import affine_normalize
+from rethinking_bn.numerics.moments import affine_normalize
 from rethinking_bn.numerics.normalize import normalize
 
 _S: Choice = "shared"

@@ -1,31 +1,28 @@
-"""Moments (count, mean, M2) of channels: the one representation in which statistics are pooled.
+"""Moments of channels, and the passes over one tensor (N, C, *) that need them.
 
-M2 is the sum of squared deviations from the mean. Merging moments is exact over levels, iterations
-and ranks alike, and unlike E[x²] - E[x]² it does not cancel when the mean is large beside the
-standard deviation.
+Moments (count, mean, M2) are the one representation in which statistics are pooled. M2 is the sum
+of squared deviations from the mean. Merging moments is exact over levels, iterations and ranks,
+and unlike E[x²] - E[x]² it does not cancel when the mean is large beside the standard deviation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from rethinking_bn.distributed import all_gather
-from rethinking_bn.numerics.channels import (
-    SEQUENTIAL,
-    as_rows,
-    beside_rows,
-    blocks,
-    in_blocks,
-    is_channels_last,
-    is_plain,
-    reduced_dims,
-    statistics_dtype,
-)
+
+# On the CPU, tensors of at least so many values are worked through in blocks that a core's cache
+# holds. Temporaries of the tensor's size would come from memory for every operator.
+_MANY, _BLOCK = 2**16, 2**18
+# The CPU's channels-last operators add up in float32, one value after the other. More values than
+# this lose digits.
+_SEQUENTIAL = 4096
 
 
 class Moments(NamedTuple):
@@ -51,63 +48,53 @@ class Moments(NamedTuple):
         return Moments(*(value.to(target) for value in self))  # type: ignore[call-overload]
 
 
-def _mean_variance(x: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
-    """Return the mean and the biased variance (C,) of a tensor (N, C, *) that is not empty."""
-    dtype = statistics_dtype(x.dtype)
-    if plain:
-        variance, mean = torch.var_mean(x.to(dtype), reduced_dims(x), correction=0)
-        return mean, variance
-    with torch.no_grad():
-        if in_blocks(x) and (dtype == x.dtype or not x.is_contiguous()):
-            return _block_mean_variance(x, dtype)
-        if x.device.type == "cpu" and not x.is_contiguous():
-            if not is_channels_last(x) or x.numel() > SEQUENTIAL * x.shape[1]:
-                x = x.contiguous()
-        # Given float32 buffers, the CPU's operator returns float32 statistics for half types, too.
-        wide = dtype != x.dtype and x.device.type == "cpu"
-        buffer = x.new_zeros(x.shape[1], dtype=dtype) if wide else None
-        return torch.batch_norm_update_stats(x, buffer, buffer, 0.0)
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which statistics of an input of type ``dtype`` are computed."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _block_mean_variance(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The same of a large tensor in the corrected two-pass algorithm, by blocks.
+def is_plain(x: Tensor) -> bool:
+    """Return whether only plain operators may work on ``x``.
 
-    With d = x - s for a shift s near the mean: mean = s + Σd/n and M2 = Σd² - (Σd)²/n, whose
-    last term takes back what rounding s left (Chan, Golub and LeVeque, 1983). Without that term
-    1e3 ± 1e-3 in float32 has a variance that is off by 9e-4 of itself; with it by 1e-7.
+    A compiler, a tracer, a transform of torch.func or forward-mode differentiation looks on, or the
+    device is neither a CPU nor CUDA and has no others.
     """
-    (rows, dim), size = as_rows(x), x.numel() // x.shape[1]
-    shift = x.sum(reduced_dims(x), dtype=dtype) / size
-    shifts = beside_rows(shift, x, dim)
-    sums, squares = [], []
-    buffer = x.new_empty(next(blocks(rows)).stop, rows.shape[1], dtype=dtype)
-    for block in blocks(rows):
-        d = torch.sub(rows[block], shifts[block], out=buffer[: block.stop - block.start])
-        sums.append(d.sum(dim))
-        squares.append(d.square_().sum(dim))
-    if dim == 0:
-        total, square = torch.stack(sums).sum(0), torch.stack(squares).sum(0)
-    else:
-        total, square = (torch.cat(v).view(x.shape[:2]).sum(0) for v in (sums, squares))
-    m2 = (square - total.square() / size).clamp_(min=0)
-    return shift + total / size, m2 / size
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or x.device.type not in ("cpu", "cuda")
+    )
 
 
-def on_device(numbers: Sequence[float], like: Tensor) -> Tensor:
-    """Return numbers as a tensor of the statistics' type on ``like``'s device, without a wait."""
-    if torch.compiler.is_compiling():  # sizes that a compiler keeps open are no constants
-        each = [torch.full((), float(n), dtype=like.dtype, device=like.device) for n in numbers]
-        return torch.stack(each)
-    values = torch.tensor(numbers, dtype=like.dtype)
-    return values if like.device.type == "cpu" else values.to(like.device, non_blocking=True)
+def broadcast(channels: Tensor, like: Tensor) -> Tensor:
+    """View (C,) so that it broadcasts over the channels of (N, C, *)."""
+    return channels.view(1, -1, *([1] * (like.dim() - 2)))
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+# --- moments --------------------------------------------------------------------------------------
+
+
+def local_moments(x: Tensor) -> Moments:
+    """Return this process's moments of one tensor (N, C, *): count (), mean (C,), m2 (C,).
+
+    Half types are accumulated in float32; x may be empty. No host synchronisation on CUDA, and no
+    gradient, unless :func:`is_plain`.
+    """
+    return Moments(*(value[0] for value in moments_of([x], is_plain(x))))
 
 
 def moments_of(xs: Sequence[Tensor], plain: bool) -> Moments:
-    """Return this process's moments of L tensors (N, C, *), one row each; any may be empty.
-
-    Args:
-        plain: compute them with a gradient, in plain operators.
-    """
+    """Return :func:`local_moments` of L tensors, one row each; ``plain``: with a gradient."""
     channels = xs[0].shape[1]
     counts = [x.numel() // max(channels, 1) for x in xs]
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -120,17 +107,50 @@ def moments_of(xs: Sequence[Tensor], plain: bool) -> Moments:
     return Moments(count, mean, variance * count[:, None])
 
 
-def local_moments(x: Tensor) -> Moments:
-    """Return this process's moments of one tensor.
+def on_device(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Return numbers as a tensor of ``like``'s type and device, without waiting for the device."""
+    if torch.compiler.is_compiling():  # sizes that a compiler keeps open are no constants
+        return torch.stack([like.new_full((), float(n)) for n in numbers])
+    values = torch.tensor(numbers, dtype=like.dtype)
+    return values if like.device.type == "cpu" else values.to(like.device, non_blocking=True)
 
-    Args:
-        x: (N, C, *); half types are accumulated in float32. May be empty.
 
-    Returns:
-        Moments of one set: count (), mean (C,), m2 (C,). No host synchronisation on CUDA, and no
-        gradient, unless :func:`is_plain`.
+def _mean_variance(x: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance (C,) of a tensor that is not empty."""
+    dtype, on_cpu = statistics_dtype(x.dtype), x.device.type == "cpu"
+    if plain:
+        variance, mean = torch.var_mean(x.to(dtype), _all_but_channels(x), correction=0)
+        return mean, variance
+    with torch.no_grad():
+        if _is_worth_blocks(x) and (dtype == x.dtype or not x.is_contiguous()):
+            return _mean_variance_in_blocks(x, dtype)
+        if on_cpu and not x.is_contiguous():
+            if not _is_channels_last(x) or x.numel() > _SEQUENTIAL * x.shape[1]:
+                x = x.contiguous()
+        # Given float32 buffers, the CPU's operator returns float32 statistics for half types, too.
+        buffer = x.new_zeros(x.shape[1], dtype=dtype) if on_cpu and dtype != x.dtype else None
+        return torch.batch_norm_update_stats(x, buffer, buffer, 0.0)
+
+
+def _mean_variance_in_blocks(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same of a large tensor in the corrected two-pass algorithm.
+
+    With d = x - s for a shift s near the mean: mean = s + Σd/n and M2 = Σd² - (Σd)²/n, whose
+    last term takes back what rounding s left (Chan, Golub and LeVeque, 1983). Without that term
+    the variance of 1e3 ± 1e-3 in float32 is off by 9e-4 of itself; with it by 1e-7.
     """
-    return Moments(*(value[0] for value in moments_of([x], is_plain(x))))
+    size = x.numel() // x.shape[1]
+    shift = x.sum(_all_but_channels(x), dtype=dtype) / size
+    dim, blocks = _blocks([x], [shift])
+    sums, squares = [], []
+    for rows, shifts in blocks:
+        d = rows - shifts
+        sums.append(d.sum(dim))
+        squares.append(d.square_().sum(dim))
+    join = torch.stack if dim == 0 else torch.cat
+    total, square = (join(v).view(-1, x.shape[1]).sum(0) for v in (sums, squares))
+    m2 = (square - total.square() / size).clamp_(min=0)
+    return shift + total / size, m2 / size
 
 
 def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, dim: int = 0) -> Moments:
@@ -140,12 +160,8 @@ def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, dim: int = 0) -> Mome
     contribute nothing whatever their mean holds; pooling only empty sets gives zeros.
 
     Args:
-        count: (..., K, ...) number of values, K at ``dim``.
+        count: (..., K, ...) number of values, K at ``dim``, which is not negative.
         mean, m2: the same shape with a channel dimension C appended.
-        dim: the dimension (of ``count``, not negative) to pool over.
-
-    Returns:
-        Moments without that dimension.
     """
     present = (count > 0)[..., None]
     mean, m2 = mean.where(present, 0.0), m2.where(present, 0.0)
@@ -162,15 +178,7 @@ def merged(rows: Moments) -> Moments:
 
 
 def merge_over_ranks(rows: Moments, group: ProcessGroup | None) -> Moments:
-    """Pool each of K sets with the same set of the other ranks, in one all_gather.
-
-    Args:
-        rows: counts (K,), means and M2 (K, C) of this rank; a count may be 0.
-        group: None: the default group.
-
-    Returns:
-        Moments of the same shapes, bitwise the same on every rank.
-    """
+    """Pool each of K sets with those of the other ranks: bitwise the same result on every rank."""
     packed = torch.cat([rows.count[:, None], rows.mean, rows.m2], dim=1)
     channels = rows.mean.shape[1]
     count, mean, m2 = all_gather(packed, group).split([1, channels, channels], dim=2)
@@ -178,18 +186,147 @@ def merge_over_ranks(rows: Moments, group: ProcessGroup | None) -> Moments:
 
 
 def mix_statistics(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Pool K means and variances as an equal-weight mixture, for statistics of unknown counts.
-
-    Args:
-        mean, variance: (K, C).
-
-    Returns:
-        (C,) mean of the means, and (C,) mean of the variances plus variance of the means.
-    """
+    """Pool K means and variances (K, C) with equal weights, for statistics of unknown counts."""
     pooled = mean.mean(0)
     return pooled, variance.mean(0) + (mean - pooled).square().mean(0)
 
 
-def stack_moments(moments: Sequence[Moments]) -> Moments:
-    """Stack K one-set moments into K rows."""
-    return Moments(*(torch.stack(values) for values in zip(*moments, strict=True)))
+# --- passes with a coefficient per channel --------------------------------------------------------
+
+
+def _is_worth_blocks(x: Tensor) -> bool:
+    large = x.numel() >= _MANY and x.device.type == "cpu" and x.dim() > 2
+    return large and (x.is_contiguous() or _is_channels_last(x))
+
+
+def _blocks(
+    tensors: Sequence[Tensor], channels: Sequence[Tensor]
+) -> tuple[int, Iterator[list[Tensor]]]:
+    """Go through tensors of one layout by blocks, with (C,) values beside them.
+
+    A block is some rows of the tensors as (N·C, K) if they are contiguous, as (N·K, C) if they are
+    channels-last. Also returned is the dimension of a row that has no channels: 1 or 0.
+    """
+    first, size = tensors[0], tensors[0].shape[1]
+    dim = int(first.is_contiguous())
+    if dim:
+        rows = [t.flatten(2).flatten(0, 1) for t in tensors]
+        rows += [c.repeat(len(first))[:, None] for c in channels]
+    else:
+        rows = [t.permute(0, 2, 3, 1).reshape(-1, size) for t in tensors]
+        rows += [c.expand(len(rows[0]), -1) for c in channels]
+    step = max(1, torch.get_num_threads() * _BLOCK // rows[0].shape[1])
+    starts = range(0, len(rows[0]), step)
+    return dim, ([r[i : i + step] for r in rows] for i in starts)
+
+
+def affine_normalize(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Return weight · (x - mean) / sqrt(variance + eps) + bias of x (N, C, *) in x's type."""
+    return fused_normalize(x, weight, bias, mean, variance, False, 0.0, eps)
+
+
+def exported_normalize(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """As :func:`affine_normalize`, in the one operator that every exporter and counter knows.
+
+    The mean and variance may be None for those of x itself; x may be empty all the same.
+    """
+    return torch.batch_norm(x, weight, bias, mean, variance, mean is None, 0.0, eps, True)
+
+
+def fused_normalize(
+    x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, train: bool, rate: Any, eps: float
+) -> Tensor:
+    """Call torch's operator, with ``rate`` as momentum, with types and strides it does right."""
+    dtype = statistics_dtype(x.dtype)
+    weight, bias, mean, variance = [
+        v if v is None or v.dtype == dtype else v.to(dtype) for v in (weight, bias, mean, variance)
+    ]
+    x = _settled(x)
+    y = torch.batch_norm(x, weight, bias, mean, variance, train, rate, eps, False)
+    if y.requires_grad and 1 in x.shape and not is_plain(x):
+        # its gradient may have such strides, too
+        y.register_hook(lambda dy: None if dy is None else _settled(dy))
+    return y
+
+
+def _settled(x: Tensor) -> Tensor:
+    """Return x, contiguous if its strides are two layouts at once.
+
+    With sizes of 1, strides such as (40, 1, 8, 1) of ``tokens.transpose(1, 2).unsqueeze(-1)`` pass
+    for either. torch's CPU operator then mixes up elements of the input and of the gradient.
+    """
+    if torch.compiler.is_compiling() or x.is_contiguous() or not _is_channels_last(x):
+        return x
+    _, c, h, w = x.shape
+    return x if x.stride() == (h * w * c, 1, w * c, c) else x.contiguous()
+
+
+def suits_torch(x: Tensor) -> bool:
+    """Return whether torch's operator normalises x by itself, and exactly.
+
+    It divides by zero for a single value per channel. On the CPU it loses digits over many values
+    in channels-last format, and rounds sums of half types for some strides.
+    """
+    size = x.numel() // x.shape[1]
+    if size < 2 or x.is_contiguous() or x.device.type != "cpu":
+        return size > 1
+    wide = x.dtype == statistics_dtype(x.dtype)
+    return size <= _SEQUENTIAL and (wide or _is_channels_last(x))
+
+
+def gradient_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return (C,) Σ dy and (C,) Σ dy·x̂ with x̂ = (x - mean) / sqrt(variance + eps)."""
+    if x.numel() == 0:  # the fused CPU operator ends the process on an empty tensor
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    if is_plain(x):
+        dims = _all_but_channels(x)
+        dy, centred = dy.to(mean.dtype), x.to(mean.dtype) - broadcast(mean, x)
+        return dy.sum(dims), (dy * centred).sum(dims) * (variance + eps).rsqrt()
+    if mean.dtype != x.dtype and not (x.is_contiguous() or _is_channels_last(x)):
+        x = x.contiguous()  # of other strides the kernel rounds sums to the half type
+    # the mean in place of a weight tells it the type to return
+    _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+        _like(x, dy), x, mean, mean, variance, None, None, False, eps, [False, True, True]
+    )
+    return of_bias, of_weight
+
+
+def _like(x: Tensor, dy: Tensor) -> Tensor:
+    """Return dy channels-last or contiguous, as x is."""
+    last = _is_channels_last(x) and not x.is_contiguous()
+    return dy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Return a·dy + b·x + c per channel as a new tensor in x's type.
+
+    Terms of half types may nearly cancel, so they are added before anything is rounded.
+    """
+    if is_plain(x):
+        return (broadcast(a, x) * dy + (broadcast(b, x) * x + broadcast(c, x))).to(x.dtype)
+    if x.dtype == a.dtype:
+        zero, one = torch.zeros_like(b), torch.ones_like(b)
+        return affine_normalize(x, zero, one, b, c, 0.0).addcmul_(dy, broadcast(a, dy))
+    if not _is_worth_blocks(x):
+        out = torch.addcmul(broadcast(c, x), x, broadcast(b, x))
+        return out.addcmul_(dy, broadcast(a, x)).to(x.dtype)
+    out = torch.empty_like(x)
+    for rows, dys, outs, *abc in _blocks([x, _like(x, dy), out], [a, b, c])[1]:
+        outs.copy_((rows * abc[1]).add_(abc[2]).addcmul_(dys, abc[0]))
+    return out

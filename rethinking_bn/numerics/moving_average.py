@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rethinking_bn.numerics.channels import (
+from rethinking_bn.numerics.moments import (
     affine_normalize,
     combine,
     gradient_sums,
-    refuse,
     statistics_dtype,
 )
+from rethinking_bn.numerics.normalize import refuse
 
 Average = Callable[[Tensor, Tensor], Tensor]
 

@@ -5,10 +5,10 @@ moments the running statistics take, and each part to a *pool*, by whose moments
 normalised. Shared BN puts all levels into one pool, domain-specific BN each into its own, and
 SyncBN pools every part over the ranks as well. There are three ways:
 
-1. a tensor that is a pool of its own, on one rank: torch's own operator (:func:`_alone`);
-2. a pool of several tensors or ranks: one autograd function (:class:`_Normalize`);
-3. plain operators (:func:`_in_plain_operators`), where a compiler, an exporter or torch.func looks
-   on, and for a derivative of a derivative.
+1. a tensor that is a pool of its own, on one rank: torch's own operator;
+2. a pool of several tensors or ranks: one autograd function;
+3. plain operators, where a compiler, an exporter or torch.func looks on, and for a derivative of a
+   derivative.
 """
 
 from __future__ import annotations
@@ -22,23 +22,20 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rethinking_bn.distributed import all_reduce_sum, get_world_size
-from rethinking_bn.numerics.channels import (
+from rethinking_bn.numerics.moments import (
+    Moments,
     affine_normalize,
     broadcast,
     combine,
-    fused,
+    fused_normalize,
     gradient_sums,
     is_plain,
-    refuse,
-    statistics_dtype,
-    suits_torch,
-)
-from rethinking_bn.numerics.moments import (
-    Moments,
     merge_over_ranks,
     merged,
     moments_of,
     on_device,
+    statistics_dtype,
+    suits_torch,
 )
 from rethinking_bn.numerics.running import keep_if_finite, update_running_statistics
 
@@ -46,29 +43,25 @@ Rows = Tensor | Sequence[Tensor] | None
 
 
 class Normalized(NamedTuple):
-    """What :func:`normalize` returns.
-
-    Attributes:
-        outputs: L tensors, shaped and typed as the inputs.
-        local: this rank's moments, one row per part; None unless they were asked for.
-    """
+    """L outputs, shaped and typed as the inputs, and this rank's moments if they were asked for."""
 
     outputs: list[Tensor]
     local: Moments | None
 
 
 class _Call(NamedTuple):
-    """The arguments of :func:`normalize` but the tensors; pool_of has the pool of each tensor."""
+    """How tensors are pooled; pool_of has the pool of each."""
 
     pool_of: Sequence[int]
     one_part: bool
     one_pool: bool
     eps: float
-    sync: bool
-    group: ProcessGroup | None
-    holders: Sequence[Any]
-    momentum: float | None
-    report: bool
+    sync: bool = False
+    group: ProcessGroup | None = None
+
+
+# the outputs, this rank's moments, and those of all ranks
+_Pooled = tuple[list[Tensor], Moments, Moments]
 
 
 def normalize(
@@ -106,39 +99,42 @@ def normalize(
         report: return this rank's moments.
 
     Raises:
-        NotImplementedError: for more than one rank under a transform of torch.func or torch.export.
+        NotImplementedError: for several ranks under torch.func or torch.export.
     """
     weights, biases = _as_list(weight), _as_list(bias)
-    for index in (parts, pools) if len(xs) > 1 else ():
+    sync = sync and get_world_size(group) > 1
+    plain = is_plain(xs[0])
+    if len(xs) == 1 and not (sync or plain):
+        y, local = _alone(xs[0], (weights[0], biases[0]), eps, holders, momentum, report)
+        return Normalized([y], local)
+    for index in (parts, pools):
         if any(index) and list(index) != list(range(len(index))):
             raise ValueError(f"rows are merged into one or not at all, got the index {list(index)}")
-    sync = sync and get_world_size(group) > 1
-    one_part, one_pool = not any(parts), not any(pools)
-    pool_of = [pools[part] for part in parts]
-    call = _Call(pool_of, one_part, one_pool, eps, sync, group, holders, momentum, report)
-    plain = is_plain(xs[0])
+    if any(pools) and not (sync or plain):
+        rows = (_per_tensor(r, len(xs)) for r in (weights, biases, [[h] for h in holders] or [[]]))
+        each = [
+            _alone(x, affine, eps, holder, momentum, report)
+            for x, *affine, holder in zip(xs, *rows, strict=True)
+        ]
+        moments = [m for _, m in each if m is not None]
+        local = Moments(*(torch.cat(v) for v in zip(*moments, strict=True))) if report else None
+        return Normalized([y for y, _ in each], local)
     if plain:
         _check_transform(sync)
-    elif not sync and len(xs) == 1:
-        y, local = _alone(xs[0], weights[0], biases[0], call)
-        return Normalized([y], local)
-    elif not (sync or one_pool):
-        return _each_alone(xs, weights, biases, call)
-    if sync or not plain:
-        return _together(xs, weights, biases, call)
-    outputs, local = _in_plain_operators(xs, weights, biases, call)
+    pool_of = [pools[part] for part in parts]
+    call = _Call(pool_of, not any(parts), not any(pools), eps, sync, group)
+    way = _in_plain_operators if plain and not sync else _together
+    outputs, local, pooled = way(xs, weights, biases, call)
     if holders:
-        update_running_statistics(holders, Moments(*(v.detach() for v in local)), momentum)
+        update_running_statistics(holders, Moments(*(v.detach() for v in pooled)), momentum)
     return Normalized(outputs, local if report else None)
 
 
 def _as_list(rows: Rows) -> Sequence[Any]:
     """Return one row for all tensors, or one each."""
-    if rows is None:
-        return (None,)
     if isinstance(rows, Tensor):
         return (rows,) if rows.dim() == 1 else rows.unbind()
-    return rows
+    return (None,) if rows is None else rows
 
 
 def _per_tensor(rows: Sequence[Any], tensors: int) -> Sequence[Any]:
@@ -148,8 +144,7 @@ def _per_tensor(rows: Sequence[Any], tensors: int) -> Sequence[Any]:
 def _check_transform(sync: bool) -> None:
     if torch.jit.is_tracing():
         warnings.warn(
-            "mini-batch statistics of several tensors, or in training mode, are traced for inputs "
-            "of this size only",
+            "mini-batch statistics in training are traced for inputs of this size only",
             torch.jit.TracerWarning,
             stacklevel=3,
         )
@@ -162,42 +157,29 @@ def _check_transform(sync: bool) -> None:
 # --- 1: torch's own operator ----------------------------------------------------------------------
 
 
-def _each_alone(
-    xs: Sequence[Tensor], weights: Sequence[Any], biases: Sequence[Any], call: _Call
-) -> Normalized:
-    """Normalise L tensors one after the other, as so many nn.BatchNorm2d, or one called L times."""
-    rows = (_per_tensor(r, len(xs)) for r in (weights, biases, call.holders or (None,)))
-    each = [
-        _alone(x, weight, bias, call._replace(holders=() if holder is None else (holder,)))
-        for x, weight, bias, holder in zip(xs, *rows, strict=True)
-    ]
-    moments = [m for _, m in each if m is not None]
-    local = Moments(*(torch.cat(v) for v in zip(*moments, strict=True))) if moments else None
-    return Normalized([y for y, _ in each], local)
-
-
-def _alone(x: Tensor, weight: Any, bias: Any, call: _Call) -> tuple[Tensor, Moments | None]:
+def _alone(
+    x: Tensor, affine: Any, eps: float, holders: Any, momentum: float | None, report: bool
+) -> tuple[Tensor, Moments | None]:
     """Normalise one tensor by torch's operator, which moves copies of the running statistics."""
+    weight, bias = affine
     if not suits_torch(x):
-        one = call._replace(pool_of=(0,), one_part=True, one_pool=True)
-        (y,), local = _together([x], (weight,), (bias,), one)
-        return y, local
-    _, _, _, eps, _, _, holders, momentum, report = call
-    if not (holders or report):
-        return fused(x, weight, bias, None, None, True, 0.0, eps), None
-    dtype = statistics_dtype(x.dtype)
-    if holders and momentum is not None and not report:
-        mean, variance = holders[0].running_mean, holders[0].running_var
-        if mean.dtype == variance.dtype == dtype:
-            mean, variance = torch.stack([mean, variance]).unbind()
-            y = fused(x, weight, bias, mean, variance, True, momentum, eps)
-            keep_if_finite(holders[0], mean, variance)
-            return y, None
-    # From zeros, a step of momentum 1 leaves the batch's mean and unbiased variance.
-    mean, variance = x.new_zeros(2, x.shape[1], dtype=dtype).unbind()
-    y = fused(x, weight, bias, mean, variance, True, 1.0, eps)
-    size = x.numel() // x.shape[1]
-    local = Moments(on_device([size], mean), mean[None], variance[None] * (size - 1))
+        (y,), local, _ = _together([x], [weight], [bias], _Call((0,), True, True, eps))
+    elif not (holders or report):
+        return fused_normalize(x, weight, bias, None, None, True, 0.0, eps), None
+    else:
+        dtype = statistics_dtype(x.dtype)
+        if momentum is not None and not report:
+            mean, variance = holders[0].running_mean, holders[0].running_var
+            if mean.dtype == variance.dtype == dtype:
+                mean, variance = torch.stack([mean, variance]).unbind()
+                y = fused_normalize(x, weight, bias, mean, variance, True, momentum, eps)
+                keep_if_finite(holders[0], mean, variance)
+                return y, None
+        # From zeros, a step of momentum 1 leaves the batch's mean and unbiased variance.
+        mean, variance = x.new_zeros(2, x.shape[1], dtype=dtype).unbind()
+        y = fused_normalize(x, weight, bias, mean, variance, True, 1.0, eps)
+        size = x.numel() // x.shape[1]
+        local = Moments(on_device([size], mean), mean[None], variance[None] * (size - 1))
     if holders:
         update_running_statistics(holders, local, momentum)
     return y, local if report else None
@@ -208,7 +190,7 @@ def _alone(x: Tensor, weight: Any, bias: Any, call: _Call) -> tuple[Tensor, Mome
 
 def _together(
     xs: Sequence[Tensor], weights: Sequence[Any], biases: Sequence[Any], call: _Call
-) -> Normalized:
+) -> _Pooled:
     """Normalise by pooled moments, in one autograd function."""
     with torch.no_grad():
         local = moments_of(xs, plain=is_plain(xs[0]))
@@ -219,31 +201,26 @@ def _together(
     if call.sync and torch.is_grad_enabled():
         # in the graph even where nothing here needs a gradient: other ranks wait in the backward
         count = count.detach().requires_grad_()
-    statistics = (mean, variance, count)
-    outputs = _Normalize.apply(call, len(weights), *statistics, *weights, *biases, *xs)
-    if call.holders:
-        update_running_statistics(call.holders, pooled, call.momentum)
-    return Normalized(list(outputs), local if call.report else None)
+    tensors = (mean, variance, count, *weights, *biases, *xs)
+    return list(_Normalize.apply(call, len(weights), *tensors)), local, pooled
 
 
 class _Normalize(torch.autograd.Function):
     """Normalisation by given pool statistics whose backward knows they came from the inputs.
 
-    Its inputs are the call, the number of weights (1 or L), the pools' mean and variance (P, C)
-    and count (P,), the weights, as many biases, and the xs.
+    Inputs: the pools' mean and variance (P, C) and count (P,), 1 or L weights and biases, the xs.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, call: _Call, affines: int, *statistics_and_tensors: Any
-    ) -> tuple[Tensor, ...]:
-        mean, variance, count, *tensors = statistics_and_tensors
-        affine, xs = tensors[: 2 * affines], tensors[2 * affines :]
+    def forward(ctx: Any, call: _Call, affines: int, *inputs: Any) -> tuple[Tensor, ...]:
+        mean, variance, count, *tensors = inputs
+        weights, biases = tensors[:affines], tensors[affines : 2 * affines]
+        xs = tensors[2 * affines :]
         ctx.call, ctx.statistics = call, (mean, variance, count.detach())
-        ctx.types = [None if t is None else t.dtype for t in affine]
-        ctx.save_for_backward(*affine[:affines], *xs)
+        ctx.types = [None if t is None else t.dtype for t in (*weights, *biases)]
+        ctx.save_for_backward(*weights, *xs)
         means, variances = mean.unbind(), variance.unbind()
-        rows = (_per_tensor(r, len(xs)) for r in (affine[:affines], affine[affines:]))
+        rows = (_per_tensor(r, len(xs)) for r in (weights, biases))
         return tuple(
             affine_normalize(x, means[p], variances[p], weight, bias, call.eps)
             for x, p, weight, bias in zip(xs, call.pool_of, *rows, strict=True)
@@ -251,7 +228,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
-        """Return the gradients; synchronised, a collective that every rank must reach."""
+        """Return the gradients; over ranks by a collective that every rank must reach."""
         saved, affines = ctx.saved_tensors, len(ctx.types) // 2
         weights, xs = saved[:affines], saved[affines:]
         if torch.is_grad_enabled() and not ctx.call.sync:
@@ -310,14 +287,36 @@ def _recorded_gradients(
     zero = ctx.statistics[0][0] * 0
     types = ctx.types[len(weights) :]
     biases = [t if t is None else zero.to(t, copy=True).requires_grad_() for t in types]
-    outputs, _ = _in_plain_operators(xs, weights, biases, ctx.call)
-    inputs = zip((*weights, *biases, *xs), ctx.needs_input_grad[5:], strict=True)
-    needed = [(t, need) for t, need in inputs]
+    outputs = _in_plain_operators(xs, weights, biases, ctx.call)[0]
     pairs = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if y.requires_grad]
     ys, gradients = zip(*pairs, strict=True)
-    wanted = [t for t, need in needed if need]
+    needed = ctx.needs_input_grad[5:]
+    wanted = [t for t, need in zip((*weights, *biases, *xs), needed, strict=True) if need]
     found = iter(torch.autograd.grad(ys, wanted, gradients, create_graph=True))
-    return [next(found) if need else None for _, need in needed]
+    return [next(found) if need else None for need in needed]
+
+
+def refuse(gradients: Sequence[Any]) -> list[Any]:
+    """Return gradients that raise when they are differentiated.
+
+    torch's ``once_differentiable`` does not where the incoming gradient needs no gradient.
+    """
+    anchor = torch.zeros((), requires_grad=True)
+    given = iter(_Refused.apply(anchor, *(g for g in gradients if g is not None)))
+    return [None if g is None else next(given) for g in gradients]
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.clone() for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> Any:
+        raise RuntimeError(
+            "no derivative of a derivative here: statistics pooled over ranks (sync) and MABN2d's "
+            "moving averages have first derivatives only"
+        )
 
 
 # --- 3: plain operators ---------------------------------------------------------------------------
@@ -325,7 +324,7 @@ def _recorded_gradients(
 
 def _in_plain_operators(
     xs: Sequence[Tensor], weights: Sequence[Any], biases: Sequence[Any], call: _Call
-) -> tuple[list[Tensor], Moments]:
+) -> _Pooled:
     """Normalise on one rank, in operators that can be transformed in every way."""
     local = moments_of(xs, plain=True)
     local = merged(local) if call.one_part else local
@@ -337,4 +336,4 @@ def _in_plain_operators(
         scale = invstd[p] if weight is None else invstd[p] * weight
         y = (x - broadcast(mean[p], x)) * broadcast(scale, x)
         outputs.append((y if bias is None else y + broadcast(bias, x)).to(x.dtype))
-    return outputs, local
+    return outputs, local, local

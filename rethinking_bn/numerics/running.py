@@ -9,19 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rethinking_bn.numerics.moments import Moments
+from rethinking_bn.numerics.moments import Moments, is_plain
 from rethinking_bn.randomness import is_recomputing
 
 
 def host_reads(x: Tensor) -> bool:
-    """Return whether a value of ``x`` is at hand: on the CPU, where nothing records operators."""
-    if x.device.type != "cpu" or type(x) is not Tensor:
-        return False
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-    )
+    """Return whether the value of ``x`` is at hand: on the CPU, where nothing looks on."""
+    return type(x) is Tensor and not is_plain(x) and x.device.type == "cpu"
 
 
 @torch.no_grad()
@@ -70,34 +64,32 @@ def update_running_statistics(
     else:
         rate = seen.to(values.dtype) * momentum
     counted = seen[0].long()
-    if (
-        sequential
-    ):  # K steps in one, new = Π (1 - rateₖ) · old + Σ rateₖ · Π_{j>k} (1 - rateⱼ) · valueₖ
+    # K steps in one: new = Π (1 - rateₖ) · old + Σ rateₖ · Π_{j>k} (1 - rateⱼ) · valueₖ
+    if sequential:
         keep = (1 - rate).flip(1).cumprod(1).flip(1)  # Π_{j≥k}
         rate = rate * torch.cat([keep[:, 1:], torch.ones_like(keep[:, :1])], dim=1)
         new = old * keep[:, :1, None] + (values * rate[..., None]).sum(1, keepdim=True)
         counted = counted.sum(0, keepdim=True)
     else:
         new = old.lerp(values, rate[..., None])
-    pairs = [(c, n) for c, n in zip(counters, counted, strict=True) if c is not None]
-    if torch.compiler.is_exporting():  # ONNX knows no operator over lists
-        for buffer, value in zip(buffers, new.flatten(0, 1), strict=True):
-            buffer.copy_(value)
-        for counter, number in pairs:
-            counter.add_(number)
-        return
-    # torch.func refuses to write into a captured tensor, except by these operators
-    torch._foreach_copy_(buffers, list(new.flatten(0, 1)))
-    if pairs:
-        torch._foreach_add_(*(list(each) for each in zip(*pairs, strict=True)))
+    found = [i for i, counter in enumerate(counters) if counter is not None]
+    _write(torch._foreach_copy_, Tensor.copy_, buffers, new.flatten(0, 1).unbind())
+    _write(
+        torch._foreach_add_, Tensor.add_, [counters[i] for i in found], [counted[i] for i in found]
+    )
+
+
+def _write(together: Any, one: Any, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    # torch.func lets nothing else write into a captured tensor; ONNX knows no operator over lists
+    if torch.compiler.is_exporting():
+        for target, source in zip(targets, sources, strict=True):
+            one(target, source)
+    elif targets:
+        together(targets, sources)
 
 
 def keep_if_finite(holder: Any, mean: Tensor, variance: Tensor) -> None:
-    """Write moved statistics into a holder, as :func:`update_running_statistics` would.
-
-    Args:
-        mean, variance: (C,), what torch's operator made of copies of the holder's.
-    """
+    """Write statistics (C,) that torch's operator moved, as :func:`update_running_statistics`."""
     if is_recomputing():
         return
     largest, counter = variance.max(), holder.num_batches_tracked
@@ -120,10 +112,7 @@ def write_statistics(holders: Sequence[Any], moments: Moments) -> None:
     """Write row after row of moments into BatchNorm-like holders, in place.
 
     The variance written is the unbiased one. A row without a value leaves its holder alone, a row
-    of one value leaves the variance alone.
-
-    Raises:
-        ValueError: unless there are as many rows as holders.
+    of one value leaves the variance alone. A ValueError unless there are as many rows as holders.
     """
     if len(moments.mean) != len(holders):
         raise ValueError(f"{len(moments.mean)} rows of moments for {len(holders)} domains")

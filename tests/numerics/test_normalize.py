@@ -11,10 +11,13 @@ from rethinking_bn.layers import (
     merge_moments,
     mix_statistics,
 )
-from rethinking_bn.numerics.channels import combine, gradient_sums
-from rethinking_bn.numerics.moments import stack_moments
+from rethinking_bn.numerics.moments import combine, gradient_sums
 from rethinking_bn.numerics.normalize import normalize
 from tests import reference
+
+
+def stack_moments(moments: list[Moments]) -> Moments:
+    return Moments(*(torch.stack(values) for values in zip(*moments, strict=True)))
 
 
 def test_merging_moments_equals_the_moments_of_everything() -> None:
