@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rethinking_bn.data.corruptions import CORRUPTIONS, corrupt
-from rethinking_bn.data.dataset import ShapesDataset, ShapesRecord, load_shapes
+from rethinking_bn.data.dataset import ShapesDataset
 from rethinking_bn.data.shapes import CLASSES
 from rethinking_bn.data.storage import SHAPES_DATASETS, datasets_root, ensure_shapes
 
@@ -12,9 +12,7 @@ __all__ = [
     "CORRUPTIONS",
     "SHAPES_DATASETS",
     "ShapesDataset",
-    "ShapesRecord",
     "corrupt",
     "datasets_root",
     "ensure_shapes",
-    "load_shapes",
 ]

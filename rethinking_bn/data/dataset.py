@@ -4,68 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from rethinking_bn.data.storage import ANNOTATIONS, ensure_shapes
-
-
-class ShapesRecord(NamedTuple):
-    """One image's file and annotations; n objects, coordinates in pixels."""
-
-    image_id: int  # the id in annotations.json
-    file_name: Path
-    height: int
-    width: int
-    boxes: NDArray[np.float32]  # (n, 4) as (x0, y0, x1, y1)
-    labels: NDArray[np.int64]  # (n,) index into shapes.CLASSES; category_id in the JSON is 1 more
-    areas: NDArray[np.float32]  # (n,) of the polygons
-    polygons: list[list[float]]  # n flat lists x, y, x, y, ...
-
-    def read_image(self) -> NDArray[np.uint8]:
-        """Return the image as (H, W, 3) uint8 in RGB."""
-        with Image.open(self.file_name) as image:
-            return np.asarray(image)
-
-
-def load_shapes(
-    name: str, *, root: str | os.PathLike[str] | None = None, num_images: int | None = None
-) -> list[ShapesRecord]:
-    """Return the records of a shapes data set, in order of image id; generate it if need be.
-
-    Arguments and errors are those of :func:`~.storage.ensure_shapes`.
-    """
-    folder = ensure_shapes(name, root=root, num_images=num_images)
-    content = json.loads((folder / ANNOTATIONS).read_text())
-    objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
-    for annotation in content["annotations"]:
-        objects[annotation["image_id"]].append(annotation)
-    records = []
-    for image in content["images"]:
-        found = objects[image["id"]]
-        boxes = np.array([a["bbox"] for a in found], dtype=np.float64).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        records.append(
-            ShapesRecord(
-                image_id=image["id"],
-                file_name=folder / "images" / image["file_name"],
-                height=image["height"],
-                width=image["width"],
-                boxes=boxes.astype(np.float32),
-                labels=np.array([a["category_id"] - 1 for a in found], dtype=np.int64),
-                areas=np.array([a["area"] for a in found], dtype=np.float32),
-                polygons=[a["segmentation"][0] for a in found],
-            )
-        )
-    return records
 
 
 class ShapesDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
@@ -93,35 +41,46 @@ class ShapesDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         first_label: int = 0,
         in_memory: bool = False,
     ) -> None:
-        self.records = load_shapes(name, root=root, num_images=num_images)
-        self.json_file = self.records[0].file_name.parents[1] / ANNOTATIONS  # for pycocotools
-        self.masks = masks
-        self.first_label = first_label
-        self._images: dict[int, Tensor] | None = {} if in_memory else None
+        self.folder = ensure_shapes(name, root=root, num_images=num_images)
+        self.json_file = self.folder / ANNOTATIONS  # for pycocotools
+        self.masks, self.first_label, self.in_memory = masks, first_label, in_memory
+        content = json.loads(self.json_file.read_text())
+        self._records: list[dict[str, Any]] = content["images"]
+        self._objects: dict[int, list[dict[str, Any]]] = {r["id"]: [] for r in self._records}
+        for annotation in content["annotations"]:
+            self._objects[annotation["image_id"]].append(annotation)
+        self._images: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        record = self.records[index]
+        record = self._records[index]
+        objects = self._objects[record["id"]]
+        boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float64).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = [o["category_id"] - 1 + self.first_label for o in objects]
         target = {
-            "boxes": torch.from_numpy(record.boxes.copy()),
-            "labels": torch.from_numpy(record.labels + self.first_label),
-            "area": torch.from_numpy(record.areas.copy()),
-            "iscrowd": torch.zeros(len(record.labels), dtype=torch.int64),
-            "image_id": torch.tensor([record.image_id]),
+            "boxes": boxes.float(),
+            "labels": torch.tensor(labels, dtype=torch.int64),
+            "area": torch.tensor([o["area"] for o in objects], dtype=torch.float32),
+            "iscrowd": torch.zeros(len(objects), dtype=torch.int64),
+            "image_id": torch.tensor([record["id"]]),
         }
         if self.masks:
-            size = (record.height, record.width)
-            runs = coco_mask.frPyObjects([list(p) for p in record.polygons], *size)
+            polygons = [o["segmentation"][0] for o in objects]
+            runs = coco_mask.frPyObjects(polygons, record["height"], record["width"])
             masks = np.ascontiguousarray(coco_mask.decode(runs).transpose(2, 0, 1))
             target["masks"] = torch.from_numpy(masks)
         return self._image(record), target
 
-    def _image(self, record: ShapesRecord) -> Tensor:
+    def _image(self, record: dict[str, Any]) -> Tensor:
         """Return a tensor of the caller's own, whether or not the image is kept."""
-        kept = {} if self._images is None else self._images
-        if record.image_id not in kept:
-            pixels = record.read_image().transpose(2, 0, 1).copy()
-            kept[record.image_id] = torch.from_numpy(pixels)
-        return kept[record.image_id].clone()
+        image = self._images.get(record["id"])
+        if image is None:
+            with Image.open(self.folder / "images" / record["file_name"]) as file:
+                image = torch.from_numpy(np.asarray(file).transpose(2, 0, 1).copy())
+            if not self.in_memory:
+                return image
+            self._images[record["id"]] = image
+        return image.clone()

@@ -33,23 +33,12 @@ def test_drawing_belongs_to_this_version() -> None:
     assert (shapes.VERSION, digest.hexdigest()) == (1, DIGEST)
 
 
-def test_unknown_split() -> None:
-    with pytest.raises(ValueError, match="'test'.*train, val"):
-        draw_sample("test", 0)
-
-
 def test_objects_lie_inside_the_image(samples: list[Sample]) -> None:
     for image, objects in samples:
         assert 1 <= len(objects) <= 9
         for shape in objects:
             x0, y0, x1, y1 = shape.box
             assert 0 <= x0 < x1 <= image.shape[1] and 0 <= y0 < y1 <= image.shape[0]
-
-
-def test_classes_are_balanced(samples: list[Sample]) -> None:
-    labels = [shape.label for _, objects in samples for shape in objects]
-    share = np.bincount(labels, minlength=len(CLASSES)) / len(labels)
-    assert (share > 0.27).all() and (share < 0.40).all()
 
 
 def test_sizes_are_log_uniform_and_reach_every_pyramid_level(samples: list[Sample]) -> None:

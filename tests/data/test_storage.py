@@ -112,19 +112,6 @@ def test_twins(corruption: str, train: Path, root: Path, tmp_path: Path) -> None
     assert _content(again) == _content(twin)
 
 
-def test_train_and_val_twins_have_different_noise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    grey = np.full((192, 224, 3), 128, dtype=np.uint8)
-    monkeypatch.setattr(shapes, "draw_sample", lambda split, index: (grey, []))
-    images = [
-        np.asarray(Image.open(folder / "images" / "000001.png"))
-        for name in ("shapes_train_gaussian_noise", "shapes_val_gaussian_noise")
-        for folder in [ensure_shapes(name, root=tmp_path, num_images=1)]
-    ]
-    assert not np.array_equal(*images)
-
-
 def test_root_is_the_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "elsewhere"))
     assert datasets_root() == tmp_path / "elsewhere"
@@ -137,17 +124,6 @@ def test_root_is_the_environment_variable(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_is_there_is_not_drawn_again(train: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "draw_sample", None)
     assert ensure_shapes("shapes_train", root=train.parents[2], num_images=COUNT) == train
-
-
-def test_another_version_is_drawn_beside(
-    train: Path, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = _content(train)
-    monkeypatch.setattr(shapes, "VERSION", 1000)
-    other = ensure_shapes("shapes_train", root=root, num_images=COUNT)
-    assert other == root / "shapes" / "v1000" / train.name
-    assert _content(train) == before
-    assert json.loads((other / "annotations.json").read_text())["info"]["version"] == "1000"
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
