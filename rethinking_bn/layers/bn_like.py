@@ -21,9 +21,12 @@ from rethinking_bn.numerics.moments import Moments
 Kind = Literal["ours", "torch", "own", "constant"]
 FrozenBy = Literal["", "freeze_batch_norm", "constant", "eval mode"]
 
+# where forwards are that are known for what they are
+_KNOWN = ("torch.nn.", "torchvision.", "detectron2.layers.", f"{__name__.partition('.')[0]}.")
 # (N, C, ...) of the inputs that a copy is tried on
 _SPACES = ((2, 1), (), (2,), (2, 1, 1))
 _TOLERANCE = 3e-5
+_LAZY = "a lazy layer; run one forward first, so that it has a size"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +39,14 @@ class BatchNormLike:
         kind: "ours": a layer of this package. "torch": nn.BatchNorm*d, nn.SyncBatchNorm, or a
             subclass that runs their forward. "own": it trains by a forward of its own (other
             subclasses, nn.InstanceNorm*d with statistics, another project's BatchNorm).
-            "constant": it normalises by its statistics in training, too (FrozenBatchNorm2d of any
-            project).
+            "constant": it normalises by its statistics in training (FrozenBatchNorm2d of anybody).
         frozen: what keeps it from training now: "freeze_batch_norm" (ours), "constant", "eval
             mode", or "".
         domains: names of its D sets of statistics; ("",) for one, () for a layer that keeps none.
-        eps: what it adds to the variance.
-        momentum: fraction of the new value in its moving average; None: a cumulative average.
+        eps, momentum: as of nn.BatchNorm2d.
         pools_ranks: whether it normalises by the statistics of several ranks in training.
         mean_square: whether it keeps a mean square alone (MABN2d): a mean of 0 with that variance.
+        is_batch_norm_2d: whether it is known to be BatchNorm of (N, C, H, W) and nothing else.
     """
 
     name: str
@@ -56,6 +58,7 @@ class BatchNormLike:
     momentum: float | None
     pools_ranks: bool
     mean_square: bool
+    is_batch_norm_2d: bool
 
     @property
     def keeps_statistics(self) -> bool:
@@ -80,13 +83,11 @@ class BatchNormLike:
     def write(self, moments: Moments) -> None:
         """Write D rows of moments in place; rows with count 0 keep theirs.
 
-        The variance written is the unbiased one, and a row of one value keeps the variance it had.
-        Of a layer of kind "own" the moments are those of its batches (see
-        ``population.estimate_population_statistics``): m2 / count is written.
+        The variance written is the unbiased one, and a row of one value keeps the variance it had;
+        of kind "own", whose moments are those of its batches, it is m2 / count.
         """
         if self.kind == "ours":
-            device = next(self.module.buffers()).device
-            # MPS is the one common device without float64
+            device = next(self.module.buffers()).device  # MPS is the one without float64
             target = torch.device("cpu") if device.type == "mps" else device
             self.module.write_population(moments.to(target))
             return
@@ -117,13 +118,13 @@ class LeftAlone(NamedTuple):
 
 
 class BatchNormLikes(NamedTuple):
-    """What a model has of BN-like layers, each once, in the order of its modules."""
+    """What a model has of BN-like layers, in the order of its modules."""
 
     layers: list[BatchNormLike]
     left: list[LeftAlone]
 
 
-def find_bn_like(model: nn.Module) -> BatchNormLikes:
+def find_bn_like(model: nn.Module, *, lazy: bool = False) -> BatchNormLikes:
     """Return the BN-like layers of a model, and the modules that look like one but are left alone.
 
     Layers are found by what they are: subclasses of torch's norms that keep statistics or
@@ -135,7 +136,7 @@ def find_bn_like(model: nn.Module) -> BatchNormLikes:
     counts as one that keeps them: it infers by them.
 
     Raises:
-        ValueError: for a lazy layer that has no size yet, by name.
+        ValueError: for a lazy layer that has no size yet, by name, unless ``lazy`` leaves it alone.
     """
     found = BatchNormLikes([], [])
     inside: set[nn.Module] = set()
@@ -148,6 +149,8 @@ def find_bn_like(model: nn.Module) -> BatchNormLikes:
             continue
         result = _describe(name, module)
         if isinstance(result, LeftAlone):
+            if result.reason == _LAZY and not lazy:
+                raise ValueError(f"{name}: {_LAZY}")
             found.left.append(result)
         elif result is not None:
             found.layers.append(result)
@@ -163,13 +166,12 @@ def communicates(module: nn.Module) -> bool:
     return bool(says_so) or any("SyncBatchNorm" in kind.__name__ for kind in type(module).__mro__)
 
 
-def _runs_foreign_forward(module: nn.Module) -> bool:
-    """Return whether a norm's forward is neither torch's nor of a layer of this package."""
+def runs_foreign_forward(module: nn.Module) -> bool:
+    """Return whether a norm runs a forward of neither a library's norm nor one of ours."""
     if "forward" in vars(module):
         return True
     owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-    ours = owner.__module__.startswith(f"{__name__.partition('.')[0]}.")
-    return not ours and owner not in (_BatchNorm, nn.SyncBatchNorm, _InstanceNorm)
+    return not owner.__module__.startswith(_KNOWN)
 
 
 def _statistics(module: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -186,23 +188,23 @@ def _describe(name: str, module: Any) -> BatchNormLike | LeftAlone | None:
     statistics = _statistics(module)
     tensors = [*module.parameters(), *module.buffers()]
     if any(is_lazy(tensor) for tensor in tensors):
-        raise ValueError(f"{name}: a lazy layer; run one forward first, so that it has a size")
+        return LeftAlone(name, module, _LAZY)
     if isinstance(module, torch.jit.ScriptModule):
         return LeftAlone(name, module, "it is scripted or traced: do this before the export")
     domains: tuple[str, ...] = () if statistics is None else ("",)
     of_torch = isinstance(module, (_BatchNorm, _InstanceNorm))
-    foreign = _runs_foreign_forward(module)
+    foreign = runs_foreign_forward(module)
     kind: Kind = "own"
-    eps = getattr(module, "eps", None)
+    eps, maps = getattr(module, "eps", None), False
     if isinstance(module, PopulationLayer) and not (of_torch and foreign and domains):
-        kind = "ours"
+        kind, maps = "ours", of_torch and not foreign
         domains = module.population_domains if domains or not of_torch else ()
     elif isinstance(module, _BatchNorm) and not foreign:
-        kind = "torch"
+        kind, maps = "torch", not isinstance(module, (nn.BatchNorm1d, nn.BatchNorm3d))
     elif domains and not isinstance(module, _InstanceNorm):
         answer = _try_copy(module)
         if not isinstance(answer, str):
-            kind, eps = answer
+            kind, eps, maps = answer
         elif not of_torch:
             return LeftAlone(name, module, answer)
     if not tensors:
@@ -217,6 +219,7 @@ def _describe(name: str, module: Any) -> BatchNormLike | LeftAlone | None:
         momentum=getattr(module, "momentum", None),
         pools_ranks=communicates(module),
         mean_square=hasattr(module, "running_mean_square"),
+        is_batch_norm_2d=maps,
     )
 
 
@@ -230,8 +233,8 @@ class _OtherAnswer(Exception):
     """The copy runs, but not by BatchNorm's formula."""
 
 
-def _try_copy(module: nn.Module) -> tuple[Kind, float] | str:
-    """Return how a copy of a module normalises and its eps, or why that is not known."""
+def _try_copy(module: nn.Module) -> tuple[Kind, float, bool] | str:
+    """Return kind, eps, and whether a copy takes (N, C, H, W), or why that is not known."""
     mean = _statistics(module)[0]  # type: ignore[index]
     if communicates(module):
         return "its forward waits for other ranks, so a copy of it cannot be tried"
@@ -242,7 +245,7 @@ def _try_copy(module: nn.Module) -> tuple[Kind, float] | str:
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         for space in _SPACES:
             try:
-                return _answer(_bare_copy(module), len(mean), space)
+                return *_answer(bare_copy(module), len(mean), space), space == _SPACES[0]
             except _OtherAnswer as other:
                 return str(other)
             except Exception as error:
@@ -250,13 +253,12 @@ def _try_copy(module: nn.Module) -> tuple[Kind, float] | str:
     return f"a copy of it cannot be tried ({failed})"
 
 
-def _bare_copy(module: nn.Module) -> Any:
+def bare_copy(module: nn.Module) -> Any:
     """Return a float64 copy on the CPU that runs nobody's hooks and is not frozen."""
     bare = object.__new__(type(module))
-    vars(bare).update(vars(module))
     for name, value in vars(module).items():
-        if "_hooks" in name and isinstance(value, dict):
-            vars(bare)[name] = type(value)()
+        hooks = "_hooks" in name and isinstance(value, dict)
+        vars(bare)[name] = type(value)() if hooks else value
     copied = copy.deepcopy(bare)
     thaw_layer(copied)
     if any(tensor.is_meta for tensor in [*copied.parameters(), *copied.buffers()]):
@@ -318,10 +320,10 @@ def _answer(copied: Any, channels: int, space: Sequence[int]) -> tuple[Kind, flo
 def _fill(module: Any, name: str, values: Tensor, other: float = 0.0) -> Tensor:
     """Give a module's tensor these values; return them, or ``other`` where there is none."""
     target = getattr(module, name, None)
-    if not isinstance(target, Tensor) or target.numel() != values.numel():
-        return torch.full_like(values, other)
-    target.copy_(values.view(target.shape))
-    return values
+    if isinstance(target, Tensor) and target.numel() == values.numel():
+        target.copy_(values.view(target.shape))
+        return values
+    return torch.full_like(values, other)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

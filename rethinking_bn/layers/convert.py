@@ -1,4 +1,4 @@
-"""Another norm in a model that is already built; torch only."""
+"""Another norm in a model that is already built, and the convolutions before MABN; torch only."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import FrozenBatchNorm2d
 
 from rethinking_bn.layers.batch_norm import BatchNorm2d, SyncBatchNorm2d
+from rethinking_bn.layers.bn_like import BatchNormLike, find_bn_like, runs_foreign_forward
 from rethinking_bn.layers.centring import (
     centred_convolutions,
     norm_channels,
@@ -23,32 +25,48 @@ from rethinking_bn.layers.centring import (
 from rethinking_bn.layers.domain_state import DomainBatchNormBase
 from rethinking_bn.layers.frozen import freeze_layer, is_frozen
 from rethinking_bn.layers.mabn import MABN2d
+from rethinking_bn.layers.rebase import rebase
 from rethinking_bn.layers.registry import get_norm, norm_names
 
 logger = logging.getLogger(__name__)
 
 Norm = str | Callable[..., nn.Module | None]
+Replace = Mapping[type, Callable[[Any, Any], nn.Module]]  # class -> (old layer, new norm) -> module
 
 # Kinds of BN: what is no BN stays as it is.
 _BN_ONLY = ("SyncBN", "FrozenBN")
+_SAYS = (
+    "{name}: {kind} has a forward of its own, which may do more than normalise; say what becomes "
+    "of it: replace={{{kind}: lambda layer, new: ...}} returns the module to put in its place (new "
+    "alone, or with what else the layer does)"
+)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "running_mean_square")
 
 
-def convert_norms(model: nn.Module, norm: Norm, **options: Any) -> nn.Module:
+def convert_norms(
+    model: nn.Module, norm: Norm, *, replace: Replace | None = None, **options: Any
+) -> nn.Module:
     """Replace every norm layer of a model by another kind, in place.
 
     ``convert_norms(torchvision.models.resnet50(), "MABN", batch_size=2)``. Stands for
     ``nn.SyncBatchNorm.convert_sync_batchnorm`` and ``FrozenBatchNorm2d.convert_frozen_batchnorm``
     too, which do not know this package's layers.
 
-    Replaced are nn.BatchNorm2d and its kin, nn.SyncBatchNorm, torchvision's and detectron2's
-    FrozenBatchNorm2d, and all of ours; GN, LN and IN layers as well, except by "SyncBN" and
-    "FrozenBN". Parameters keep their names. Carried over are scale and shift and the statistics
-    that both kinds have (with eps, momentum and ``rows_at_a_time``, among kinds of BN), training or
-    evaluation mode, device, type and ``requires_grad``; a layer under several names is converted
-    once. One log line says how many layers' statistics start anew, one how many have no
-    ``rows_at_a_time`` any more ("SyncBN" pools all rows of all ranks).
+    Replaced are nn.BatchNorm2d and its kin, nn.SyncBatchNorm, FrozenBatchNorm2d of any project
+    (see :func:`rethinking_bn.layers.bn_like.find_bn_like`), and all of ours; GN, LN and IN layers
+    as well, except by "SyncBN" and "FrozenBN". Parameters keep their names. Carried over are scale
+    and shift and the statistics that both kinds have (with eps, momentum and ``rows_at_a_time``,
+    among kinds of BN), training or evaluation mode, device, type and ``requires_grad``; a layer
+    under several names is converted once. One log line says how many layers' statistics start
+    anew, one how many have no ``rows_at_a_time`` any more ("SyncBN" pools all rows of all ranks),
+    and a warning names BN-like layers that stay: BatchNorm1d and 3d, and what is not known to be
+    BatchNorm.
 
+    - A layer that does more than its norm (a norm with its activation, a masked or split
+      BatchNorm) keeps its own forward: "FrozenBN" freezes it in place, and where it calls its
+      parent's forward, "BN", "SyncBN" and "BatchStatBN" put theirs there. Where it does not, it
+      stays if it is of that kind anyway, and else is an error, unless ``replace`` says what becomes
+      of it, such as ``replace={NormAct: lambda layer, new: nn.Sequential(new, layer.act)}``.
     - "MABN": the convolution before each norm becomes a CenConv2d (same parameter, same name; a
       bias, which MABN's recipe has not, is dropped). A convolution that centres its filters stays
       one when its MABN2d is replaced. As features are others behind centred filters, BN's
@@ -62,19 +80,24 @@ def convert_norms(model: nn.Module, norm: Norm, **options: Any) -> nn.Module:
     Args:
         model: a network, a part of one, or a norm layer.
         norm: a name that :func:`rethinking_bn.layers.get_norm` knows, or a callable.
+        replace: class -> function of a layer of that class (or a subclass) and of the new norm
+            with its affine and statistics, which returns the module to put in its place.
         options: keyword arguments of the norm layers.
 
     Returns:
         the model, or its replacement when it is itself a norm or a convolution.
 
     Raises:
-        ValueError: for an unknown or empty name, channels that the norm cannot have, a layer
-            without statistics to freeze, or a convolution that cannot be centred; the model is as
-            it was then.
+        ValueError: for an unknown or empty name, channels that the norm cannot have, a layer that
+            does more than its norm or whose tensors are parametrized, one without statistics to
+            freeze, or a convolution that cannot be centred; the model is as it was then.
     """
-    model, replaced, left = replace_norms(model, norm, **options)
+    model, replaced, left = replace_norms(model, norm, replace=replace, **options)
     if left:
-        logger.info("%s replaces no layer of their kind: %s stay", norm, ", ".join(left))
+        logger.warning("%s replaces no layer of their kind: %s stay", norm, ", ".join(left))
+    replaced = {
+        old: new for old, new in replaced.items() if not replace or type(old) not in replace
+    }
     anew = sum(not _statistics_carry(old, new) for old, new in replaced.items())
     if anew:
         logger.info("%d of %d %s layers start with new statistics", anew, len(replaced), norm)
@@ -86,28 +109,44 @@ def convert_norms(model: nn.Module, norm: Norm, **options: Any) -> nn.Module:
 
 
 def replace_norms(
-    model: nn.Module, norm: Norm, **options: Any
+    model: nn.Module, norm: Norm, *, replace: Replace | None = None, **options: Any
 ) -> tuple[nn.Module, dict[nn.Module, nn.Module], list[str]]:
-    """Do what :func:`convert_norms` does without saying it, for who builds a model with it.
+    """Do what :func:`convert_norms` does without logging it, for code that builds a model.
 
     Returns:
         the model, old norm layer -> new one, and the names of the layers that were left alone.
     """
     if not callable(norm) and norm not in norm_names():
         raise ValueError(f"norm must be one of {norm_names()} or a callable, got {norm!r}")
+    found = find_bn_like(model, lazy=True)
+    alike = {layer.module: layer for layer in found.layers}
+    unknown = {entry.module: entry.reason for entry in found.left}
     replaced: dict[nn.Module, nn.Module] = {}
     kept: list[Any] = []  # they know domains, or are frozen in place
     left: list[str] = []
     for name, layer in model.named_modules():
-        freezes = norm == "FrozenBN" and isinstance(layer, MABN2d)
-        if isinstance(layer, DomainBatchNormBase) or freezes:
+        like = alike.get(layer)
+        functions = [replace[kind] for kind in type(layer).__mro__ if replace and kind in replace]
+        if functions:
+            replaced[layer] = functions[0](layer, _in_place_of(layer, name, norm, options, like))
+        elif isinstance(layer, DomainBatchNormBase) or _freezes(layer, norm, like):
             kept.append(layer)
             if norm not in ("BN", *_BN_ONLY):
                 left.append(name)
-        elif isinstance(layer, _replaced_by(norm)):
-            replaced[layer] = _in_place_of(layer, name, norm, options)
-        elif isinstance(layer, _BatchNorm):  # 1d, 3d, lazy
-            left.append(name)
+        elif layer in unknown or isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm3d)):
+            why = None if isinstance(layer, LazyModuleMixin) else unknown.get(layer)
+            left.append(f"{name} ({type(layer).__name__}: {why})" if why else name)
+        elif _is_replaced(layer, norm, like):
+            new = _in_place_of(layer, name, norm, options, like)
+            if _does_more(name, layer, like):
+                below = rebase(layer, new)
+                if below is None and like is not None and _is_already(norm, like):
+                    left.append(f"{name} ({type(layer).__name__}: a forward of its own)")
+                    continue
+                if below is None:
+                    raise ValueError(_SAYS.format(name=name, kind=type(layer).__name__))
+                new = below
+            replaced[layer] = new
     becomes_mabn = any(isinstance(layer, MABN2d) for layer in replaced.values())
     centred = centred_convolutions(model, replaced) if becomes_mabn else {}
     # from here on nothing can fail
@@ -120,6 +159,48 @@ def replace_norms(
             for option in {"process_group", "eps", "momentum"}.intersection(options):
                 setattr(layer, option, options[option])
     return model, replaced, left
+
+
+def _is_replaced(layer: nn.Module, norm: Norm, alike: BatchNormLike | None) -> bool:
+    """Return whether a norm takes the place of a layer, all other things allowing it."""
+    if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm, MABN2d)):
+        return True
+    if isinstance(layer, _other_norms()):
+        return norm not in _BN_ONLY
+    return alike is not None
+
+
+def _other_norms() -> tuple[type[nn.Module], ...]:
+    # a model can only hold detectron2's layers where they were imported
+    detectron2 = sys.modules.get("detectron2.layers.batch_norm")
+    layer_norm = getattr(detectron2, "LayerNorm", LayerNorm2d)
+    return (nn.GroupNorm, nn.InstanceNorm2d, LayerNorm2d, layer_norm)
+
+
+def _freezes(layer: nn.Module, norm: Norm, like: BatchNormLike | None) -> bool:
+    """Return whether FrozenBN freezes a layer in place: MABN, and forwards that do more."""
+    if norm != "FrozenBN" or isinstance(layer, _other_norms()):
+        return False
+    own = like is not None and like.kind == "own" and not like.is_batch_norm_2d
+    return isinstance(layer, MABN2d) or own
+
+
+def _is_already(norm: Norm, like: BatchNormLike) -> bool:
+    return norm in ("BN", "SyncBN") and like.pools_ranks == (norm == "SyncBN")
+
+
+def _does_more(name: str, layer: nn.Module, like: BatchNormLike | None) -> bool:
+    """Return whether a layer may do more than its norm.
+
+    Raises:
+        ValueError: for a layer whose tensors are parametrized.
+    """
+    if parametrize.is_parametrized(layer):
+        raise ValueError(
+            f"{name}: tensors of this {type(layer).__name__} are parametrized, which would be "
+            "lost: call torch.nn.utils.parametrize.remove_parametrizations before"
+        )
+    return runs_foreign_forward(layer) and not (like is not None and like.is_batch_norm_2d)
 
 
 def centre_convolutions(module: nn.Module) -> nn.Module:
@@ -141,31 +222,22 @@ def centre_convolutions(module: nn.Module) -> nn.Module:
     return _finish(module, centred_convolutions(module, {}))
 
 
-def _replaced_by(norm: Norm) -> tuple[type[nn.Module], ...]:
-    """Return the classes of layers that a norm takes the place of."""
-    # a model can only hold detectron2's layers where they were imported
-    detectron2 = sys.modules.get("detectron2.layers.batch_norm")
-    frozen = getattr(detectron2, "FrozenBatchNorm2d", FrozenBatchNorm2d)
-    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, frozen, MABN2d)
-    if norm in _BN_ONLY:
-        return kinds
-    layer_norm = getattr(detectron2, "LayerNorm", LayerNorm2d)
-    return (*kinds, nn.GroupNorm, nn.InstanceNorm2d, LayerNorm2d, layer_norm)
-
-
-def _in_place_of(old: Any, name: str, norm: Norm, options: Mapping[str, Any]) -> nn.Module:
+def _in_place_of(
+    old: Any, name: str, norm: Norm, options: Mapping[str, Any], alike: BatchNormLike | None
+) -> nn.Module:
     """Return a new norm layer with the channels, affine, place and mode of an old one."""
     try:
-        new: Any = get_norm(norm, norm_channels(old), **_options(old, norm, options))
+        new: Any = get_norm(norm, norm_channels(old), **_options(old, norm, options, alike))
         if new is None:
             raise ValueError("norm must name a norm layer: there is nothing to convert to")
         if isinstance(new, FrozenBatchNorm2d) and getattr(old, "running_mean", None) is None:
             raise ValueError(f"{type(old).__name__} has no statistics to freeze")
     except ValueError as error:
         raise ValueError(f"{name}: {error}" if name else str(error)) from error
-    tensor = next(chain(old.parameters(), old.buffers()), None)
-    if tensor is not None:
-        new.to(tensor.device, tensor.dtype)
+    for tensor in chain(old.parameters(), old.buffers()):
+        if tensor.is_floating_point():
+            new.to(tensor.device, tensor.dtype)
+            break
     for buffer in _STATISTICS if _statistics_carry(old, new) else ():
         value = getattr(old, buffer, None)
         if value is not None and getattr(new, buffer, None) is not None:
@@ -180,6 +252,8 @@ def _in_place_of(old: Any, name: str, norm: Norm, options: Mapping[str, Any]) ->
             target.requires_grad_(source.requires_grad)
     if isinstance(new, BatchNorm2d) and not new.sync:
         new.rows_at_a_time = getattr(old, "rows_at_a_time", 0)
+    if alike is not None and hasattr(new, "track_running_stats"):
+        new.track_running_stats = getattr(old, "track_running_stats", True)
     new.train(old.training)
     if is_frozen(old) and not isinstance(new, FrozenBatchNorm2d):
         freeze_layer(new)
@@ -189,16 +263,17 @@ def _in_place_of(old: Any, name: str, norm: Norm, options: Mapping[str, Any]) ->
     return new
 
 
-def _options(old: Any, norm: Norm, options: Mapping[str, Any]) -> dict[str, Any]:
+def _options(
+    old: Any, norm: Norm, options: Mapping[str, Any], alike: BatchNormLike | None
+) -> dict[str, Any]:
     """Return what the old layer says about the new one, overridden by the options."""
     inherited: dict[str, Any] = {}
-    batch_norm = isinstance(old, (nn.BatchNorm2d, nn.SyncBatchNorm))
-    if norm == "FrozenBN" or norm in ("BN", "SyncBN", "BatchStatBN"):
-        if hasattr(old, "running_var"):  # the same variance needs the same eps
-            inherited["eps"] = old.eps
-        if batch_norm and norm != "FrozenBN":
+    if norm in ("BN", "SyncBN", "BatchStatBN", "FrozenBN"):
+        if alike is not None and not alike.mean_square:  # the same variance needs the same eps
+            inherited["eps"] = alike.eps
+        if isinstance(old, (nn.BatchNorm2d, nn.SyncBatchNorm)) and norm != "FrozenBN":
             inherited["momentum"] = old.momentum
-            inherited["track_running_stats"] = old.track_running_stats
+            inherited["track_running_stats"] = alike is not None and alike.keeps_statistics
         if norm == "SyncBN" and isinstance(old, (nn.SyncBatchNorm, SyncBatchNorm2d)):
             inherited["process_group"] = old.process_group
     if getattr(old, "weight", None) is None and norm != "FrozenBN" and not callable(norm):

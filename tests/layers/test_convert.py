@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -200,6 +202,161 @@ def test_sync_bn_reaches_layers_with_domains_and_leaves_others(
         assert model[0] is levels and ": 0, 1, 3, 4 stay" in caplog.messages[-1]
 
 
+class NormAct(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class Logged(nn.BatchNorm2d):
+    """A forward of its own that computes what BatchNorm computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x)
+
+
+class GroupNormAct(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class NoEpsAttribute(nn.Module):
+    """The original DETR's FrozenBatchNorm2d, under another name."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + 1e-3).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
+class InPlaceActivated(NoEpsAttribute):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.leaky_relu_(super().forward(x))
+
+
+def parametrized() -> nn.Module:
+    layer = nn.BatchNorm2d(4)
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    return layer
+
+
+class Inlined(nn.BatchNorm2d):
+    """It does not call its parent's forward, as timm's BatchNormAct2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: Any = (self.running_mean, self.running_var, self.weight, self.bias, self.training)
+        batch_norm: Any = nn.functional.batch_norm
+        return batch_norm(x, *own, self.momentum, self.eps).relu()
+
+
+class SyncInlined(Inlined, nn.SyncBatchNorm):
+    pass
+
+
+# defect 41: the activation of timm's norms was dropped without a word
+@pytest.mark.parametrize("norm", ["BN", "SyncBN", "BatchStatBN", "FrozenBN"])
+def test_what_a_subclass_does_besides_is_kept(norm: str) -> None:
+    model = nn.Sequential(trained(NormAct(4)))
+    model[0].note = "kept"
+    keys, twin = list(model.state_dict()), copy.deepcopy(model)
+    convert_norms(model, norm)
+    assert isinstance(model[0], NormAct) and model[0].note == "kept"
+    assert list(model.state_dict()) == keys
+    x = torch.randn(2, 4, 3, 3)
+    if norm == "FrozenBN":
+        assert is_frozen(model[0]) and not model[0].weight.requires_grad
+    else:
+        assert isinstance(model[0], BATCH_NORMS[norm])
+        assert (model(x) >= 0).all() and model(x[:0]).shape == x[:0].shape  # an empty batch: ours
+        torch.testing.assert_close(model(x), twin(x))
+    if norm != "BatchStatBN":
+        twin.load_state_dict(model.state_dict())
+        torch.testing.assert_close(model.eval()(x), twin.eval()(x))
+    copied = pickle.loads(pickle.dumps(model)) if norm != "FrozenBN" else copy.deepcopy(model)
+    torch.testing.assert_close(copied(x), model(x))
+
+
+def test_a_subclass_that_is_of_the_kind_stays_and_is_named(caplog: Any) -> None:
+    model = nn.ModuleList([Inlined(4), SyncInlined(4)])
+    kept = list(model)
+    for norm, index in (("BN", 0), ("SyncBN", 1)):
+        caplog.clear()
+        with pytest.raises(ValueError, match=rf"{1 - index}: (Sync)?Inlined .*replace="):
+            convert_norms(model, norm)
+        convert_norms(nn.ModuleList([model[index]]), norm)
+        assert "0 (" in caplog.text and "Inlined: a forward of its own)" in caplog.text
+        assert list(model) == kept
+
+
+@pytest.mark.parametrize("norm", ["BN", "GN"])
+@pytest.mark.parametrize("make", [Inlined, lambda channels: GroupNormAct(2, channels)])
+def test_a_layer_that_does_more_is_refused_by_name(make: Any, norm: str) -> None:
+    model = nn.ModuleDict({"fine": nn.BatchNorm2d(4), "more": make(4)})
+    kept = dict(model.named_children())
+    if norm == "BN" and isinstance(model["more"], nn.BatchNorm2d):
+        norm, options = "SyncBN", {}
+    else:
+        options = {"num_groups": 2} if norm == "GN" else {}
+    with pytest.raises(ValueError, match=r"^more: (Inlined|GroupNormAct) .*replace="):
+        convert_norms(model, norm, **options)
+    assert dict(model.named_children()) == kept
+    if norm == "SyncBN":
+        assert is_frozen(convert_norms(model, "FrozenBN")["more"])
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN"])
+def test_replace_says_what_becomes_of_it(norm: str) -> None:
+    model = nn.Sequential(trained(nn.BatchNorm2d(4)), trained(NormAct(4)), InPlaceActivated(4))
+    x = torch.randn(2, 4, 3, 3)
+    before = model.eval()(x)
+
+    def with_relu(layer: NormAct, new: nn.Module) -> nn.Module:
+        assert type(layer) is NormAct and type(new) is BATCH_NORMS[norm]
+        return nn.Sequential(new, nn.ReLU())
+
+    def with_leaky(layer: InPlaceActivated, new: Any) -> nn.Module:
+        new.eps = 1e-3
+        return nn.Sequential(new, nn.LeakyReLU())
+
+    convert_norms(model, norm, replace={NormAct: with_relu, InPlaceActivated: with_leaky})
+    assert type(model[1][0]) is type(model[2][0]) is BATCH_NORMS[norm]
+    torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("make", [Logged, NoEpsAttribute])
+@pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN"])
+def test_what_proves_to_be_batch_norm_is_converted(make: Any, norm: str) -> None:
+    model = nn.Sequential(trained(make(4)))
+    x = torch.randn(2, 4, 3, 3)
+    before = model.eval()(x)
+    convert_norms(model, norm)
+    assert type(model[0]) is BATCH_NORMS[norm]
+    torch.testing.assert_close(model(x), before)
+
+
+def test_statistics_without_tracking_are_carried_over() -> None:
+    old: Any = trained(nn.BatchNorm2d(4))
+    old.track_running_stats = False
+    new: Any = convert_norms(old, "BN")
+    assert torch.equal(new.running_mean, old.running_mean) and not new.track_running_stats
+    before = new.running_mean.clone()
+    new(torch.randn(2, 4, 3, 3))
+    assert torch.equal(new.running_mean, before)
+
+
+def test_what_stays_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm3d(4), InPlaceActivated(4))
+    convert_norms(model, "SyncBN")
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert all(word in record.getMessage() for word in (" 0,", " 1,", "2 (InPlaceActivated"))
+
+
 def refused() -> dict[str, tuple[nn.Module, str, dict[str, Any], str]]:
     return {
         "name": (nn.BatchNorm2d(4), "bn", {}, "norm must be one of .*'SyncBN'.* got 'bn'"),
@@ -218,6 +375,7 @@ def refused() -> dict[str, tuple[nn.Module, str, dict[str, Any], str]]:
             {},
             "x: BatchNorm2d has no statistics",
         ),
+        "parametrized": (parametrized(), "BN", {}, "x: tensors of this .* parametrized"),
         "convolution": (nn.BatchNorm2d(4), "MABN", {}, "x: MABN needs a plain convolution"),
     }
 
