@@ -10,8 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch import nn
 
-from rethinking_bn.averaging import AveragedWeights
-from rethinking_bn.averaging.weights import KINDS, STATISTICS
+from rethinking_bn.averaging import KINDS, STATISTICS, AveragedWeights
 from rethinking_bn.checkpointer import Checkpointer
 from rethinking_bn.engine.merge_statistics import merge_statistics
 from rethinking_bn.engine.precise_bn import autocast_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -217,8 +218,99 @@ def test_half_precision_models_are_averaged_in_float32(dtype: torch.dtype) -> No
     drift(model, 0)
     averaged.update(model)
     restored.update(model)
-    for name, value in averaged._averages.items():
-        assert value.dtype == torch.float32 and torch.equal(value, restored._averages[name])
+    for name, value in averaged.state_dict()["float32"].items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, restored.state_dict()["float32"][name])
+
+
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+def moved(change: Any) -> Any:
+    def move(averaged: AveragedWeights) -> AveragedWeights:
+        change(averaged.module)
+        return averaged
+
+    return move
+
+
+def assigned(averaged: AveragedWeights) -> AveragedWeights:
+    state = {name: value.clone() for name, value in averaged.module.state_dict().items()}
+    averaged.module.load_state_dict(state, assign=True)
+    return averaged
+
+
+# defect 37: the copy counted its updates and stood still
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("statistics", ["average", "copy"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        copy.deepcopy,
+        pickled,
+        assigned,
+        lambda averaged: copy.deepcopy([averaged])[0],  # as part of a trainer
+        moved(lambda module: module.to(memory_format=torch.channels_last)),
+        moved(lambda module: module.double().float() if module[1].weight.dtype.itemsize > 2 else 0),
+        moved(lambda module: module.double()),
+        moved(lambda module: module.requires_grad_(True).share_memory()),
+    ],
+)
+def test_what_is_done_to_the_average_is_followed(change: Any, statistics: Any, dtype: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3)).to(dtype)
+    averaged = AveragedWeights(model, decay=0.9, warmup=False, statistics=statistics)
+    history = [snapshot(model)]
+    for step in range(6):
+        drift(model, step)
+        if step == 3:
+            averaged = change(averaged)
+        averaged.update(model)
+        history.append(snapshot(model))
+    expected = reference(history, "ema", 0.9, False)
+    for name, value in snapshot(averaged.module).items():
+        right = (
+            expected[name]
+            if statistics == "average" or "running" not in name
+            else history[-1][name]
+        )
+        tolerance = 1e-6 if value.dtype != torch.bfloat16 else 1e-2
+        torch.testing.assert_close(value.double(), right.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_weights_that_somebody_loads_into_the_average_are_averaged_on() -> None:
+    model = nn.Linear(2, 2).bfloat16()
+    averaged = AveragedWeights(model, decay=0.5, warmup=False)
+    averaged.update(model)
+    averaged.module.load_state_dict(
+        {n: torch.full_like(v, 4.0) for n, v in model.state_dict().items()}
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(2.0)
+    averaged.update(model)
+    assert all((p == 3).all() for p in averaged.module.parameters())
+
+
+def test_a_formula_of_ones_own_and_a_device() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    averaged = AveragedWeights(
+        model, avg_fn=lambda old, new, n: torch.maximum(old, new) + n, device="cpu"
+    )
+    assert averaged.module[0].weight.device.type == "cpu"
+    expected = model[0].weight.detach().clone()
+    for step in range(3):
+        drift(model, step)
+        averaged.update(model)
+        expected = torch.maximum(expected, model[0].weight.detach()) + step
+    torch.testing.assert_close(averaged.module[0].weight.detach(), expected)
+
+
+def test_a_model_that_cannot_be_copied_names_the_module() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    model[1][0].cache = model[0](torch.ones(1, 2))  # part of a graph
+    with pytest.raises(ValueError, match=r"1\.0 \(Linear\) cannot be copied"):
+        AveragedWeights(model)
 
 
 def test_tied_parameters_stay_tied() -> None:
