@@ -49,13 +49,12 @@ class AveragedWeights:
     changes the model that is trained, but for ``copy_to`` when it is given that one.
 
     Args:
-        model: its architecture and first weights. Data-parallel and compile wrappers are looked
-            through, here and in every method.
+        model: its architecture and first weights; wrappers are looked through, here and below.
         kind: "ema" or "swa".
         decay: d of the EMA, in [0, 1].
         warmup: whether the EMA's decay grows from 0.1 to ``decay``, so that it forgets its start.
-        avg_fn: makes the new average of a tensor from the average, the model's tensor and n, as
-            torch's AveragedModel takes it; in place of what ``kind`` stands for.
+        avg_fn: (average, model's tensor, n) -> average, as torch's AveragedModel takes it; in place
+            of what ``kind`` stands for.
         device: where the average is kept; None: where the model is. It can be moved at any time.
         statistics: the BatchNorm statistics that go with the average. "copy": those the model had
             at the last update; "average": averaged as the weights are; "estimate": those that
@@ -83,8 +82,7 @@ class AveragedWeights:
         avg_fn: AvgFn | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        given = (("kind", kind, KINDS), ("statistics", statistics, STATISTICS))
-        for name, value, choices in given:
+        for name, value, choices in (("kind", kind, KINDS), ("statistics", statistics, STATISTICS)):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
         if not 0 <= decay <= 1:
@@ -240,8 +238,8 @@ class AveragedWeights:
         self._check(model)
         if self.statistics == "estimate" and not self.estimated:
             logger.warning(
-                "averaged weights: no estimate of the statistics since the last update; the last "
-                "model's are copied (estimate_statistics finds those of the average)"
+                "averaged weights: no estimate of the statistics since the last update, so the last "
+                "model's are copied; estimate_statistics finds those of the average"
             )
         # by way of the state dict: layers that count beside their buffers load what they need
         model.load_state_dict(self.module.state_dict())
@@ -267,7 +265,7 @@ class AveragedWeights:
         """Continue from :meth:`state_dict`'s; on an exception nothing has changed.
 
         Raises:
-            ValueError: when it is of another kind or of another model.
+            ValueError: for one of another kind or model.
         """
         if state["kind"] != self.kind:
             raise ValueError(f"the averaged weights saved are {state['kind']!r}, not {self.kind!r}")
