@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from rethinking_bn import command_line  # noqa: F401, I001  # first: see the end of its ranks
 from rethinking_bn._detectron2 import (
     detectron2_failure,
     detectron2_installed,

@@ -1,13 +1,36 @@
-"""What the command lines of detectors share, and can do without detectron2: --help."""
+"""What the command lines of detectors share and can do before torch: --help, and ending ranks."""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from rethinking_bn._detectron2 import INSTALL_GUIDE, detectron2_installed
+
+LAUNCHER = "RETHINKING_BN_LAUNCHER"  # variable: the process id of the launcher, for its ranks
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def end_with(parent: int) -> None:
+    """Let the system kill this process when its parent ends, and end it if that has happened.
+
+    On other systems than Linux, only the second.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which torch's own processes get at that moment
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+# A rank that our launcher has spawned: from here on it ends with it, while it imports torch, too.
+if LAUNCHER in os.environ:
+    end_with(int(os.environ.pop(LAUNCHER)))  # its own child processes are no ranks
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:

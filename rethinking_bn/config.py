@@ -52,8 +52,9 @@ def our_keys() -> CfgNode:
     # Iterations before the average begins, and from one update to the next.
     c.SOLVER.AVERAGE.START = 0
     c.SOLVER.AVERAGE.PERIOD = 1
-    # From START on, the learning rate of SWA's schedule. 0: the solver's own schedule goes on.
-    c.SOLVER.AVERAGE.LR = 0.0
+    # Learning rates of SWA's schedule, from START on: (rate,) is constant, (first, last) falls from
+    # one to the other within each PERIOD. (): the solver's own schedule goes on.
+    c.SOLVER.AVERAGE.LR = ()
     # The average's BatchNorm statistics: "estimate" (by population training on what TEST.PRECISE_BN
     # describes, enabled or not), "average" (as the weights), "copy" (the model's at the update).
     c.SOLVER.AVERAGE.STATISTICS = "estimate"
@@ -188,6 +189,18 @@ def add_rethinking_bn_config(cfg: CfgNode) -> None:
     _add_missing(our_keys(), cfg)
 
 
+def with_our_keys(cfg: CfgNode) -> CfgNode:
+    """Return a config of any project with our keys: itself, or a copy with our defaults."""
+    if next(_lacking(our_keys(), cfg), None) is None:
+        return cfg
+    frozen, cfg = cfg.is_frozen(), cfg.clone()
+    cfg.defrost()
+    add_rethinking_bn_config(cfg)
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
 def check_has_keys(cfg: CfgNode) -> None:
     """Raise a ValueError that says what to call, if a config lacks keys of this project."""
     lacking = next(_lacking(our_keys(), cfg), None)
@@ -224,13 +237,13 @@ def images_per_pass(cfg: CfgNode, ranks: int) -> int:
     """Return how many images a rank's forward/backward pass has in training.
 
     Args:
-        cfg: of any detectron2 project; without SOLVER.ACCUMULATION_STEPS an iteration is one pass.
+        cfg: with this project's keys.
         ranks: processes of the run.
 
     Raises:
         ValueError: naming the keys, where SOLVER.IMS_PER_BATCH cannot be divided so.
     """
-    images, passes = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.get("ACCUMULATION_STEPS", 1)
+    images, passes = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
     check_divides("SOLVER.IMS_PER_BATCH", images, ranks)
     if passes < 1 or images // ranks % passes:
         raise ValueError(
@@ -251,7 +264,7 @@ def needs_population_loader(cfg: CfgNode, *, training: bool = True) -> bool:
 
 def check_statistics(cfg: CfgNode) -> str:
     """Return TEST.STATISTICS; raise a ValueError if it is not one of its two values."""
-    chosen: str = cfg.TEST.get("STATISTICS", "population")
+    chosen: str = cfg.TEST.STATISTICS
     if chosen not in ("population", "batch"):
         raise ValueError(f'TEST.STATISTICS must be "population" or "batch", got {chosen!r}')
     return chosen
@@ -259,7 +272,7 @@ def check_statistics(cfg: CfgNode) -> str:
 
 def check_transforms(cfg: CfgNode) -> str:
     """Return TEST.PRECISE_BN.TRANSFORMS; raise a ValueError if it is not one of its two values."""
-    chosen: str = cfg.TEST.PRECISE_BN.get("TRANSFORMS", "train")
+    chosen: str = cfg.TEST.PRECISE_BN.TRANSFORMS
     if chosen not in ("train", "test"):
         raise ValueError(f'TEST.PRECISE_BN.TRANSFORMS must be "train" or "test", got {chosen!r}')
     return chosen
@@ -267,7 +280,7 @@ def check_transforms(cfg: CfgNode) -> str:
 
 def check_thaw(cfg: CfgNode) -> None:
     """Raise a ValueError if a training is to estimate FrozenBatchNorm2d."""
-    if cfg.TEST.PRECISE_BN.get("THAW", False):
+    if cfg.TEST.PRECISE_BN.THAW:
         raise ValueError(
             "TEST.PRECISE_BN.THAW changes statistics that training takes as constant: use it with "
             "--eval-only, on trained weights"

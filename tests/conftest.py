@@ -57,6 +57,8 @@ def _loggers_as_they_were() -> Iterator[None]:
     """Undo what a test's command line set up: detectron2's loggers hide records from caplog."""
     loggers = [logging.getLogger(name) for name in ("rethinking_bn", "detectron2", "fvcore")]
     before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)  # as if set up: a trainer then leaves them alone
     yield
     for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
         logger.handlers[:] = handlers

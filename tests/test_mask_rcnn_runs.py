@@ -17,8 +17,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from rethinking_bn.engine import Trainer
-from rethinking_bn.engine.checks import check_batch_size
-from rethinking_bn.engine.data_parallel import wrap_data_parallel
+from rethinking_bn.engine.check_config import check_batch_size
+from rethinking_bn.engine.rank_state import wrap_data_parallel
 from rethinking_bn.shuffle import rows
 from tests.helpers import run_distributed
 from tests.modeling.roi_cases import SHUFFLED, gradients, mask_config, norms, register_masks
@@ -37,7 +37,7 @@ def _step_and_infer(rank: int) -> dict[str, Any]:
         cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 8
         torch.manual_seed(0)
         model = build_model(cfg)
-        parallel = wrap_data_parallel(model, on_gpu=False)
+        parallel = wrap_data_parallel(model)
         torch.manual_seed(rank)
         images = batch(with_masks=True)
         with EventStorage():

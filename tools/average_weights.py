@@ -36,7 +36,7 @@ from detectron2.utils.logger import setup_logger  # noqa: E402
 from rethinking_bn.averaging import AveragedWeights  # noqa: E402
 from rethinking_bn.checkpoint import read_weights  # noqa: E402
 from rethinking_bn.engine import Checkpointer, load_config, run_population_training  # noqa: E402
-from rethinking_bn.engine.checks import check_data_sets  # noqa: E402
+from rethinking_bn.engine.check_config import check_data_sets  # noqa: E402
 from rethinking_bn.engine.load_config import use_available_device  # noqa: E402
 from rethinking_bn.files import probe_folder, replace  # noqa: E402
 

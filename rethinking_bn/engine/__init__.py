@@ -13,18 +13,22 @@ from rethinking_bn.engine.accumulation import (  # noqa: E402
 )
 from rethinking_bn.engine.diagnose_bn import DiagnoseBN, run_diagnosis  # noqa: E402
 from rethinking_bn.engine.freeze_bn import FreezeBN  # noqa: E402
-from rethinking_bn.engine.hooks import with_rethinking_bn, with_weight_average  # noqa: E402
+from rethinking_bn.engine.hooks import with_rethinking_bn  # noqa: E402
 from rethinking_bn.engine.load_config import load_config  # noqa: E402
-from rethinking_bn.engine.merge_statistics import MergeStatistics, merge_statistics  # noqa: E402
+from rethinking_bn.engine.loaders import (  # noqa: E402
+    ResumableTrainLoader,
+    build_population_loader,
+    build_train_loader,
+)
 from rethinking_bn.engine.optimizer import build_optimizer  # noqa: E402
 from rethinking_bn.engine.precise_bn import (  # noqa: E402
     PreciseBN,
-    build_population_loader,
     inference_statistics,
     run_population_training,
 )
-from rethinking_bn.engine.train_loader import ResumableTrainLoader, build_train_loader  # noqa: E402
+from rethinking_bn.engine.rank_state import MergeStatistics, merge_statistics  # noqa: E402
 from rethinking_bn.engine.trainer import Trainer  # noqa: E402
+from rethinking_bn.engine.trainer_mixin import TrainerMixin  # noqa: E402
 from rethinking_bn.engine.weight_average import WeightAverage  # noqa: E402
 
 __all__ = [
@@ -37,6 +41,7 @@ __all__ = [
     "PreciseBN",
     "ResumableTrainLoader",
     "Trainer",
+    "TrainerMixin",
     "WeightAverage",
     "build_optimizer",
     "build_population_loader",
@@ -47,5 +52,4 @@ __all__ = [
     "run_diagnosis",
     "run_population_training",
     "with_rethinking_bn",
-    "with_weight_average",
 ]

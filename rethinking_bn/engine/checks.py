@@ -1,43 +1,31 @@
-"""What can be found wrong with a run before it starts, each a one-line ValueError or OSError."""
+"""What can be found wrong with a run before it starts: its command line, model and weights."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from difflib import get_close_matches
-from itertools import chain, product
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_backbone, build_model
 from detectron2.utils import comm
-from torch import nn
+from detectron2.utils.file_io import PathManager
+from torch import Tensor, nn
 
-from rethinking_bn.config import (
-    check_divides,
-    check_statistics,
-    check_thaw,
-    check_transforms,
-    images_per_pass,
-    needs_population_loader,
-)
-from rethinking_bn.data.domains import domain_groups, domain_of
-from rethinking_bn.data.register import ShapesMetadata, read_classes
+from rethinking_bn.checkpoint import read_weights
+from rethinking_bn.checkpointer import Checkpointer
+from rethinking_bn.config import images_per_pass
 from rethinking_bn.distributed import raise_together
+from rethinking_bn.engine.check_config import check_data_sets, check_device, check_values
 from rethinking_bn.engine.load_config import load_config, scale_to_ranks, use_available_device
-from rethinking_bn.engine.starting_weights import (
-    check_loading,
-    check_teacher,
-    check_weights,
-)
 from rethinking_bn.engine.unread_keys import check_keys_are_read
-from rethinking_bn.engine.weight_average import average_options
 from rethinking_bn.files import check_unlocked, locked_folder, probe_folder
 from rethinking_bn.layers import MABN2d
+from rethinking_bn.layers.bn_like import BatchNormLike
+from rethinking_bn.modeling.distilled import teacher_config
 from rethinking_bn.modeling.domains import check_architecture
 from rethinking_bn.population import train_only
 
@@ -61,42 +49,21 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
         ValueError, OSError: naming what is wrong and what is allowed, in one line.
     """
     cfg = load_config(args.config_file, args.opts, imports=args.imports)
+    check_device(cfg)
     use_available_device(cfg)
     gpus = torch.cuda.device_count()
     if cfg.MODEL.DEVICE.startswith("cuda") and local_ranks > gpus:
         raise ValueError(f"{local_ranks} GPUs asked for, but this machine has {gpus}")
-    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
-        raise ValueError(
-            f"SOLVER.CHECKPOINT_PERIOD must be at least 1, got {cfg.SOLVER.CHECKPOINT_PERIOD}"
-        )
     training = not args.eval_only
     if getattr(args, "diagnosing", False):
         cfg.TEST.PRECISE_BN.ENABLED, cfg.TEST.PRECISE_BN.NUM_ITER = True, args.batches
         cfg.DATASETS.TEST = (args.target,) if args.target else ()
-    if needs_population_loader(cfg, training=training) and cfg.TEST.PRECISE_BN.NUM_ITER < 1:
-        raise ValueError(
-            f"TEST.PRECISE_BN.NUM_ITER must be at least 1, got {cfg.TEST.PRECISE_BN.NUM_ITER}"
-        )
-    if training:
-        _check_diagnosis(cfg)
-    check_statistics(cfg)
-    if cfg.SOLVER.MAX_ITER < 1 and training:
-        raise ValueError(
-            f"SOLVER.MAX_ITER must be at least 1, got {cfg.SOLVER.MAX_ITER}; --eval-only evaluates "
-            "without training"
-        )
-    check_transforms(cfg)
-    if training:
-        check_thaw(cfg)
     check_keys_are_read(cfg)
-    check_batch_size(cfg, ranks, training=training)
-    if training:
-        check_freezing(cfg, ranks)
-    path = check_weights(cfg, resume=args.resume, training=training)
+    check_values(cfg, ranks, training=training)
     check_data_sets(cfg, training=training)
+    path = check_weights(cfg, resume=args.resume, training=training)
     if training:
         check_teacher(cfg)
-        average_options(cfg)
     model = check_model(cfg, ranks, training=training)
     check_loading(cfg, model or nn.Module(), path, training=training)
     if training and model is not None:
@@ -106,17 +73,6 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
             check_unlocked(cfg.OUTPUT_DIR, "OUTPUT_DIR")
         probe_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")  # last: it makes the folder
     return cfg
-
-
-def _check_diagnosis(cfg: CfgNode) -> None:
-    period, batches = cfg.TEST.DIAGNOSE.PERIOD, cfg.TEST.PRECISE_BN.NUM_ITER
-    if period < 0:
-        raise ValueError(f"TEST.DIAGNOSE.PERIOD must be at least 1, or 0 (never), got {period}")
-    if period and batches < 2:
-        raise ValueError(
-            f"TEST.DIAGNOSE.PERIOD {period} needs at least 2 batches, but TEST.PRECISE_BN.NUM_ITER "
-            f"is {batches}"
-        )
 
 
 @contextmanager
@@ -138,17 +94,6 @@ def hold_output_dir(cfg: CfgNode) -> Iterator[None]:
         yield
 
 
-def check_freezing(cfg: CfgNode, ranks: int) -> None:
-    """Raise a ValueError if SOLVER.FREEZE_BN.START is no iteration of the run, nor -1."""
-    solver = scale_to_ranks(cfg, ranks).SOLVER
-    start = solver.FREEZE_BN.START
-    if start < -1 or start >= solver.MAX_ITER:
-        raise ValueError(
-            f"SOLVER.FREEZE_BN.START {start} is neither an iteration in [0, {solver.MAX_ITER}) "
-            "(SOLVER.MAX_ITER) nor -1 (never)"
-        )
-
-
 def apply_train_only(cfg: CfgNode, model: nn.Module) -> None:
     """Leave gradients to what SOLVER.TRAIN_ONLY names alone; a ValueError names that key."""
     if cfg.SOLVER.TRAIN_ONLY:
@@ -157,69 +102,6 @@ def apply_train_only(cfg: CfgNode, model: nn.Module) -> None:
         except ValueError as error:
             said = str(error).removeprefix("train_only: ")
             raise ValueError(f"SOLVER.TRAIN_ONLY: {said}") from error
-
-
-def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:
-    """Raise a ValueError unless the images of an iteration can be divided among the ranks, those
-    of a rank among its passes, and those of a pass into normalisation batches."""
-    cfg = scale_to_ranks(cfg, ranks)
-    is_estimated = needs_population_loader(cfg, training=training)
-    estimates = cfg.TEST.PRECISE_BN.IMS_PER_BATCH if is_estimated else 0
-    sizes = {}  # (on all ranks, per forward on one rank)
-    if training or (is_estimated and not estimates):
-        images = images_per_pass(cfg, ranks)
-        sizes["SOLVER.IMS_PER_BATCH"] = (cfg.SOLVER.IMS_PER_BATCH, images)
-    if estimates:
-        key = "TEST.PRECISE_BN.IMS_PER_BATCH"
-        check_divides(key, estimates, ranks)
-        sizes[key] = (estimates, estimates // ranks)
-    for part, (key, (size, images)) in product(("BACKBONE", "ROI_HEADS"), sizes.items()):
-        together = cfg.MODEL[part].NORM_IMAGES
-        if together > 0 and images % together:
-            raise ValueError(
-                f"MODEL.{part}.NORM_IMAGES {together} does not divide the {images} images per "
-                f"process and pass ({key} {size}, {ranks} process(es))"
-            )
-
-
-def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
-    """Check that the data sets of a run are registered, and on disk unless they are generated.
-
-    Raises:
-        ValueError: for a name that is not registered, in a group of MODEL.DOMAIN_BN.DATASETS,
-            too (close names are listed); for a data set that is in no group where there are some.
-        FileNotFoundError: saying where the data set was looked for, and what moves that place.
-    """
-    names = list(cfg.DATASETS.TEST)
-    if training:
-        if not cfg.DATASETS.TRAIN:
-            raise ValueError("DATASETS.TRAIN is empty")
-        names += cfg.DATASETS.TRAIN
-    if needs_population_loader(cfg, training=training):
-        names += cfg.TEST.PRECISE_BN.DATASETS or cfg.DATASETS.TRAIN
-    described = [entry[0] for entry in cfg.DATASETS.get("COCO_FORMAT", ())]
-    groups = domain_groups(cfg)
-    for name in names if groups else ():
-        domain_of(cfg, name)
-    for name in (*names, *chain.from_iterable(groups)):
-        known = DatasetCatalog.list()
-        if name not in known:
-            close = get_close_matches(name, known, n=5)
-            hint = f"; close names: {', '.join(close)}" if close else ""
-            raise ValueError(f"no data set is registered as {name!r}{hint}")
-        metadata = MetadataCatalog.get(name)
-        if name not in names or isinstance(metadata, ShapesMetadata):  # generated on first use
-            continue
-        for attribute in ("json_file", "image_root"):
-            path = metadata.get(attribute, "")
-            if path and "://" not in path and not os.path.exists(path):
-                folder = os.environ.get("DETECTRON2_DATASETS", "datasets")
-                raise FileNotFoundError(
-                    f"data set {name!r} is missing: looked for {os.path.abspath(path)}; the "
-                    f"variable DETECTRON2_DATASETS (now {folder!r}) says where data sets are"
-                )
-        if name in described and "://" not in metadata.json_file:
-            read_classes(name)
 
 
 def check_model(cfg: CfgNode, ranks: int = 1, *, training: bool = True) -> nn.Module | None:
@@ -296,5 +178,133 @@ def _check_mabn_batch(cfg: CfgNode, ranks: int) -> None:
         raise ValueError(
             f"MODEL.MABN.SIMULATED_BATCH_SIZE {simulated} is not a multiple of the {images} images "
             f"per process and pass (SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}, {ranks} "
-            f"process(es), SOLVER.ACCUMULATION_STEPS {cfg.SOLVER.get('ACCUMULATION_STEPS', 1)})"
+            f"process(es), SOLVER.ACCUMULATION_STEPS {cfg.SOLVER.ACCUMULATION_STEPS})"
+        )
+
+
+def check_weights(cfg: CfgNode, *, resume: bool = False, training: bool = True) -> str:
+    """Check that what the run starts from is there; weights behind a URL are fetched.
+
+    Returns:
+        its path; "" without one.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: as :func:`check_required_weights`, if the run trains; if it does not, for no
+            weights at all; for a URL that cannot be fetched.
+    """
+    last = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    if resume and PathManager.isfile(last):
+        with PathManager.open(last) as file:
+            path = os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+        if not PathManager.isfile(path):
+            raise FileNotFoundError(f"{last} names {path}, which does not exist")
+        return path
+    path = cfg.MODEL.WEIGHTS.partition("?")[0]  # "?matching_heuristics=True" may follow
+    if training:
+        check_required_weights(cfg)
+    elif not path:
+        more = f", and {cfg.OUTPUT_DIR} has no last checkpoint" if resume else ""
+        raise ValueError(
+            f"MODEL.WEIGHTS is empty{more}: the model would be evaluated as it is initialised"
+        )
+    if "://" in path:
+        try:
+            PathManager.get_local_path(path)
+        except Exception as error:  # of any kind of network, or its absence
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"MODEL.WEIGHTS {path!r} cannot be fetched ({said})") from error
+    elif path and not os.path.isfile(path):
+        raise FileNotFoundError(f"MODEL.WEIGHTS {path!r} does not exist")
+    return cfg.MODEL.WEIGHTS if path else ""
+
+
+def check_loading(cfg: CfgNode, model: nn.Module, path: str, *, training: bool = True) -> None:
+    """Load the weights that a run starts from into a model on the meta device.
+
+    Args:
+        model: what :func:`check_model` returns; its parameters stay as they are.
+        path: what :func:`check_weights` returns.
+
+    Raises:
+        ValueError: in one line, if the file cannot be read, the model refuses it, or it is of
+            another architecture: one of which nothing fits, or, to evaluate, no head.
+    """
+    if not path:
+        return
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, save_to_disk=False)
+    try:
+        checkpointer.load(path, checkpointables=[])
+    except NotImplementedError:  # a layer that looks at values which the meta device does not have
+        return
+    except RuntimeError as error:  # of load_state_dict, one message per line
+        first, *messages = str(error).splitlines()
+        said = (
+            "; ".join(message.strip() for message in (*messages[:1], *messages[1:][-1:])) or first
+        )
+        more = f"; {len(messages) - 2} more like these" if len(messages) > 2 else ""
+        raise ValueError(f"MODEL.WEIGHTS {path!r} does not load: {said}{more}") from error
+    misfit = checkpointer.misfit
+    if misfit and (not training or "none of its" in misfit):
+        raise ValueError(
+            f"{misfit}: MODEL.WEIGHTS {path!r}; take weights of {cfg.MODEL.META_ARCHITECTURE}"
+        )
+
+
+def without_statistics(cfg: CfgNode, layers: Iterable[BatchNormLike]) -> list[str]:
+    """Return the names of the layers that MODEL.WEIGHTS leaves at mean 0 and variance 1.
+
+    None where it is no .pth file: names in other formats are matched when they are loaded.
+
+    Raises:
+        ValueError: for a file that cannot be read.
+    """
+    path = cfg.MODEL.WEIGHTS
+    if not (path.endswith(".pth") and os.path.isfile(path)):
+        return []
+    try:
+        state = read_weights(path)
+    except ValueError as error:
+        raise ValueError(f"MODEL.WEIGHTS: {error}") from error
+
+    def is_known(layer: BatchNormLike) -> bool:
+        own = {k: v for k, v in state.items() if k.startswith(f"{layer.name}.")}
+        start = {"running_mean": 0.0, "running_mean_square": 1.0}
+        return any(
+            isinstance(value, Tensor) and bool((value != start[key.rpartition(".")[2]]).any())
+            for key, value in own.items()
+            if key.rpartition(".")[2] in start
+        )
+
+    return [layer.name for layer in layers if layer.keeps_statistics and not is_known(layer)]
+
+
+def check_teacher(cfg: CfgNode) -> None:
+    """Check that a model to be distilled has a teacher.
+
+    Raises:
+        FileNotFoundError: if its weights, where they are a file, are missing.
+        ValueError: if its config is missing, or one of the two keys is empty.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != "DistilledRetinaNet":
+        return
+    keys = cfg.MODEL.DISTILL
+    for name in ("TEACHER_CONFIG", "TEACHER_WEIGHTS"):
+        if not keys[name]:
+            raise ValueError(f"MODEL.DISTILL.{name} is empty, which training needs")
+    teacher_config(keys.TEACHER_CONFIG)
+    path = keys.TEACHER_WEIGHTS
+    if "://" not in path and not os.path.isfile(path):
+        raise FileNotFoundError(f"MODEL.DISTILL.TEACHER_WEIGHTS {path!r} does not exist")
+
+
+def check_required_weights(cfg: CfgNode) -> None:
+    """Raise a ValueError if a fine-tuning config of MABN has no weights to start from."""
+    if cfg.MODEL.MABN.REQUIRE_WEIGHTS and not cfg.MODEL.WEIGHTS:
+        raise ValueError(
+            "MODEL.WEIGHTS is empty, but this config fine-tunes: it needs an ImageNet model "
+            "trained with MABN and centred convolutions (one of the official MABN code loads after "
+            "rethinking_bn.checkpoint.convert_mabn_checkpoint; BN weights give AP far too low); to "
+            "train without weights, take a config from scratch or set "
+            "MODEL.MABN.REQUIRE_WEIGHTS False"
         )

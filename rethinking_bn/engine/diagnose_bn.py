@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -12,7 +12,8 @@ from detectron2.engine import HookBase
 from torch import nn
 
 from rethinking_bn.diagnosis import Diagnosis, diagnose
-from rethinking_bn.engine.population_loader import build_together
+from rethinking_bn.engine.loaders import build_together
+from rethinking_bn.population.model_state import modes_kept
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +75,9 @@ def run_diagnosis(
         other.defrost()
         other.TEST.PRECISE_BN.DATASETS = (target,)
         target_batches = build_together(other)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with modes_kept(model):
         model.train()
         diagnosis = diagnose(model, loader, target_batches=target_batches, num_batches=num_batches)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return with_config_keys(diagnosis)
 
 
@@ -115,6 +112,14 @@ class DiagnoseBN(HookBase):
         self._period, self._model, self._data_loader = period, model, data_loader
         self._num_batches = min(num_batches, _HOOK_BATCHES)
         self.last: Diagnosis | None = None
+
+    @classmethod
+    def from_config(
+        cls, cfg: Any, model: nn.Module, loader: Callable[[], Iterable[Any]]
+    ) -> DiagnoseBN | None:
+        """Return the hook that TEST.DIAGNOSE asks for; None if it does not."""
+        period = cfg.TEST.DIAGNOSE.PERIOD
+        return cls(period, model, loader(), cfg.TEST.PRECISE_BN.NUM_ITER) if period else None
 
     def after_step(self) -> None:
         """Diagnose if it is time to."""

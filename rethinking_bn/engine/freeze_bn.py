@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from detectron2.engine import HookBase
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rethinking_bn.engine.merge_statistics import merge_statistics
 from rethinking_bn.engine.precise_bn import PreciseBN
+from rethinking_bn.engine.rank_state import merge_statistics
 from rethinking_bn.population import freeze_batch_norm
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,16 @@ class FreezeBN(HookBase):
         if data_loader is not None:
             self._estimator = PreciseBN(0, model, data_loader, num_iter)
         self._is_frozen = self._was_frozen = False
+
+    @classmethod
+    def from_config(
+        cls, cfg: Any, model: nn.Module, loader: Callable[[], Iterable[Any]]
+    ) -> FreezeBN | None:
+        """Return the hook that SOLVER.FREEZE_BN asks for; None if it does not."""
+        keys = cfg.SOLVER.FREEZE_BN
+        if keys.START < 0:
+            return None
+        return cls(keys.START, model, loader(), cfg.TEST.PRECISE_BN.NUM_ITER, affine=keys.AFFINE)
 
     def before_step(self) -> None:
         """Estimate and freeze when it is time to; freeze when resumed after that."""

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.engine import hooks as detectron2_hooks
-from detectron2.utils import comm
 from torch import nn
 
-from rethinking_bn.config import check_has_keys, check_thaw
+from rethinking_bn.config import check_has_keys
 from rethinking_bn.engine.diagnose_bn import DiagnoseBN
 from rethinking_bn.engine.freeze_bn import FreezeBN
-from rethinking_bn.engine.merge_statistics import MergeStatistics
-from rethinking_bn.engine.population_loader import build_together
+from rethinking_bn.engine.loaders import build_together
 from rethinking_bn.engine.precise_bn import PreciseBN
-from rethinking_bn.engine.unread_keys import warn_of_unread_keys
-from rethinking_bn.engine.weight_average import WeightAverage, average_options
-from rethinking_bn.population import layers_to_estimate
+from rethinking_bn.engine.rank_state import MergeStatistics
+from rethinking_bn.engine.unread_keys import FollowKeys, warn_of_unread_keys
+from rethinking_bn.engine.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
-
-PopulationLoader = Callable[[], Iterable[Any]]  # built on the first call, on all ranks
 
 # detectron2's hooks that read the statistics, and so come after what changes them
 _READERS = (
@@ -35,66 +31,15 @@ _READERS = (
     detectron2_hooks.EvalHook,
     detectron2_hooks.PeriodicWriter,
 )
-
-
-def _precise_bn(cfg: Any, model: nn.Module, loader: PopulationLoader) -> HookBase | None:
-    if not cfg.TEST.PRECISE_BN.ENABLED:
-        return None
-    check_thaw(cfg)
-    if not PreciseBN.has_layers(model):
-        return None
-    return PreciseBN(cfg.TEST.EVAL_PERIOD, model, loader(), cfg.TEST.PRECISE_BN.NUM_ITER)
-
-
-def _weight_average(cfg: Any, model: nn.Module, loader: PopulationLoader) -> HookBase | None:
-    options = average_options(cfg)
-    if options is None:
-        return None
-    if options["statistics"] == "estimate":
-        if layers_to_estimate(model):
-            options.update(data_loader=loader(), num_iter=cfg.TEST.PRECISE_BN.NUM_ITER)
-        else:
-            logger.info("The average's statistics are the model's: no BN-like layer to estimate.")
-            options["statistics"] = "copy"
-    return WeightAverage(
-        model,
-        checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
-        eval_period=cfg.TEST.EVAL_PERIOD,
-        output_dir=cfg.OUTPUT_DIR,
-        **options,
-    )
-
-
-def _freeze_bn(cfg: Any, model: nn.Module, loader: PopulationLoader) -> HookBase | None:
-    keys = cfg.SOLVER.get("FREEZE_BN", {})
-    if keys.get("START", -1) < 0:
-        return None
-    return FreezeBN(keys.START, model, loader(), cfg.TEST.PRECISE_BN.NUM_ITER, affine=keys.AFFINE)
-
-
-def _diagnose(cfg: Any, model: nn.Module, loader: PopulationLoader) -> HookBase | None:
-    period = cfg.TEST.get("DIAGNOSE", {}).get("PERIOD", 0)
-    if period == 0:
-        return None
-    return DiagnoseBN(period, model, loader(), cfg.TEST.PRECISE_BN.NUM_ITER)
-
-
-def _merge(cfg: Any, model: nn.Module, loader: PopulationLoader) -> HookBase | None:
-    if comm.get_world_size() == 1:
-        return None
-    return MergeStatistics(model, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
-
-
-# Our hooks in the order in which they run: which class, and what makes one from (cfg, model,
-# population loader), or None where cfg does not ask for it.
-_OURS: tuple[
-    tuple[type[HookBase], Callable[[Any, nn.Module, PopulationLoader], HookBase | None]], ...
-] = (
-    (PreciseBN, _precise_bn),
-    (FreezeBN, _freeze_bn),
-    (WeightAverage, _weight_average),
-    (DiagnoseBN, _diagnose),
-    (MergeStatistics, _merge),
+# In the order in which they run. Each has from_config(cfg, model, loader), which returns None where
+# the config does not ask for it; loader() builds the loader of population training, on all ranks.
+_OURS: tuple[Any, ...] = (
+    FollowKeys,
+    PreciseBN,
+    FreezeBN,
+    WeightAverage,
+    DiagnoseBN,
+    MergeStatistics,
 )
 
 
@@ -107,7 +52,8 @@ def with_rethinking_bn(
 ) -> list[HookBase | None]:
     """Add every hook of ours that ``cfg`` enables to a list of detectron2's.
 
-    For ``build_hooks`` of any DefaultTrainer::
+    :class:`~rethinking_bn.engine.TrainerMixin` does this and follows the other keys, too. For the
+    hooks alone, in ``build_hooks`` of any DefaultTrainer::
 
         def build_hooks(self):
             return with_rethinking_bn(super().build_hooks(), self.cfg, self.model)
@@ -116,7 +62,8 @@ def with_rethinking_bn(
     Ours run one after another (population training, then what freezes, averages or measures its
     result, then the merge over ranks) before the first hook that checkpoints, evaluates or writes,
     or where detectron2's PreciseBN was, which ours replaces. A hook of ours that is in the list
-    already stays as it is and where it is.
+    already stays as it is and where it is. One hook refuses to train where a key of ours is set
+    that hooks cannot follow and the trainer does not.
 
     Args:
         hooks: in their order, None allowed; not modified.
@@ -133,28 +80,16 @@ def with_rethinking_bn(
     Raises:
         ValueError: for keys of ``cfg`` that cannot be followed, on all ranks.
     """
-    return _with(tuple(kind for kind, _ in _OURS), hooks, cfg, model, data_loader)
-
-
-def _with(
-    kinds: tuple[type[HookBase], ...],
-    hooks: Sequence[HookBase | None],
-    cfg: Any,
-    model: nn.Module,
-    data_loader: Iterable[Any] | None,
-) -> list[HookBase | None]:
-    """Add those of our hooks that are of these kinds."""
     warn_of_unread_keys(cfg)
     if isinstance(cfg, CfgNode):
         check_has_keys(cfg)
     result = list(hooks)
     stock = detectron2_hooks.PreciseBN
-    ours = tuple(kind for kind, _ in _OURS)
     place = next(
-        (i for i, hook in enumerate(result) if isinstance(hook, (stock, *_READERS, *ours))),
+        (i for i, hook in enumerate(result) if isinstance(hook, (stock, *_READERS, *_OURS))),
         len(result),
     )
-    if cfg.TEST.PRECISE_BN.ENABLED and PreciseBN in kinds:  # nothing before `place` is removed
+    if cfg.TEST.PRECISE_BN.ENABLED:  # nothing before `place` is removed
         result = [hook for hook in result if not isinstance(hook, stock)]
     elif place < len(result) and isinstance(result[place], stock):
         place += 1  # it stays, and what reads its statistics comes after it
@@ -166,29 +101,18 @@ def _with(
                 return hook.data_loader
         return build_together(cfg) if data_loader is None else data_loader
 
-    for kind, build in _OURS:
+    for kind in _OURS:
         there = next((i for i, hook in enumerate(result) if isinstance(hook, kind)), None)
         if there is not None:
             place = there + 1
             continue
-        hook = build(cfg, model, loader) if kind in kinds else None
+        hook = kind.from_config(cfg, model, loader)
         if hook is not None:
             result.insert(place, hook)
             place += 1
             if isinstance(hook, WeightAverage):
                 _evaluate_too(hook, result, cfg)
     return result
-
-
-def with_weight_average(
-    hooks: Sequence[HookBase | None],
-    cfg: Any,
-    model: nn.Module,
-    *,
-    data_loader: Iterable[Any] | None = None,
-) -> list[HookBase | None]:
-    """Add :class:`WeightAverage` alone, as :func:`with_rethinking_bn` would: same arguments."""
-    return _with((WeightAverage,), hooks, cfg, model, data_loader)
 
 
 def _evaluate_too(average: WeightAverage, hooks: list[HookBase | None], cfg: Any) -> None:

@@ -1,31 +1,49 @@
-"""From a command line to running processes: arguments, checks, spawning, torchrun."""
+"""From a command line to running processes: arguments, checks, detectron2's launcher, torchrun.
+
+What ends a run (docs/training.md has the table):
+
+- A launcher that dies takes its ranks along, by the system's means (Linux's PR_SET_PDEATHSIG, see
+  :func:`rethinking_bn.command_line.end_with`).
+- SIGINT to the launcher ends all ranks at once, also where a background shell has set it to be
+  ignored. SIGHUP is left as it is: a closed terminal ends the launcher, ``nohup`` prevents that.
+- SIGTERM is passed on to the ranks, which save and end (:mod:`rethinking_bn.engine.preemption`);
+  a second one ends all at once.
+- A rank that fails ends all ranks.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
+from detectron2.engine import launch as detectron2_launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from rethinking_bn.command_line import argument_parser
-from rethinking_bn.engine import ranks
+from rethinking_bn.command_line import LAUNCHER, argument_parser, end_with
+from rethinking_bn.engine.check_config import warnings_of
 from rethinking_bn.engine.checks import check_run, hold_output_dir
 from rethinking_bn.engine.load_config import load_config, use_available_device
+from rethinking_bn.engine.preemption import GRACE, PREEMPTED
 
 Main = Callable[[argparse.Namespace], Any]
+
+INTERRUPTED = 130  # exit status, as the shell's for SIGINT
 
 _until_the_end = ExitStack()  # what this process holds for as long as it lives
 
@@ -39,9 +57,9 @@ def run(
 ) -> Any:
     """Read and check the command line, then call ``main(args)`` on every rank.
 
-    Ranks are ``--num-gpus`` spawned processes per machine (gloo on the CPU, NCCL on GPUs), or the
-    processes that torchrun started. Bad input is one line on stderr and exit status 1, before any
-    process is spawned. What ends a run, and how, is said at :mod:`rethinking_bn.engine.ranks`.
+    Ranks are ``--num-gpus`` processes per machine that detectron2's launcher spawns (gloo on the
+    CPU, NCCL on GPUs), or the processes that torchrun started. Bad input is one line on stderr and
+    exit status 1, before any process is spawned.
 
     Args:
         main: a module-level function.
@@ -61,22 +79,21 @@ def run(
             cfg = check_arguments(args)
     except (ValueError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+            _say(f"error: {error}")
         sys.exit(1)
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     if _under_torchrun():
         return _run_under_torchrun(main, args, on_gpu)
     if not on_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else detectron2 starts NCCL, for GPUs alone
-    if args.num_gpus * args.num_machines > 1:
-        ranks.launch(_run_rank, args, main, args, on_gpu)
-        return None
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
+    if args.num_gpus * args.num_machines > 1:
+        return launch(main, args, on_gpu)
     try:
         return main(args)
     except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
-        sys.exit(ranks.INTERRUPTED)
+        _say("interrupted")
+        sys.exit(INTERRUPTED)
 
 
 def check_arguments(args: argparse.Namespace) -> CfgNode:
@@ -119,6 +136,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.OUTPUT_DIR, comm.get_rank(), name="rethinking_bn", abbrev_name="rethinking_bn"
     )
     default_setup(cfg, args)
+    if comm.is_main_process():
+        resumes = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+        for line in warnings_of(cfg, training=not args.eval_only, resumes=resumes):
+            logger.warning("%s", line)
     if falls_back:
         logger.warning("No GPU is visible: MODEL.DEVICE is cpu, not cuda.")
     return cfg
@@ -142,17 +163,70 @@ def _under_torchrun() -> bool:
 
 
 def _run_under_torchrun(main: Main, args: argparse.Namespace, on_gpu: bool) -> Any:
-    ranks.end_with(os.getppid())
+    end_with(os.getppid())
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", init_method="env://", timeout=DEFAULT_TIMEOUT
     )
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-    return _run_rank(main, args, on_gpu)
+    return _share_cores(main, args, on_gpu)
 
 
-def _run_rank(main: Main, args: argparse.Namespace, on_gpu: bool) -> Any:
+def launch(main: Main, args: argparse.Namespace, on_gpu: bool) -> None:
+    """Run the ranks of this machine; where they do not end well, this process ends on the spot."""
+    asked: list[threading.Timer] = []
+
+    def pass_on(*_: Any) -> None:
+        """Handle SIGTERM: the first is passed on, the second ends all."""
+        if asked:
+            _say("second SIGTERM: all ranks are ended without a checkpoint")
+            _end(PREEMPTED)
+        asked.append(threading.Timer(GRACE + 1, _end, [PREEMPTED]))  # ranks keep to GRACE, too
+        asked[0].daemon = True
+        asked[0].start()
+        for rank in multiprocessing.active_children():
+            rank.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    os.environ[LAUNCHER] = str(os.getpid())
+    try:
+        detectron2_launch(
+            _run_rank,
+            args.num_gpus,
+            args.num_machines,
+            args.machine_rank,
+            args.dist_url,
+            (os.getpid(), main, args, on_gpu),
+        )
+    except KeyboardInterrupt:
+        _say("interrupted: all ranks are ended")
+        _end(INTERRUPTED)
+    except ProcessExitedException as error:
+        if asked or error.exit_code == PREEMPTED:
+            _end(PREEMPTED)
+        how = f"was ended by {error.signal_name}" if error.signal_name else "failed"
+        _say(f"error: local rank {error.error_index} {how}; all others are ended, too")
+        _end(1)
+    except ProcessRaisedException as error:
+        _say(f"error: local rank {error.error_index} failed; all others are ended, too{error}")
+        _end(PREEMPTED if asked else 1)
+    finally:
+        os.environ.pop(LAUNCHER, None)
+        signal.signal(signal.SIGTERM, before)
+        for timer in asked:
+            timer.cancel()
+
+
+def _run_rank(launcher: int, main: Main, args: argparse.Namespace, on_gpu: bool) -> None:
+    """Run one rank, in its process."""
+    end_with(launcher)  # again: torch has asked for another signal
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.setpgid(0, 0)  # terminals and schedulers signal the launcher's group: it tells the ranks
+    _share_cores(main, args, on_gpu)
+
+
+def _share_cores(main: Main, args: argparse.Namespace, on_gpu: bool) -> Any:
     """Run one rank of several, with its share of the CPU's cores."""
     if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -160,3 +234,15 @@ def _run_rank(main: Main, args: argparse.Namespace, on_gpu: bool) -> Any:
     result = main(args)
     dist.destroy_process_group()
     return result
+
+
+def _say(text: str) -> None:
+    print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
+
+
+def _end(status: int) -> NoReturn:
+    """End this process and the ranks, without the seconds that an interpreter's end takes."""
+    for rank in multiprocessing.active_children():
+        rank.kill()
+    sys.stdout.flush()
+    os._exit(status)

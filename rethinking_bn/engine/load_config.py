@@ -111,8 +111,11 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
         where = error.problem_mark
         place = f"{where.name}, line {where.line + 1}" if where else config_file
         raise ValueError(
-            f"{place}: {error.problem}; YAML tags are not loaded because they can execute code"
+            f"{place}: {error.problem}; YAML tags are not loaded because they can execute code: "
+            f"write the value itself{_key_at(where) if where else ''}"
         ) from error
+    except RecursionError as error:
+        raise ValueError(f"{config_file}: its _BASE_ files lead back to themselves") from error
     except KeyError as error:
         unknown = str(error.args[0]).rpartition(" ")[2]
         raise ValueError(f"{config_file}: {_unknown_key(cfg, unknown)}") from error
@@ -120,6 +123,21 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
         raise ValueError(f"{config_file}: not a mapping of config keys to values") from error
     except (yaml.YAMLError, AssertionError, ValueError) as error:
         raise ValueError(f"{config_file}: {_one_line(error)}") from error
+
+
+def _key_at(where: yaml.Mark) -> str:
+    """Name the key whose value begins at a place in a file, and what the known one means."""
+    with PathManager.open(where.name) as file:
+        node, path = yaml.compose(file, yaml.SafeLoader), []  # nodes, of which nothing is made
+    while isinstance(node, yaml.MappingNode):
+        # the last key that begins before the place
+        key, node = [pair for pair in node.value if pair[0].start_mark.index <= where.index][-1]
+        path.append(str(key.value))
+    key = ".".join(path)
+    # detectron2's Base-RetinaNet.yaml
+    sizes = [[round(x * 2 ** (i / 3), 1) for i in range(3)] for x in (32, 64, 128, 256, 512)]
+    known = f", such as RetinaNet's {sizes}" if key == "MODEL.ANCHOR_GENERATOR.SIZES" else ""
+    return f" under {key}{known}"
 
 
 def _check_key(cfg: CfgNode, key: str) -> None:

@@ -35,7 +35,13 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
                 return rethinking_bn.engine.build_optimizer(cfg, model)
     """
     warn_of_unread_keys(cfg)
-    optimizer = detectron2_build_optimizer(cfg, model)
+    return decay_norms(cfg, detectron2_build_optimizer(cfg, model), model)
+
+
+def decay_norms(
+    cfg: CfgNode, optimizer: torch.optim.Optimizer, model: nn.Module
+) -> torch.optim.Optimizer:
+    """Give SOLVER.WEIGHT_DECAY_NORM to the norms that a fresh optimizer's builder did not know."""
     weight_decay = cfg.SOLVER.WEIGHT_DECAY_NORM
     if weight_decay is None:
         return optimizer

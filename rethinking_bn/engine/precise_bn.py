@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, HookBase
 from torch import nn
 
-from rethinking_bn.config import check_statistics
+from rethinking_bn.config import check_has_keys, check_statistics, check_thaw
 from rethinking_bn.engine.accumulation import CPUAutocastTrainer
-from rethinking_bn.engine.population_loader import build_population_loader, build_together
+from rethinking_bn.engine.loaders import build_together
 from rethinking_bn.engine.unread_keys import warn_of_unread_keys
 from rethinking_bn.population import (
     PopulationReport,
@@ -24,15 +25,11 @@ from rethinking_bn.population import (
     layers_to_estimate,
 )
 from rethinking_bn.population.forwards import Autocast
-
-__all__ = [
-    "inference_statistics",
-    "PreciseBN",
-    "build_population_loader",
-    "run_population_training",
-]
+from rethinking_bn.population.model_state import modes_kept
 
 logger = logging.getLogger(__name__)
+
+_by_batch: WeakSet[nn.Module] = WeakSet()  # models within inference_statistics
 
 
 class PreciseBN(HookBase):
@@ -72,6 +69,22 @@ class PreciseBN(HookBase):
         self.data_loader, self.num_iter = data_loader, num_iter
         self.last_report: PopulationReport | None = None
         self.has_layers(model)
+
+    @classmethod
+    def from_config(
+        cls, cfg: Any, model: nn.Module, loader: Callable[[], Iterable[Any]]
+    ) -> PreciseBN | None:
+        """Return the hook that TEST.PRECISE_BN asks for; None if it does not, or without layers.
+
+        Raises:
+            ValueError: for TEST.PRECISE_BN.THAW, which is for trained models.
+        """
+        if not cfg.TEST.PRECISE_BN.ENABLED:
+            return None
+        check_thaw(cfg)
+        if not cls.has_layers(model):
+            return None
+        return cls(cfg.TEST.EVAL_PERIOD, model, loader(), cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def before_train(self) -> None:
         """Warn of keys of ours that nothing has read, where the trainer has a config."""
@@ -131,8 +144,7 @@ def run_population_training(cfg: CfgNode, model: nn.Module) -> PopulationReport:
             are folded into their weights.
     """
     loader = build_together(cfg)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with modes_kept(model):
         model.train()
         report = estimate_population_statistics(
             model,
@@ -141,11 +153,8 @@ def run_population_training(cfg: CfgNode, model: nn.Module) -> PopulationReport:
             autocast=_autocast(model) if cfg.SOLVER.AMP.ENABLED else None,
             seed=0,
             allow_empty=True,
-            thaw=cfg.TEST.PRECISE_BN.get("THAW", False),
+            thaw=cfg.TEST.PRECISE_BN.THAW,
         )
-    finally:
-        for module, mode in modes:
-            module.training = mode
     logger.info("%s", report)
     return report
 
@@ -160,19 +169,19 @@ def inference_statistics(cfg: CfgNode, model: nn.Module) -> Iterator[None]:
         ValueError: for a value that is neither "population" nor "batch", or a layer that cannot
             normalise by the mini-batch at inference.
     """
-    if check_statistics(cfg) == "population":
+    check_has_keys(cfg)
+    if check_statistics(cfg) == "population" or model in _by_batch:
         yield
         return
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with batch_statistics(model.eval()) as frozen:
-            logger.info("Inference by mini-batch statistics of each rank (TEST.STATISTICS)")
-            if frozen:
-                logger.info("frozen, so by their own statistics: %s", ", ".join(frozen))
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with ExitStack() as stack:
+        stack.enter_context(modes_kept(model))
+        frozen = stack.enter_context(batch_statistics(model.eval()))
+        _by_batch.add(model)
+        stack.callback(_by_batch.discard, model)
+        logger.info("Inference by mini-batch statistics of each rank (TEST.STATISTICS)")
+        if frozen:
+            logger.info("frozen, so by their own statistics: %s", ", ".join(frozen))
+        yield
 
 
 def _autocast(model: nn.Module, dtype: torch.dtype | None = None) -> Autocast:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch.distributed as dist
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
 from torch.distributed.distributed_c10d import _get_default_store
 
-from rethinking_bn.engine.merge_statistics import merge_statistics
+from rethinking_bn.engine.rank_state import merge_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,9 @@ class Preemption(HookBase):
 
     The checkpoint holds the statistics merged over the ranks, as every checkpoint does, but each
     rank's own for resuming: the resumed run is the one that was not ended, bit for bit. Population
-    training is not run for it; evaluation that is due in the same iteration is left out. A second
-    SIGTERM ends the process at once, and so does the end of 30 seconds.
+    training is not run for it; evaluation that is due in the same iteration is left out, that of
+    the last iteration too. A second SIGTERM ends the process at once, and so does the end of 30
+    seconds.
 
     State read: the trainer's iteration. State changed: none, unless it saves; SIGTERM's handler
     while training. All ranks must have it. Must come after the hooks that merge and checkpoint.
@@ -73,26 +75,34 @@ class Preemption(HookBase):
     def after_step(self) -> None:
         """Save and raise :class:`Preempted`, if all ranks are to stop here."""
         following = self.trainer.iter + 1
-        if self._stop_at(following) != following or following >= self.trainer.max_iter:
+        ends = following >= self.trainer.max_iter
+        if self._stop_at(following, ends) != following:
             return
-        # before merging: each rank goes on with its own
-        self.trainer.gather_rank_states()
-        merge_statistics(self.trainer.model)
-        name = f"model_{self.trainer.iter:07d}"
-        if comm.is_main_process():
-            self.trainer.checkpointer.save(name, iteration=self.trainer.iter)
-            logger.warning("SIGTERM: saved as %s.pth; --resume goes on from there.", name)
+        name = "model_final" if ends else f"model_{self.trainer.iter:07d}"
+        if not ends:  # what ends is saved already
+            # before merging: each rank goes on with its own
+            self.trainer.gather_rank_states()
+            merge_statistics(self.trainer.model)
+            if comm.is_main_process():
+                self.trainer.checkpointer.save(name, iteration=self.trainer.iter)
+        logger.warning("SIGTERM: saved as %s.pth; --resume goes on from there.", name)
         comm.synchronize()  # nobody ends before it is saved
+        # which run once more at the end of the last iteration
+        hooks = [hook for hook in self.trainer._hooks if not isinstance(hook, EvalHook)]
+        self.trainer._hooks[:] = hooks
         raise Preempted
 
-    def _stop_at(self, following: int) -> int | None:
+    def _stop_at(self, following: int, ends: bool) -> int | None:
         """Return the number of iterations after which all ranks stop, None if nobody asked."""
         if comm.get_world_size() == 1:
             return None if self._asked is None else following
         store = _get_default_store()
         if self._asked is not None and not self._told:
-            store.compare_set(self._key, "", str(following + self._lead))  # the first one decides
+            last = following if ends else min(following + self._lead, self.trainer.max_iter)
+            store.compare_set(self._key, "", str(last))  # the first one decides
             self._told = True
+        if ends:
+            comm.synchronize()  # who has not been asked by now is not asked any more
         return int(store.get(self._key)) if store.check([self._key]) else None
 
     def _ask(self, *_: Any) -> None:

@@ -1,12 +1,20 @@
-"""Keys of ours that are set and that nothing in the chosen model reads."""
+"""Keys of ours that are set and that nothing reads: no component of the model, no trainer.
+
+A registered component of ours declares ``reads``, the keys that it reads or groups of them
+("MODEL.RETINANET.BN"), and ``norm_keys``, the keys that name its norms, which may have options
+(:data:`rethinking_bn.modeling.norm_head.NORM_OPTIONS`). detectron2's components read none of ours;
+those of other projects may read what they like.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.engine import HookBase
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
@@ -19,14 +27,29 @@ from detectron2.modeling.roi_heads import (
     ROI_MASK_HEAD_REGISTRY,
     Res5ROIHeads,
 )
+from torch import nn
 
 from rethinking_bn.config import our_keys
-from rethinking_bn.modeling import RETINANET_HEAD, ConfigurableHeadRetinaNet, DistilledRetinaNet
-from rethinking_bn.modeling.norm_head import NormHead
-
-Unread = tuple[str, Any, str]  # key, value, and what would read it
+from rethinking_bn.layers import PopulationLayer
+from rethinking_bn.modeling import RETINANET_HEAD
+from rethinking_bn.modeling.norm_head import NORM_OPTIONS
+from rethinking_bn.population.model_state import unwrap
 
 logger = logging.getLogger(__name__)
+
+# which key of MODEL names a component, and where it is registered
+_PLACES: dict[str, Any] = {
+    "META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "BACKBONE.NAME": BACKBONE_REGISTRY,
+    "RETINANET.HEAD_NAME": RETINANET_HEAD,
+    "PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
+    "ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
+    "ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
+}
+_OUTER = ("META_ARCHITECTURE", "ROI_HEADS.NAME")
+# read by the trainer and by what is checked before a run
+_ELSEWHERE = ("MODEL.COMPILE_NORMS", "MODEL.MABN.REQUIRE_WEIGHTS")
 
 
 def check_keys_are_read(cfg: CfgNode) -> None:
@@ -44,10 +67,7 @@ def warn_of_unread_keys(cfg: Any) -> None:
 
 
 def unread_keys(cfg: CfgNode) -> list[str]:
-    """Name the keys of ours that are set and that the chosen components will not read.
-
-    detectron2's components know nothing of these keys: what they ask for would silently not be
-    there. Components of other projects may read what they like.
+    """Name the keys of ours that were changed, less what the chosen components read.
 
     Args:
         cfg: may lack keys.
@@ -55,128 +75,201 @@ def unread_keys(cfg: CfgNode) -> list[str]:
     Returns:
         one line per key, with what would read it.
     """
-    model = cfg.MODEL
-    if model.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
         return []  # building the model says so
-    architecture = META_ARCH_REGISTRY.get(model.META_ARCHITECTURE)
+    parts = _chosen(cfg)
+    read = list(_ELSEWHERE)
+    for place, part in parts.items():
+        read += _reads(cfg, place, part)
+    if not cfg.MODEL.get("DOMAIN_BN", {}).get("DATASETS", ()):
+        read = [key for key in read if key != "MODEL.DOMAIN_BN"]  # there are no domains
     found = [
-        *_of_architecture(model, architecture),
-        *_of_roi_heads(model, architecture),
-        *_of_backbone(model),
-        *_of_norms(model, architecture),
+        _line(cfg, parts, key, value)
+        for key, value in _changed(our_keys().MODEL, cfg.MODEL, "MODEL.")
+        if not _covered(key, read)
     ]
-    return [f"{key} is {value!r}, but {why}, or leave it out" for key, value, why in found]
+    for place, registry in _PLACES.items():  # a head of ours in a model without its place
+        name = _value(cfg, place)
+        if place.startswith("ROI") and place not in parts and name in registry:
+            if hasattr(registry.get(name), "reads"):
+                outer = [f"MODEL.{p} {_value(cfg, p)}" for p in parts if p in _OUTER]
+                found.append(
+                    f"MODEL.{place} is {name!r}, but {' or '.join(outer[-1:])} has no such head: "
+                    "set that to GeneralizedRCNN or NormImagesROIHeads, or leave it out"
+                )
+    return found
 
 
-def _of_architecture(model: CfgNode, architecture: type) -> Iterator[Unread]:
-    here = f"MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE}"
-    if _is_detectron2s(architecture):
-        keys = {f"BN.{name}": value for name, value in model.RETINANET.get("BN", {}).items()}
-        keys["HEAD_NAME"] = model.RETINANET.get("HEAD_NAME", "RetinaNetHead")
-        for name, value in keys.items():
-            if value not in ("", "RetinaNetHead"):
-                remedy = f"{here} does not read it: set that to ConfigurableHeadRetinaNet"
-                yield f"MODEL.RETINANET.{name}", value, remedy
-    if _is_known(architecture) and not issubclass(architecture, DistilledRetinaNet):
-        for name, value in _changed(model, "DISTILL"):
-            yield name, value, f"{here} does not read it: set that to DistilledRetinaNet"
-    groups = model.get("DOMAIN_BN", {}).get("DATASETS", ())
-    follows = "MODEL.DOMAIN_BN" in getattr(architecture, "reads", ())
-    for name, value in _changed(model, "DOMAIN_BN"):
-        if not groups:
-            yield name, value, "there are no domains: name them in MODEL.DOMAIN_BN.DATASETS"
-        elif _is_known(architecture) and not follows:
-            ours = "ConfigurableHeadRetinaNet or DomainRCNN"
-            yield name, value, f"{here} does not read it: set that to {ours}"
+def _chosen(cfg: CfgNode) -> dict[str, Any]:
+    """Return the components that the model will have, by the keys that name them."""
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    places = ["META_ARCHITECTURE", "BACKBONE.NAME"]
+    if _covered("MODEL.RETINANET.HEAD_NAME", getattr(architecture, "reads", ())):
+        places.append("RETINANET.HEAD_NAME")
+    may_have_rois = issubclass(architecture, GeneralizedRCNN) or _is_foreign(architecture)
+    if may_have_rois and not issubclass(architecture, RetinaNet):
+        places += ["PROPOSAL_GENERATOR.NAME", "ROI_HEADS.NAME", "ROI_MASK_HEAD.NAME"]
+        name = cfg.MODEL.ROI_HEADS.NAME
+        res5 = name in ROI_HEADS_REGISTRY and issubclass(ROI_HEADS_REGISTRY.get(name), Res5ROIHeads)
+        places += [] if res5 else ["ROI_BOX_HEAD.NAME"]
+    named = {place: _value(cfg, place) for place in places}
+    return {p: _PLACES[p].get(name) for p, name in named.items() if name in _PLACES[p]}
 
 
-def _of_roi_heads(model: CfgNode, architecture: type) -> Iterator[Unread]:
-    images = ("MODEL.ROI_HEADS.NORM_IMAGES", model.ROI_HEADS.get("NORM_IMAGES", 0))
-    heads = [(f"MODEL.{key}.NAME", model[key].NAME) for key in _norm_heads(model)]
-    if issubclass(architecture, RetinaNet) or (
-        _is_detectron2s(architecture) and not issubclass(architecture, GeneralizedRCNN)
-    ):
-        here = f"MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE}"
-        for key, value in (images, *heads):
-            if value:
-                yield key, value, f"{here} has no RoI heads: set that to GeneralizedRCNN"
-    elif model.ROI_HEADS.NAME in ROI_HEADS_REGISTRY:
-        roi_heads = ROI_HEADS_REGISTRY.get(model.ROI_HEADS.NAME)
-        that = f"MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME} does not read it: set that to "
-        if images[1] and _is_detectron2s(roi_heads):
-            yield *images, that + "NormImagesROIHeads or NormImagesCascadeROIHeads"
-        if issubclass(roi_heads, Res5ROIHeads):
-            for key, value in heads:
-                if key == "MODEL.ROI_BOX_HEAD.NAME":
-                    yield key, value, that + "StandardROIHeads or NormImagesROIHeads"
-
-
-def _of_backbone(model: CfgNode) -> Iterator[Unread]:
-    builder, images = model.BACKBONE.NAME, model.BACKBONE.get("NORM_IMAGES", 0)
-    if images and builder in BACKBONE_REGISTRY and _is_detectron2s(BACKBONE_REGISTRY.get(builder)):
-        why = f"MODEL.BACKBONE.NAME {builder} does not read it: set that to a build_norm_ backbone"
-        yield "MODEL.BACKBONE.NORM_IMAGES", images, why
-
-
-def _of_norms(model: CfgNode, architecture: type) -> Iterator[Unread]:
-    """Groups of GN are read where a component of ours, or one we do not know, has GN."""
-    changed = list(_changed(model, "GN"))
-    if not changed:
+def _reads(cfg: CfgNode, place: str, part: Any) -> Iterator[str]:
+    if _is_foreign(part):
+        section = place.rpartition(".")[0]
+        yield f"MODEL.{section}" if section else "MODEL"
+        yield from NORM_OPTIONS.values()
         return
-    heads = [f"{key}.NORM" for key in _norm_heads(model)]
-    parts: list[Any] = [architecture]
-    if issubclass(architecture, ConfigurableHeadRetinaNet):
-        heads = ["RETINANET.NORM"] if model.RETINANET.HEAD_NAME != "RetinaNetHead" else []
-        if model.RETINANET.HEAD_NAME in RETINANET_HEAD:
-            parts.append(RETINANET_HEAD.get(model.RETINANET.HEAD_NAME))
-    if not issubclass(architecture, RetinaNet):
-        for registry, key in (
-            (PROPOSAL_GENERATOR_REGISTRY, "PROPOSAL_GENERATOR"),
-            (ROI_HEADS_REGISTRY, "ROI_HEADS"),
-            (ROI_BOX_HEAD_REGISTRY, "ROI_BOX_HEAD"),
-            (ROI_MASK_HEAD_REGISTRY, "ROI_MASK_HEAD"),
-        ):
-            if model[key].NAME in registry:
-                parts.append(registry.get(model[key].NAME))
-    builder = model.BACKBONE.NAME
-    if builder in BACKBONE_REGISTRY:
-        parts.append(BACKBONE_REGISTRY.get(builder))
-        heads += [] if _is_detectron2s(parts[-1]) else ["RESNETS.NORM", "FPN.NORM"]
-    norms = {model[part][key] for part, key in (head.split(".") for head in heads)}
-    if not all(map(_is_known, parts)) or "GN" in norms or "_gn_" in builder:
-        return
-    for name, value in changed:
-        yield name, value, "no norm of this package is GN: set one of the NORM keys to GN"
+    yield from getattr(part, "reads", ()) if not _is_detectron2s(part) else ()
+    for key in getattr(part, "norm_keys", ()):
+        norm = _value(cfg, key.removeprefix("MODEL."))
+        if norm in NORM_OPTIONS:
+            yield NORM_OPTIONS[norm]
 
 
-def _norm_heads(model: CfgNode) -> list[str]:
-    """Return which of the two RoI heads are of this package."""
-    registries = {"ROI_BOX_HEAD": ROI_BOX_HEAD_REGISTRY, "ROI_MASK_HEAD": ROI_MASK_HEAD_REGISTRY}
-    return [
-        key
-        for key, registry in registries.items()
-        if model[key].NAME in registry and issubclass(registry.get(model[key].NAME), NormHead)
-    ]
+def _line(cfg: CfgNode, parts: dict[str, Any], key: str, value: Any) -> str:
+    """Say that a key is not read, and what would read it."""
+    said = f"{key} is {value!r}, but"
+    norms = [norm for norm, group in NORM_OPTIONS.items() if _covered(key, [group])]
+    if norms:
+        return f"{said} no norm of this package is {norms[0]}: set one of the NORM keys to it"
+    place, ours = _readers(key)
+    if place and place not in parts:
+        what, outer = place, "META_ARCHITECTURE"
+        place, ours = _readers(f"MODEL.{place}")
+        if not place:
+            here = f"MODEL.{outer} {_value(cfg, outer)}"
+            return f"{said} {here} has no MODEL.{what} to read it: leave it out"
+    if not place:
+        return f"{said} nothing reads it: leave it out"
+    if _value(cfg, place) in ours:
+        return f"{said} there are no domains: name them in MODEL.DOMAIN_BN.DATASETS"
+    here = f"MODEL.{place} {_value(cfg, place)}"
+    return f"{said} {here} does not read it: set that to {' or '.join(ours)}, or leave it out"
 
 
-def _changed(model: CfgNode, part: str) -> Iterator[tuple[str, Any]]:
-    """Yield the keys of a part of ours whose values are not their defaults."""
-    defaults = our_keys().MODEL[part]
-    for name, value in model.get(part, {}).items():
-        if name in defaults and value != defaults[name] and (value or defaults[name]):
-            yield f"MODEL.{part}.{name}", value
+def _readers(key: str) -> tuple[str, list[str]]:
+    """Return where a key is read, and the components there that read it."""
+    for place, registry in _PLACES.items():
+        readers = {n: part for n, part in registry if _covered(key, getattr(part, "reads", ()))}
+        ours = [name for name, part in readers.items() if not _is_detectron2s(part)]
+        if ours:
+            return place, ours
+    return "", []
 
 
-def _is_known(component: Any) -> bool:
-    """Return whether we know what a component reads: it is detectron2's or ours."""
-    return _reader(component).startswith(("detectron2.", "rethinking_bn."))
+def _changed(defaults: CfgNode, cfg: CfgNode, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield the keys of ours whose values are not their defaults."""
+    for name, default in defaults.items():
+        value = cfg.get(name, default)
+        if isinstance(default, CfgNode):
+            yield from _changed(default, value, f"{prefix}{name}.")
+        elif value != default and (value or default):
+            yield prefix + name, value
+
+
+def _covered(key: str, groups: Iterable[str]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    """Return the value of a key of MODEL, "" where there is no such key."""
+    node: Any = cfg.MODEL
+    for name in key.split("."):
+        node = node.get(name, "")
+    return node
+
+
+def _is_foreign(component: Any) -> bool:
+    """Return whether it is neither detectron2's nor ours that reads a component's keys."""
+    return not _reader(component).startswith(("detectron2.", "rethinking_bn."))
 
 
 def _is_detectron2s(component: Any) -> bool:
-    """Return whether it is detectron2's own code that reads a component's keys."""
     return _reader(component).startswith("detectron2.")
 
 
 def _reader(component: Any) -> str:
     reader = getattr(component, "from_config", component)
     return str(getattr(reader, "__func__", reader).__module__)
+
+
+class FollowKeys(HookBase):
+    """Refuse to train where a key of ours is set that hooks cannot follow and the trainer does not.
+
+    :class:`~rethinking_bn.engine.TrainerMixin` follows all of them. Another trainer may do so by
+    the parts of this package: an AccumulatingTrainer, ``train_only``, ``compile_norms``, and a
+    ``test`` that uses ``inference_statistics``.
+
+    State read: the trainer's step trainer, model and test function. State changed: none.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        self._cfg = cfg
+
+    @classmethod
+    def from_config(cls, cfg: Any, model: nn.Module, loader: Any = None) -> FollowKeys | None:
+        """Return the hook; None where no such key is set."""
+        asked = any(value not in (1, "population") and value for _, value, _ in _of_trainers(cfg))
+        return cls(cfg) if asked else None
+
+    def before_train(self) -> None:
+        """Look at the trainer.
+
+        Raises:
+            ValueError: naming the first key that it does not follow.
+        """
+        for key, value, is_followed in _of_trainers(self._cfg):
+            if not is_followed(self.trainer):
+                name = self.trainer.__class__.__name__
+                raise ValueError(
+                    f"{key} is {value!r}, but {name} does not follow it: derive it as class "
+                    f"{name}(rethinking_bn.engine.TrainerMixin, DefaultTrainer), or leave it out"
+                )
+
+
+def _of_trainers(cfg: Any) -> list[tuple[str, Any, Callable[[Any], bool]]]:
+    """Return the keys that trainers follow: key, value, and whether a trainer follows that."""
+    passes, patterns = cfg.SOLVER.ACCUMULATION_STEPS, cfg.SOLVER.TRAIN_ONLY
+    statistics, compiled = cfg.TEST.STATISTICS, cfg.MODEL.COMPILE_NORMS
+
+    def steps(trainer: Any) -> bool:
+        step = getattr(trainer, "_trainer", trainer)
+        return bool(getattr(step, "accumulation_steps", 1) == passes)
+
+    def trains(trainer: Any) -> bool:
+        return not patterns or not _trained_otherwise(unwrap(trainer.model), patterns)
+
+    def compiles(trainer: Any) -> bool:
+        ours = [m for m in trainer.model.modules() if isinstance(m, PopulationLayer)]
+        marks = ("_compiled_call_impl", "_normalize_level", "_run")  # see layers/compile.py
+        return not (compiled and ours) or any(vars(m).get(k) for m in ours for k in marks)
+
+    def tests(trainer: Any) -> bool:
+        kinds = trainer.__class__.__mro__
+        functions = [vars(kind)["test"] for kind in kinds if "test" in vars(kind)]
+        codes = [getattr(getattr(f, "__func__", f), "__code__", None) for f in functions]
+        named = {name for code in codes if code is not None for name in code.co_names}
+        return statistics == "population" or bool(
+            named & {"inference_statistics", "batch_statistics"}
+        )
+
+    return [
+        ("SOLVER.ACCUMULATION_STEPS", passes, steps),
+        ("SOLVER.TRAIN_ONLY", patterns, trains),
+        ("TEST.STATISTICS", statistics, tests),
+        ("MODEL.COMPILE_NORMS", compiled, compiles),
+    ]
+
+
+def _trained_otherwise(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return the names of the parameters that train though no pattern names their module."""
+    named = [
+        module
+        for name, module in model.named_modules()
+        if name and any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    chosen = {id(parameter) for module in named for parameter in module.parameters()}
+    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in chosen]

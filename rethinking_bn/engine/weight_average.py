@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -12,9 +12,13 @@ from torch import nn
 
 from rethinking_bn.averaging import KINDS, STATISTICS, AveragedWeights
 from rethinking_bn.checkpointer import Checkpointer
-from rethinking_bn.engine.merge_statistics import merge_statistics
 from rethinking_bn.engine.precise_bn import autocast_of
-from rethinking_bn.engine.rank_state import RankState, gather_rank_state, load_rank_state
+from rethinking_bn.engine.rank_state import (
+    RankState,
+    gather_rank_state,
+    load_rank_state,
+    merge_statistics,
+)
 from rethinking_bn.population import layers_to_estimate
 
 logger = logging.getLogger(__name__)
@@ -33,11 +37,15 @@ class WeightAverage(HookBase):
     do too if it calls :meth:`gather_rank_states` on every rank before it saves.
 
     The average starts from the weights before iteration ``start``. Its weights are the same on
-    every rank, and so are its statistics after a merge.
+    every rank, and so are its statistics after a merge. From then on, ``rates`` may replace the
+    learning rate of the trainer's own schedule, for SWA's (Izmailov et al., arXiv 1803.05407): a
+    constant one, or one that falls linearly from the first to the second within each period, with
+    an update at the end of each.
     Nothing is ever swapped: it is a model of its own, and so may be evaluated, or interrupted, at
     any time.
 
-    State read: the trained model, the trainer's precision. State changed: its own average alone.
+    State read: the trained model, the trainer's precision. State changed: its own average and, with
+    ``rates``, the optimizer's learning rates.
     Comes after PreciseBN (a "copy" then has its statistics, at the iterations that have them) and
     before the hooks that merge, checkpoint and evaluate; on every rank.
 
@@ -54,6 +62,8 @@ class WeightAverage(HookBase):
         start: int = 0,
         period: int = 1,
         statistics: str = "copy",
+        rates: Sequence[float] = (),
+        base_rate: float = 0.0,
         data_loader: Iterable[Any] | None = None,
         num_iter: int = 0,
         checkpoint_period: int = 0,
@@ -66,6 +76,8 @@ class WeightAverage(HookBase):
             kind, decay, statistics: as for AveragedWeights; the EMA's decay warms up.
             start: iterations before the average begins.
             period: iterations from one update to the next.
+            rates: learning rates from ``start`` on: none, one, or the first and last of a period.
+            base_rate: the solver's; a group of parameters with another keeps its ratio to it.
             data_loader, num_iter: for "estimate"; as for PreciseBN.
             checkpoint_period, eval_period: of the trainer, in iterations; 0: only the end.
             output_dir: where ``model_averaged.pth`` goes; "": nowhere.
@@ -83,17 +95,47 @@ class WeightAverage(HookBase):
         choices: Any = {"kind": kind, "decay": decay, "statistics": statistics}
         self.averaged = AveragedWeights(model, **choices)
         self._model, self._start, self._period = model, start, period
+        self._rates, self._base_rate = tuple(rates), base_rate
         self._data_loader, self._num_iter = data_loader, num_iter
         self._checkpoint_period, self._eval_period = checkpoint_period, eval_period
         self._output_dir = output_dir
         self._started = False
         self._rank_states: tuple[int, list[RankState]] | None = None
 
+    @classmethod
+    def from_config(
+        cls, cfg: Any, model: nn.Module, loader: Callable[[], Iterable[Any]]
+    ) -> WeightAverage | None:
+        """Return the hook that SOLVER.AVERAGE asks for; None if it does not."""
+        options = average_options(cfg)
+        if options is None:
+            return None
+        if options["statistics"] == "estimate":
+            if layers_to_estimate(model):
+                options.update(data_loader=loader(), num_iter=cfg.TEST.PRECISE_BN.NUM_ITER)
+            else:
+                logger.info("The average has the model's statistics: no BN-like layer to estimate.")
+                options["statistics"] = "copy"
+        return cls(
+            model,
+            base_rate=cfg.SOLVER.BASE_LR,
+            checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+            eval_period=cfg.TEST.EVAL_PERIOD,
+            output_dir=cfg.OUTPUT_DIR,
+            **options,
+        )
+
     def before_step(self) -> None:
         """Begin, with the weights as they are now, if it is time to and nothing was resumed."""
         if not self._started and self.trainer.iter >= self._start:
             self.averaged.restart(self._model)
             self._started = True
+        if self._rates and self.trainer.iter >= self._start:
+            place = (self.trainer.iter - self._start) % self._period / max(1, self._period - 1)
+            first, last = self._rates[0], self._rates[-1]
+            for group in self.trainer.optimizer.param_groups:
+                ratio = group.setdefault("initial_lr", group["lr"]) / self._base_rate
+                group["lr"] = ratio * (first + (last - first) * place)
 
     def after_step(self) -> None:
         """Update, and get ready for whoever reads the average after this iteration."""
@@ -167,8 +209,10 @@ def average_options(cfg: CfgNode) -> dict[str, Any] | None:
     Raises:
         ValueError: naming the key and what it may be.
     """
-    keys = cfg.SOLVER.get("AVERAGE")  # configs of other projects may lack it
-    if keys is None or keys.KIND == "":
+    keys = cfg.SOLVER.AVERAGE
+    if keys.KIND == "":
+        if keys.LR:
+            raise ValueError(f"SOLVER.AVERAGE.LR is {keys.LR}, but SOLVER.AVERAGE.KIND is empty")
         return None
     for name, choices in (("KIND", KINDS), ("STATISTICS", STATISTICS)):
         if keys[name] not in choices:
@@ -179,9 +223,17 @@ def average_options(cfg: CfgNode) -> dict[str, Any] | None:
     for name, least in (("START", 0), ("PERIOD", 1)):
         if keys[name] < least:
             raise ValueError(f"SOLVER.AVERAGE.{name} must be at least {least}, got {keys[name]}")
+    rates = [*keys.LR, cfg.SOLVER.BASE_LR] if keys.LR else []
+    if len(rates) > 3 or any(not rate > 0 for rate in rates):
+        raise ValueError(
+            "SOLVER.AVERAGE.LR must be (), (rate,) or (first, last), each above 0 as "
+            f"SOLVER.BASE_LR {cfg.SOLVER.BASE_LR}; got {keys.LR}"
+        )
     if keys.STATISTICS == "estimate" and cfg.TEST.PRECISE_BN.NUM_ITER < 1:
         raise ValueError(
             'SOLVER.AVERAGE.STATISTICS "estimate" takes TEST.PRECISE_BN.NUM_ITER batches, '
             f"got {cfg.TEST.PRECISE_BN.NUM_ITER}"
         )
-    return {name.lower(): keys[name] for name in keys}
+    options = {name.lower(): keys[name] for name in keys}
+    options["rates"] = options.pop("lr")
+    return options

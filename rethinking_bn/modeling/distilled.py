@@ -120,6 +120,8 @@ class DistilledRetinaNet(ConfigurableHeadRetinaNet):
         ValueError: when teacher and student predict for other anchors or classes.
     """
 
+    reads = (*ConfigurableHeadRetinaNet.reads, "MODEL.DISTILL")
+
     @configurable
     def __init__(
         self,

@@ -18,7 +18,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
 from rethinking_bn.data.register import read_classes, register_coco_format  # noqa: E402
 from rethinking_bn.engine import load_config  # noqa: E402
-from rethinking_bn.engine.checks import check_data_sets  # noqa: E402
+from rethinking_bn.engine.check_config import check_data_sets  # noqa: E402
 from tests.engine.tiny import tiny_config, write_data  # noqa: E402
 from tests.tools.runs import TOOL, environment  # noqa: E402
 

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from rethinking_bn.config import images_per_pass
 from rethinking_bn.engine import AccumulatingAMPTrainer, AccumulatingTrainer, Trainer
 from rethinking_bn.engine.accumulation import CPUAutocastTrainer, split_batch
-from rethinking_bn.engine.checks import check_batch_size
-from rethinking_bn.engine.data_parallel import wrap_data_parallel
-from rethinking_bn.engine.rank_state import gather_rank_state, load_rank_state
-from rethinking_bn.engine.trainer import log_passes
+from rethinking_bn.engine.check_config import check_batch_size
+from rethinking_bn.engine.rank_state import gather_rank_state, load_rank_state, wrap_data_parallel
+from rethinking_bn.engine.trainer_mixin import log_passes
 from rethinking_bn.layers import SyncBatchNorm2d, get_norm
 from rethinking_bn.randomness import announce_iteration
 from tests.engine.tiny import register_data, tiny_config, write_data
@@ -121,7 +120,7 @@ def result(model: nn.Module, normalizers: list[float]) -> Found:
 def train(norm: str, rank: int, world: int, passes: int) -> Found:
     """Train as rank r of W with k passes of one image each."""
     model = detector(norm)
-    wrapped = wrap_data_parallel(model, on_gpu=False) if world > 1 else model
+    wrapped = wrap_data_parallel(model) if world > 1 else model
     own = slice(rank * passes, (rank + 1) * passes)
     loader = [images(iteration, world * passes)[own] for iteration in range(STEPS)]
     trainer = (
@@ -295,8 +294,6 @@ def test_images_of_a_pass() -> None:
             check_batch_size(cfg, 2)
         with pytest.raises(ValueError, match="ACCUMULATION_STEPS"):
             Trainer(cfg) if passes == 0 else images_per_pass(cfg, 2)
-    del cfg.SOLVER["ACCUMULATION_STEPS"]  # another project's config
-    assert images_per_pass(cfg, 2) == 6
 
 
 class Detector(nn.Module):

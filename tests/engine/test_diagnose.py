@@ -114,7 +114,7 @@ def test_row_3_is_told_by_name_and_remedy(row: int, data: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("opts", "said"),
     [
-        (("TEST.DIAGNOSE.PERIOD", "-1"), "PERIOD must be at least 1, or 0 .never., got -1"),
+        (("TEST.DIAGNOSE.PERIOD", "-1"), "TEST.DIAGNOSE.PERIOD must be at least 0, got -1"),
         (("TEST.PRECISE_BN.NUM_ITER", "1"), "needs at least 2 batches"),
         (("TEST.PRECISE_BN.DATASETS", "('nowhere',)"), "registered as 'nowhere'"),
     ],

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rethinking_bn.config import needs_population_loader
 from rethinking_bn.engine import FreezeBN, PreciseBN, with_rethinking_bn
-from rethinking_bn.engine.checks import check_freezing
-from rethinking_bn.engine.data_parallel import wrap_data_parallel
+from rethinking_bn.engine.check_config import check_freezing
+from rethinking_bn.engine.rank_state import wrap_data_parallel
 from rethinking_bn.layers import MABN2d, MultiDomainBatchNorm2d
 from rethinking_bn.population import estimate_population_statistics
 from tests.engine.tiny import tiny_config
@@ -125,7 +125,7 @@ def test_the_affine_too() -> None:
 
 def on_rank(rank: int, start: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     model = Model()
-    wrapped = wrap_data_parallel(model, on_gpu=False)
+    wrapped = wrap_data_parallel(model)
     evaluation = Evaluation(model)
     hooks = [FreezeBN(start, wrapped, Loader(5, rank, 2), 3, affine=True), evaluation]
     affines = []

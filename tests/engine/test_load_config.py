@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from detectron2 import model_zoo
 
 from rethinking_bn.engine import load_config
 from rethinking_bn.engine.load_config import use_available_device
@@ -52,6 +53,7 @@ def test_tags_are_refused_and_not_executed(tmp_path: Path, place: str) -> None:
         ("- 1", "not a mapping"),
         ("VERSION: 99", "v99"),
         ("_BASE_: nowhere.yaml", "nowhere.yaml.*does not exist"),
+        ("_BASE_: run.yaml", "_BASE_"),
     ],
 )
 def test_a_bad_file_gives_one_line_that_names_it(tmp_path: Path, text: str, message: str) -> None:
@@ -93,3 +95,18 @@ def test_with_a_gpu_the_device_is_what_the_config_says(monkeypatch: pytest.Monke
     cfg = load_config()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert not use_available_device(cfg) and cfg.MODEL.DEVICE == "cuda"
+
+
+def test_detectron2s_retinanet_says_what_to_write_instead() -> None:
+    """Defect 18: its base holds a tag that executes code."""
+    name = model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    with pytest.raises(ValueError, match="Base-RetinaNet.yaml, line 8") as caught:
+        load_config(name)
+    key, _, sizes = str(caught.value).partition(" such as RetinaNet's ")
+    assert "MODEL.ANCHOR_GENERATOR.SIZES" in key
+    cfg = load_config("", ["MODEL.ANCHOR_GENERATOR.SIZES", sizes])
+    stock = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    for ours, theirs in zip(
+        cfg.MODEL.ANCHOR_GENERATOR.SIZES, stock.MODEL.ANCHOR_GENERATOR.SIZES, strict=True
+    ):
+        assert ours == pytest.approx(theirs, rel=0.01)

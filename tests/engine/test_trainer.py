@@ -156,6 +156,25 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(cfg: CfgNode) -> None:
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
+def test_sigterm_in_the_last_iteration_leaves_the_evaluation_out(
+    cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect 51: it ran the whole evaluation, and exited with 0."""
+    monkeypatch.setattr(Trainer, "test", lambda *args: pytest.fail("evaluated"))
+    cfg.TEST.EVAL_PERIOD = 2
+    trainer = Trainer(cfg)
+
+    def ask(trainer: Trainer) -> None:
+        if trainer.iter == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.register_hooks([hooks.CallbackHook(before_step=ask)])
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    assert ended.value.code == 143
+    assert (Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text() == "model_final.pth"
+
+
 def weights(trainer: Trainer) -> list[torch.Tensor]:
     return [p.detach().clone() for p in trainer.model.parameters()]
 

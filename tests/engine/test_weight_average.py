@@ -13,15 +13,15 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.engine import hooks as stock
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from rethinking_bn.engine import PreciseBN, Trainer, WeightAverage, with_weight_average
-from rethinking_bn.engine.merge_statistics import MergeStatistics
+from rethinking_bn.engine import PreciseBN, Trainer, WeightAverage, with_rethinking_bn
 from rethinking_bn.engine.preemption import Preempted
+from rethinking_bn.engine.rank_state import MergeStatistics
 from rethinking_bn.engine.weight_average import average_options
 from tests.engine.test_resume import Interruption, RecordingTrainer, digest
 from tests.engine.tiny import register_data, tiny_config, write_data
@@ -208,16 +208,13 @@ def test_places_in_the_list_and_the_shared_loader(tmp_path: Path) -> None:
         *kinds, stock.EvalHook,
     ]  # fmt: skip
     assert ours[0].data_loader is ours[1]._data_loader
-    again = with_weight_average(trainer._hooks, cfg, trainer.model)
-    assert again == trainer._hooks
-    added = with_weight_average([None, stock.PeriodicWriter([])], cfg, trainer.model)
-    assert [type(hook).__name__ for hook in added] == [
-        "NoneType",
-        "WeightAverage",
-        "PeriodicWriter",
-    ]
+    assert with_rethinking_bn(trainer._hooks, cfg, trainer.model) == trainer._hooks
+    cfg.TEST.PRECISE_BN.ENABLED = False
+    added = with_rethinking_bn([None, stock.PeriodicWriter([])], cfg, trainer.model)
+    kinds = ["NoneType", "WeightAverage", "PeriodicWriter"]
+    assert [type(hook).__name__ for hook in added] == kinds
     cfg.SOLVER.AVERAGE.KIND = ""
-    assert with_weight_average(ours, cfg, trainer.model) == ours
+    assert with_rethinking_bn(ours, cfg, trainer.model) == ours
 
 
 def test_without_a_layer_to_estimate(tmp_path: Path, caplog: Any) -> None:
@@ -237,6 +234,8 @@ def test_without_a_layer_to_estimate(tmp_path: Path, caplog: Any) -> None:
         ("DECAY", 2.0, r"DECAY must be in \[0, 1\], got 2.0"),
         ("START", -1, "START must be at least 0, got -1"),
         ("PERIOD", 0, "PERIOD must be at least 1, got 0"),
+        ("LR", (0.1, 0.0), r"LR must be .*; got \(0.1, 0.0\)"),
+        ("LR", (0.3, 0.2, 0.1), r"LR must be .*; got \(0.3, 0.2, 0.1\)"),
     ],
 )
 def test_wrong_keys(tmp_path: Path, key: str, value: Any, said: str) -> None:
@@ -244,3 +243,40 @@ def test_wrong_keys(tmp_path: Path, key: str, value: Any, said: str) -> None:
     cfg.SOLVER.AVERAGE[key] = value
     with pytest.raises(ValueError, match=f"SOLVER.AVERAGE.{said}"):
         average_options(cfg)
+
+
+class Rates(HookBase):
+    """Keeps the learning rates that each step is taken with."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+
+    def before_step(self) -> None:
+        self.seen.append([group["lr"] for group in self.trainer.optimizer.param_groups])
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ((), [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]),
+        ((0.5,), [1.0, 0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]),
+        ((0.6, 0.2), [1.0, 0.9, 0.6, 0.4, 0.2, 0.6, 0.4, 0.2]),
+    ],
+)
+def test_the_schedule_of_swa(rates: tuple[float, ...], expected: list[float]) -> None:
+    """Constant, or falling to the iteration that the average is updated after."""
+    model = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "lr": 2.0}]
+    optimizer = torch.optim.SGD(groups, 1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - 0.1 * step)
+    model.forward = lambda x: model[1](model[0](x)).sum()
+    average = WeightAverage(model, "swa", start=2, period=3, rates=rates, base_rate=1.0)
+    updates: list[int] = []
+    average.averaged.update = lambda model: updates.append(trainer.iter)  # type: ignore
+    trainer = SimpleTrainer(model, [torch.zeros(1, 1)] * 8, optimizer)
+    seen = Rates()
+    trainer.register_hooks([stock.LRScheduler(optimizer, scheduler), average, seen])
+    trainer.train(0, 8)
+    assert [lr for lr, _ in seen.seen] == pytest.approx(expected)
+    assert all(twice == pytest.approx(2 * once) for once, twice in seen.seen)
+    assert updates == [4, 7]

@@ -18,7 +18,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 
-from rethinking_bn.engine.checks import check_batch_size
+from rethinking_bn.engine.check_config import check_batch_size
 from rethinking_bn.layers import (
     BatchNorm2d,
     BatchStatNorm2d,

@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from rethinking_bn.engine import build_optimizer
-from rethinking_bn.engine.starting_weights import check_teacher
+from rethinking_bn.engine.checks import check_teacher
 from rethinking_bn.modeling import DistilledRetinaNet
 from rethinking_bn.modeling.distilled import Teacher, teacher_config
 from rethinking_bn.population import estimate_population_statistics

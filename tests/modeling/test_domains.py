@@ -17,9 +17,9 @@ from torch import nn
 from rethinking_bn.checkpoint import select_domain
 from rethinking_bn.data.domains import build_test_loader
 from rethinking_bn.engine import Trainer
-from rethinking_bn.engine.checks import check_data_sets, check_model
-from rethinking_bn.engine.population_loader import build_population_loader
-from rethinking_bn.engine.train_loader import build_train_loader
+from rethinking_bn.engine.check_config import check_data_sets
+from rethinking_bn.engine.checks import check_model
+from rethinking_bn.engine.loaders import build_population_loader, build_train_loader
 from rethinking_bn.layers import SplitBatchNorm2d, row_domains
 from rethinking_bn.layers.frozen import is_frozen
 from tests.engine.tiny import register_data, tiny_config, write_data

@@ -19,11 +19,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch.multiprocessing
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES, _get_builtin_metadata
 
-from rethinking_bn.engine import launch
 from tests.engine.tiny import tiny_config, write_data
 
 ROOT = Path(__file__).parents[2]
@@ -79,8 +79,7 @@ class Run:
         found = []
         for pid, command in self.processes().items():
             with contextlib.suppress(OSError):
-                # a rank leads its process group, the guard a session
-                leads = os.getpgid(pid) == pid != os.getsid(pid)
+                leads = os.getpgid(pid) == pid  # its process group
                 if _parent(pid) == self.launcher.pid and (leads or "spawn_main" in command):
                     found.append(pid)
         return sorted(found)
@@ -189,8 +188,9 @@ def _run_tool(
     register_coco_instances(
         DATA, _get_builtin_metadata("coco"), str(folder / JSON), str(folder / IMAGES)
     )
-    mp: Any = launch.ranks.mp
-    mp.start_processes = partial(mp.start_processes, start_method="fork")
+    # which detectron2's launcher calls
+    start: Any = torch.multiprocessing.start_processes
+    torch.multiprocessing.start_processes = partial(start, start_method="fork")
     sys.argv = [TOOL, "--config-file", "run.yaml", *argv]
     runpy.run_path(TOOL, run_name="__main__")
 

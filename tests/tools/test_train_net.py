@@ -16,6 +16,7 @@ import torch
 
 from rethinking_bn import get_config_file
 from rethinking_bn.engine import Checkpointer, Trainer, launch, load_config
+from rethinking_bn.engine.check_config import warnings_of
 from tests.engine.tiny import register_data, tiny_config, write_data
 from tests.tools.runs import TOOL, environment, write_run
 
@@ -37,7 +38,7 @@ def start(*args: Any, **kwargs: Any) -> None:
 @pytest.fixture
 def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the path of a complete config; whatever would start processes is disarmed."""
-    monkeypatch.setattr(launch.ranks, "launch", start)
+    monkeypatch.setattr(launch, "launch", start)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
@@ -58,14 +59,15 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return lines[0]
 
 
-def test_good_input_starts(config_file: str) -> None:
+def test_good_input_starts(tmp_path: Path, config_file: str) -> None:
+    weights = str(tmp_path / "weights.pth")
+    torch.save({"model": Trainer.build_model(load_config(config_file)).state_dict()}, weights)
     good = [
-        ["--eval-only"],
+        ["--eval-only", "MODEL.WEIGHTS", weights],
         ["--num-gpus", "2"],
         ["SOLVER.MAX_ITER", "3"],
         # what MABN needs in training only, and what fits as two processes share it
-        ["--eval-only", "MODEL.MABN.REQUIRE_WEIGHTS", "True"],
-        ["--eval-only", *MABN, "SOLVER.IMS_PER_BATCH", "3"],
+        ["--eval-only", "MODEL.WEIGHTS", weights, "MODEL.MABN.REQUIRE_WEIGHTS", "True"],
         ["--num-gpus", "2", *MABN, "SOLVER.IMS_PER_BATCH", "64"],
     ]
     for argv in good:
@@ -123,14 +125,31 @@ def test_good_input_starts(config_file: str) -> None:
         (["MODEL.RETINANET.HEAD_NAME", "SharedBNRetinaNetHead"], [*UNREAD, "'SharedBNRetina"]),
         (["MODEL.RETINANET.BN.AFFINE", "shared"], [*UNREAD, "BN.AFFINE is 'shared'"]),
         (["--eval-only", "MODEL.RETINANET.BN.AFFINE", "shared"], UNREAD),
-        (["MODEL.ROI_HEADS.NORM_IMAGES", "1"], ["NORM_IMAGES is 1", "no RoI heads"]),
-        (["MODEL.ROI_BOX_HEAD.NAME", "ShuffleBNBoxHead"], ["ShuffleBNBoxHead", "no RoI heads"]),
+        (["MODEL.ROI_HEADS.NORM_IMAGES", "1"], ["NORM_IMAGES is 1", "ARCHITECTURE RetinaNet"]),
+        (["MODEL.ROI_BOX_HEAD.NAME", "ShuffleBNBoxHead"], ["BOX_HEAD.NAME", "RetinaNet"]),
         (
             [*RCNN, "MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_HEADS.NORM_IMAGES", "1"],
             ["NORM_IMAGES is 1", "NormImagesROIHeads"],
         ),
         ([*RCNN, "MODEL.ROI_BOX_HEAD.NAME", "NormBoxHead"], ["NormBoxHead", "Res5ROIHeads"]),
         (["SOLVER.TRAIN_ONLY", "('head.*', 'nothing')"], ["SOLVER.TRAIN_ONLY", "'nothing'"]),
+        # defects 47 and 51
+        (["--eval-only"], ["MODEL.WEIGHTS is empty"]),
+        (["--eval-only", "--resume"], ["MODEL.WEIGHTS is empty", "no last checkpoint"]),
+        (["MODEL.RETINANET.NUM_CLASSES", "1"], ["MODEL.RETINANET.NUM_CLASSES 1", "2 classes"]),
+        (["SOLVER.BASE_LR", "-0.1"], ["SOLVER.BASE_LR", "-0.1"]),
+        (["SOLVER.BASE_LR", "nan"], ["SOLVER.BASE_LR", "nan"]),
+        (["MODEL.DEVICE", "gpu"], ["MODEL.DEVICE 'gpu'", "cpu"]),
+        (["MODEL.DEVICE", "cudaa"], ["MODEL.DEVICE 'cudaa'", "cpu"]),
+        (["SEED", "4294967296"], ["SEED", "4294967296"]),
+        (["DATALOADER.NUM_WORKERS", "-1"], ["DATALOADER.NUM_WORKERS", "-1"]),
+        (["TEST.PRECISE_BN.NUM_WORKERS", "-1"], ["TEST.PRECISE_BN.NUM_WORKERS", "-1"]),
+        (["OUTPUT_DIR", ""], ["OUTPUT_DIR is empty"]),
+        (["INPUT.MIN_SIZE_TRAIN", "()"], ["INPUT.MIN_SIZE_TRAIN is empty"]),
+        (["MODEL.RETINANET.PRIOR_PROB", "0.0"], ["MODEL.RETINANET.PRIOR_PROB", "0.0"]),
+        (["MODEL.RETINANET.PRIOR_PROB", "1.0"], ["MODEL.RETINANET.PRIOR_PROB", "1.0"]),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", "[[]]"], ["MODEL.ANCHOR_GENERATOR.SIZES is empty"]),
+        (["SOLVER.AVERAGE.LR", "(0.1,)"], ["SOLVER.AVERAGE.LR", "SOLVER.AVERAGE.KIND"]),
         # defect 31
         (["SOLVER.MAX_ITER", "-1"], ["SOLVER.MAX_ITER must be at least 1, got -1", "--eval-only"]),
         (["OUTPUT_DIR", __file__], ["OUTPUT_DIR", "is a file", "name another folder"]),
@@ -165,8 +184,8 @@ def test_warnings_do_not_add_lines(
     tmp_path: Path, config_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "no_version.yaml"  # detectron2 warns of that
-    path.write_text("MODEL: {WEIGHTS: nowhere.pth}\n")
-    assert "nowhere.pth" in fails(capsys, "--config-file", str(path))
+    path.write_text("MODEL: {DEVICE: cpu}\n")
+    assert "DATASETS.TRAIN is empty" in fails(capsys, "--config-file", str(path))
 
 
 def test_a_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,10 +358,41 @@ def test_help_works_without_detectron2(tmp_path: Path, tool: str) -> None:
     assert line.startswith(f"{tool}: error: needs detectron2")
 
 
-@pytest.mark.parametrize("weights", ["detectron2://a/b.pkl", "https://host/model.pth"])
-def test_weights_elsewhere_are_not_looked_up(config_file: str, weights: str) -> None:
+def test_weights_elsewhere_are_fetched_before_the_run(
+    tmp_path: Path, config_file: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect 47: those that cannot be fetched were a traceback of every rank."""
+    weights, here = "https://host.invalid/model.pth", tmp_path / "model.pth"
+    torch.save({"model": Trainer.build_model(load_config(config_file)).state_dict()}, here)
+    argv = ["--config-file", config_file, "MODEL.WEIGHTS", weights]
+
+    def fetch(path: str, *args: Any, **kwargs: Any) -> str:
+        if path == weights and not here.exists():
+            raise OSError("no route\nto host")
+        return str(here) if path == weights else path
+
+    monkeypatch.setattr("detectron2.utils.file_io.PathManager.get_local_path", fetch)
     with pytest.raises(Started):
-        launch.run(start, "a test", ["--config-file", config_file, "MODEL.WEIGHTS", weights])
+        launch.run(start, "a test", argv)
+    here.unlink()
+    (tmp_path / "out").rmdir()
+    line = fails(capsys, *argv)
+    assert weights in line and "no route to host" in line and not (tmp_path / "out").exists()
+
+
+def test_what_may_be_meant_is_warned_of(config_file: str) -> None:
+    """Defect 47: more classes than the data has; frozen layers without weights."""
+
+    def warned(*opts: str, training: bool = True) -> list[str]:
+        return list(warnings_of(load_config(config_file, opts), training=training, resumes=False))
+
+    assert warned() == []
+    (line,) = warned("MODEL.RETINANET.NUM_CLASSES", "3")
+    assert "MODEL.RETINANET.NUM_CLASSES is 3" in line and "2 classes" in line
+    frozen = ("MODEL.BACKBONE.FREEZE_AT", "2", "MODEL.RESNETS.NORM", "FrozenBN")
+    (line,) = warned(*frozen)
+    assert "MODEL.WEIGHTS is empty" in line and "RESNETS.NORM FrozenBN" in line and "AT 2" in line
+    assert warned(*frozen, training=False) == warned(*frozen, "MODEL.WEIGHTS", "a.pth") == []
 
 
 def test_generated_data_sets_need_not_be_there(
@@ -360,6 +410,8 @@ def test_generated_data_sets_need_not_be_there(
                 "('shapes_train',)",
                 "DATASETS.TEST",
                 "('shapes_val',)",
+                "MODEL.RETINANET.NUM_CLASSES",
+                "3",
             ],
         )
     assert not (tmp_path / "empty").exists()
@@ -385,7 +437,7 @@ def test_threads_are_shared_among_the_ranks_of_a_machine(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     before = torch.get_num_threads()
     try:
-        threads = launch._run_rank(
+        threads = launch._share_cores(
             lambda args: torch.get_num_threads(), argparse.Namespace(), False
         )
     finally:
@@ -397,15 +449,6 @@ def run_tool(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=240
     )
-
-
-def test_what_a_failed_rank_has_said_leaves_no_file(tmp_path: Path) -> None:
-    said = tmp_path / "pytorch-errorfile-1.pickle"
-    said.touch()
-    ranks = launch.ranks._Ranks(None)  # type: ignore[arg-type]
-    ranks._error_files = [str(said), str(tmp_path / "of a rank that did not fail")]
-    ranks.kill()
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_tool_itself_prints_one_line(tmp_path: Path) -> None:
