@@ -95,11 +95,10 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
                 raise ValueError(
                     f"expected (N, {self.num_features}, H, W), got {tuple(input.shape)}"
                 )
-            mean, var = self.running_mean, self.running_var
-            population = mean is not None and not self.batch_stats_at_inference
-            if self.training or not population:
+            if self.training or self.batch_stats_at_inference or self.running_mean is None:
                 return self._normalize_batch(input)
-            assert mean is not None and var is not None  # by `population`, for the type checker
+            mean, var = self.running_mean, self.running_var
+            assert mean is not None and var is not None  # for the type checker
             return affine_normalize(input, mean, var, self.weight, self.bias, self.eps)
 
     def _infer_exported(self, input: Tensor) -> Tensor:
@@ -116,8 +115,10 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
         return exported_normalize(input, mean, var, self.weight, self.bias, self.eps)
 
     def _normalize_batch(self, x: Tensor) -> Tensor:
-        if not self.training and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
-            # what follows makes constants of the input's size
+        rows_apart = self.rows_at_a_time > 0 and self._groups is None and len(x) > 0
+        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        if not self.training and (rows_apart or traced):
+            # in one pass; what follows makes constants of the input's size
             if not self._groups or len(self._groups) == 1:
                 return self._infer_exported(x)
             return torch.cat([self._infer_exported(part) for part in x.split(self._groups)])

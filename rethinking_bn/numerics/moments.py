@@ -90,11 +90,13 @@ def local_moments(x: Tensor) -> Moments:
     Half types are accumulated in float32; x may be empty. No host synchronisation on CUDA, and no
     gradient, unless :func:`is_plain`.
     """
-    return Moments(*(value[0] for value in moments_of([x], is_plain(x))))
+    plain = is_plain(x)
+    with torch.set_grad_enabled(plain and torch.is_grad_enabled()):
+        return Moments(*(value[0] for value in moments_of([x], plain)))
 
 
 def moments_of(xs: Sequence[Tensor], plain: bool) -> Moments:
-    """Return :func:`local_moments` of L tensors, one row each; ``plain``: with a gradient."""
+    """Return :func:`local_moments` of L tensors, one row each; within no_grad unless ``plain``."""
     channels = xs[0].shape[1]
     counts = [x.numel() // max(channels, 1) for x in xs]
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -121,15 +123,14 @@ def _mean_variance(x: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
     if plain:
         variance, mean = torch.var_mean(x.to(dtype), _all_but_channels(x), correction=0)
         return mean, variance
-    with torch.no_grad():
-        if _is_worth_blocks(x) and (dtype == x.dtype or not x.is_contiguous()):
-            return _mean_variance_in_blocks(x, dtype)
-        if on_cpu and not x.is_contiguous():
-            if not _is_channels_last(x) or x.numel() > _SEQUENTIAL * x.shape[1]:
-                x = x.contiguous()
-        # Given float32 buffers, the CPU's operator returns float32 statistics for half types, too.
-        buffer = x.new_zeros(x.shape[1], dtype=dtype) if on_cpu and dtype != x.dtype else None
-        return torch.batch_norm_update_stats(x, buffer, buffer, 0.0)
+    if _is_worth_blocks(x) and (dtype == x.dtype or not x.is_contiguous()):
+        return _mean_variance_in_blocks(x, dtype)
+    if on_cpu and not x.is_contiguous():
+        if not _is_channels_last(x) or x.numel() > _SEQUENTIAL * x.shape[1]:
+            x = x.contiguous()
+    # Given float32 buffers, the CPU's operator returns float32 statistics for half types, too.
+    buffer = x.new_zeros(x.shape[1], dtype=dtype) if on_cpu and dtype != x.dtype else None
+    return torch.batch_norm_update_stats(x, buffer, buffer, 0.0)
 
 
 def _mean_variance_in_blocks(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -321,8 +322,8 @@ def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     if is_plain(x):
         return (broadcast(a, x) * dy + (broadcast(b, x) * x + broadcast(c, x))).to(x.dtype)
     if x.dtype == a.dtype:
-        zero, one = torch.zeros_like(b), torch.ones_like(b)
-        return affine_normalize(x, zero, one, b, c, 0.0).addcmul_(dy, broadcast(a, dy))
+        zero = torch.zeros_like(b)  # with an eps of 1 the deviation is 1
+        return affine_normalize(x, zero, zero, b, c, 1.0).addcmul_(dy, broadcast(a, dy))
     if not _is_worth_blocks(x):
         out = torch.addcmul(broadcast(c, x), x, broadcast(b, x))
         return out.addcmul_(dy, broadcast(a, x)).to(x.dtype)

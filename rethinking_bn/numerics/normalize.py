@@ -169,11 +169,11 @@ def _alone(
     else:
         dtype = statistics_dtype(x.dtype)
         if momentum is not None and not report:
-            mean, variance = holders[0].running_mean, holders[0].running_var
-            if mean.dtype == variance.dtype == dtype:
-                mean, variance = torch.stack([mean, variance]).unbind()
-                y = fused_normalize(x, weight, bias, mean, variance, True, momentum, eps)
-                keep_if_finite(holders[0], mean, variance)
+            old = holders[0].running_mean, holders[0].running_var
+            if old[0].dtype == old[1].dtype == dtype:
+                moved = old[0].clone(), old[1].clone()
+                y = fused_normalize(x, weight, bias, *moved, True, momentum, eps)
+                keep_if_finite(holders[0], old, moved)
                 return y, None
         # From zeros, a step of momentum 1 leaves the batch's mean and unbiased variance.
         mean, variance = x.new_zeros(2, x.shape[1], dtype=dtype).unbind()

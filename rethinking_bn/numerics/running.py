@@ -14,8 +14,8 @@ from rethinking_bn.randomness import is_recomputing
 
 
 def host_reads(x: Tensor) -> bool:
-    """Return whether the value of ``x`` is at hand: on the CPU, where nothing looks on."""
-    return type(x) is Tensor and not is_plain(x) and x.device.type == "cpu"
+    """Return whether the host can read ``x`` without waiting for a device."""
+    return x.is_cpu and type(x) is Tensor
 
 
 @torch.no_grad()
@@ -41,8 +41,8 @@ def update_running_statistics(
         return
     variance = moments.variance(unbiased=True)
     first = holders[0]
-    if len(holders) == len(moments.count) == 1 and momentum is not None and host_reads(variance):
-        if first.running_mean.dtype == variance.dtype:
+    if len(holders) == len(moments.count) == 1 and momentum is not None and not is_plain(variance):
+        if host_reads(variance) and first.running_mean.dtype == variance.dtype:
             n = moments.count.item()
             if n > 0 and variance.max().item() < math.inf:
                 first.running_mean.lerp_(moments.mean[0], momentum)
@@ -88,23 +88,27 @@ def _write(together: Any, one: Any, targets: Sequence[Tensor], sources: Sequence
         together(targets, sources)
 
 
-def keep_if_finite(holder: Any, mean: Tensor, variance: Tensor) -> None:
-    """Write statistics (C,) that torch's operator moved, as :func:`update_running_statistics`."""
+def keep_if_finite(holder: Any, old: Sequence[Tensor], moved: Sequence[Tensor]) -> None:
+    """Write what torch's operator moved as :func:`update_running_statistics` would.
+
+    Args:
+        old, moved: the holder's mean and variance (C,), and the copies that were moved.
+    """
     if is_recomputing():
         return
+    (old_mean, old_variance), (mean, variance) = old, moved
     largest, counter = variance.max(), holder.num_batches_tracked
-    if host_reads(largest):
-        if largest.item() < math.inf:
-            holder.running_mean.copy_(mean)
-            holder.running_var.copy_(variance)
-            if counter is not None:
-                counter.add_(1)
-        return
-    finite = largest < math.inf
-    torch.where(finite, mean, holder.running_mean, out=holder.running_mean)
-    torch.where(finite, variance, holder.running_var, out=holder.running_var)
-    if counter is not None:
-        counter.add_(finite)
+    if not host_reads(largest):
+        finite = largest < math.inf
+        torch.where(finite, mean, old_mean, out=old_mean)
+        torch.where(finite, variance, old_variance, out=old_variance)
+        if counter is not None:
+            counter.add_(finite)
+    elif largest.item() < math.inf:
+        old_mean.copy_(mean)
+        old_variance.copy_(variance)
+        if counter is not None:
+            counter.add_(1)
 
 
 @torch.no_grad()
