@@ -164,8 +164,8 @@ def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, dim: int = 0) -> Mome
         count: (..., K, ...) number of values, K at ``dim``, which is not negative.
         mean, m2: the same shape with a channel dimension C appended.
     """
-    present = (count > 0)[..., None]
-    mean, m2 = mean.where(present, 0.0), m2.where(present, 0.0)
+    absent = (count == 0)[..., None]
+    mean, m2 = mean.masked_fill(absent, 0.0), m2.masked_fill(absent, 0.0)
     total = count.sum(dim, keepdim=True)
     share = (count / total.clamp(min=1))[..., None]
     pooled = (share * mean).sum(dim, keepdim=True)
@@ -314,16 +314,19 @@ def _like(x: Tensor, dy: Tensor) -> Tensor:
     return dy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def combine(dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return a·dy + b·x + c per channel as a new tensor in x's type.
+def combine(
+    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, mean: Tensor, zero: Tensor
+) -> Tensor:
+    """Return a·dy + b·(x - mean) + c per channel as a new tensor in x's type; zero: (C,) zeros.
 
     Terms of half types may nearly cancel, so they are added before anything is rounded.
     """
     if is_plain(x):
-        return (broadcast(a, x) * dy + (broadcast(b, x) * x + broadcast(c, x))).to(x.dtype)
-    if x.dtype == a.dtype:
-        zero = torch.zeros_like(b)  # with an eps of 1 the deviation is 1
-        return affine_normalize(x, zero, zero, b, c, 1.0).addcmul_(dy, broadcast(a, dy))
+        scaled = broadcast(b, x) * (x - broadcast(mean, x)) + broadcast(c, x)
+        return (broadcast(a, x) * dy + scaled).to(x.dtype)
+    if x.dtype == a.dtype:  # a variance of 0 and an eps of 1: divided by 1
+        return affine_normalize(x, mean, zero, b, c, 1.0).addcmul_(dy, broadcast(a, dy))
+    c = torch.addcmul(c, b, mean, value=-1)
     if not _is_worth_blocks(x):
         out = torch.addcmul(broadcast(c, x), x, broadcast(b, x))
         return out.addcmul_(dy, broadcast(a, x)).to(x.dtype)

@@ -114,7 +114,7 @@ def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
     a, b = scale * (smoothed + ctx.eps).rsqrt(), averaged / -(smoothed + ctx.eps)
     needed = ctx.needs_input_grad[-len(xs) :]
     grad_x = [
-        combine(dy, x, a, b, zero) if need else None
+        combine(dy, x, a, b, zero, zero, zero) if need else None
         for dy, x, need in zip(dys, xs, needed, strict=True)
     ]
     of_weight = None if weight is None else (sum_dy_z * correction).to(weight.dtype)

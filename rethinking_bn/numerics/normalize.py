@@ -253,25 +253,26 @@ def _gradients(
     ]
     # (L, 2, C): Σ dy and Σ dy·x̂ of each tensor
     sums = torch.stack([v for pair in pairs for v in pair]).view(len(xs), 2, -1)
+    own = sums.sum(0, keepdim=True) if len(weights) == 1 else sums
     a = invstd = (variance + call.eps).rsqrt()
-    weighted = sums
+    pooled = own if call.one_pool else sums
     if weights[0] is not None:
-        rows = torch.stack(list(weights))  # (1, C), or (L, C)
-        a, weighted = invstd * rows, sums * rows[:, None]
-    pooled = weighted.sum(0, keepdim=True) if call.one_pool else weighted
+        rows = weights[0][None] if len(weights) == 1 else torch.stack(list(weights))
+        a, pooled = invstd * rows, pooled * rows[:, None]
+    if call.one_pool and len(pooled) > 1:
+        pooled = pooled.sum(0, keepdim=True)
     if call.sync:
         pooled = all_reduce_sum(pooled, call.group)
-    # dx = weight · invstd · dy - invstd · (Σ + x̂ · Σ') / n, which is a·dy + b·x + c per channel
+    # dx = weight · invstd · dy - invstd · (Σ + x̂ · Σ') / n, which is a·dy + b·(x - mean) + c
     c, b = (pooled * (invstd / -count.clamp(min=1)[:, None])[:, None]).unbind(1)
-    b = b * invstd
-    c = torch.addcmul(c, b, mean, value=-1)
-    rows_of = (_per_tensor(r.unbind(), len(xs)) for r in (a, b, c))
+    coefficients = (a, b * invstd, c, mean)
+    each = (_per_tensor(r.unbind(), len(xs)) for r in coefficients)
+    zero = torch.zeros_like(means[0])
     needed = ctx.needs_input_grad[-len(xs) :]
     grad_x = [
-        combine(dy, x, *coefficients) if need else None
-        for dy, x, need, *coefficients in zip(dys, xs, needed, *rows_of, strict=True)
+        combine(dy, x, *row, zero) if need else None
+        for dy, x, need, *row in zip(dys, xs, needed, *each, strict=True)
     ]
-    own = sums.sum(0, keepdim=True) if len(weights) == 1 else sums
     affine = [*own[:, 1].unbind(), *own[:, 0].unbind()]
     typed = zip(affine, ctx.types, strict=True)
     return [*(None if dtype is None else g.to(dtype) for g, dtype in typed), *grad_x]

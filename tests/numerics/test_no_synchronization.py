@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rethinking_bn.layers import (
     BatchNorm2d,
@@ -83,3 +85,30 @@ def test_statistics_move_alike_whether_the_host_reads_or_not(
     assert moved[0]["num_batches_tracked"] == (size > 0 and not bad)
     assert bool((moved[0]["running_mean"] != 0.5).any()) == (size > 0 and not bad)
     assert bool((moved[0]["running_var"] != 1).any()) == (size > 1 and not bad)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in ("empty", "scalar_tensor"):
+            self.names[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("levels", "most"), [(5, 72), (1, 15)])
+def test_few_operators_a_step(levels: int, most: int, monkeypatch: Any) -> None:
+    """By the branches that a GPU takes, whose host waits for every operator's launch."""
+    monkeypatch.setattr(running, "host_reads", lambda x: False)
+    layer = MultiDomainBatchNorm2d(8, 5) if levels > 1 else BatchNorm2d(8)
+    xs = [torch.randn(2, 8, 9 - h, 10 - h, requires_grad=True) for h in range(levels)]
+    dys = [torch.randn(x.shape) for x in xs]
+    with Operators() as mode:
+        ys = layer(xs) if levels > 1 else [layer(xs[0])]
+        torch.autograd.grad(ys, [*xs, *layer.parameters()], dys)
+    assert mode.names.total() <= most, mode.names
