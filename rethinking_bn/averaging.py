@@ -238,7 +238,7 @@ class AveragedWeights:
         self._check(model)
         if self.statistics == "estimate" and not self.estimated:
             logger.warning(
-                "averaged weights: no estimate of the statistics since the last update, so the last "
+                "averaged weights: no estimate of the statistics since the last update; the last "
                 "model's are copied; estimate_statistics finds those of the average"
             )
         # by way of the state dict: layers that count beside their buffers load what they need

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -154,3 +155,14 @@ def test_wheel_holds_package_and_configs(tmp_path: Path) -> None:
     path, names = result.stdout.splitlines()
     assert path.startswith(str(installed)) and Path(path).is_file()
     assert names.split() == list_config_files()
+
+
+def test_the_versions_that_are_promised_are_the_ones_that_are_declared_and_tried() -> None:
+    declared = (ROOT / "pyproject.toml").read_text()
+    python = re.search(r'requires-python = ">=([\d.]+)"', declared)
+    torch = re.search(r'"torch>=([\d.]+)"', declared)
+    assert python and torch
+    promised = (ROOT / "INSTALL.md").read_text()
+    assert f"Python >= {python[1]}" in promised and f"PyTorch >= {torch[1]} " in promised
+    tried = (ROOT / ".ci" / "minimum").read_text()
+    assert f"python{python[1]}" in tried and re.search(rf"torch=={torch[1]}\.\d", tried)

@@ -23,13 +23,12 @@ def batch_statistics(model: nn.Module) -> Iterator[tuple[str, ...]]:
     """Let the BN-like layers of a model in eval mode normalise by the batch they are given.
 
     Mini-batch statistics at inference (arXiv 2105.07576, section 4, Table 3 and Figure 5) agree
-    with training where population statistics do not. It is always the batch of this rank alone:
-    ranks evaluate different numbers of images. Layers pool what they pool in training otherwise
-    (a multi-domain layer with shared train statistics its levels; a head that knows its images,
-    one image at a time; MABN takes the mean square of its input). A layer with a forward of its
-    own runs it as in training (a SyncBatchNorm of another project: as without statistics). No
-    statistics change, an empty input gives an empty result, a single value per channel gives the
-    bias::
+    with training where population statistics do not. It is always the batch of this rank alone.
+    Layers pool what they pool in training otherwise (a multi-domain layer with shared train
+    statistics its levels; a head that knows its images, one image at a time; MABN takes the mean
+    square of its input). A layer with a forward of its own runs it as in training (a SyncBatchNorm
+    of another project: as without statistics). No statistics change, an empty input gives an empty
+    result, a single value per channel gives the bias::
 
         with batch_statistics(model.eval()) as frozen:
             outputs = model(images)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import operator
+import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -63,44 +64,36 @@ def estimate_population_statistics(
     statistics depend on how the data was batched (Table 2); the first one's do not.
 
     Layers with shared population statistics over several domains normalise by statistics pooled
-    over them meanwhile, which is what inference will do. A plain nn.BatchNorm2d that is called
-    once per feature level cannot: its forward normalises each call by itself, and only the
-    estimate pools its uses. For nn.SyncBatchNorm the moments of the input are computed once more.
+    over them meanwhile, as inference will. A plain nn.BatchNorm2d that is called once per feature
+    level cannot: only the estimate pools its uses.
 
     Estimated are the layers in training mode when this is called, found by
-    :func:`rethinking_bn.layers.bn_like.find_bn_like`; those in eval mode are taken as frozen, left
-    alone and named in the report, as are statistics that no value reached. So are layers of
-    constant statistics (FrozenBatchNorm2d of any project), unless ``thaw`` says otherwise, and
-    modules that are not known to be BatchNorm.
-
-    Of a layer that trains by a forward of its own (masked, split, ghost, norm and activation, an
-    nn.InstanceNorm2d with statistics) only the layer knows which values count: its statistics are
-    taken from what it leaves in its buffers batch after batch with momentum 1.0, with equal
-    weights, the spread between batches included (as in fvcore's PreciseBN). The report names it.
+    :func:`rethinking_bn.layers.bn_like.find_bn_like`. Left alone and named in the report are those
+    in eval mode (frozen), those of constant statistics (FrozenBatchNorm2d of any project) without
+    ``thaw``, modules not known to be BatchNorm, and statistics that no value reached. Of a layer
+    with a forward of its own (masked, split, ghost, norm and activation, InstanceNorm with
+    statistics) only the layer knows which values count: its statistics are what it leaves in its
+    buffers with momentum 1.0, batch after batch with equal weights, the spread between batches
+    included (as in fvcore's PreciseBN). The report names it.
 
     Nothing else changes: other buffers, modes, attributes of modules, momentum and the random
-    generators (Python, numpy, torch) come back as they were. After any exception, KeyboardInterrupt
-    included, the statistics do too.
+    generators come back as they were. After any exception the statistics do too.
 
     Args:
-        model: may be wrapped in DistributedDataParallel, DataParallel or torch.compile; the module
-            inside runs.
+        model: may be wrapped (data-parallel, torch.compile); the module inside runs.
         batches: inputs of the model on this rank. At most ``num_batches`` are taken.
         num_batches: forwards per rank, the same on all ranks. None: all batches of a loader that
             has a length; ranks of unequal length stop together, at the end of the shortest.
         group: ranks that estimate together; None: the default group, or this process alone.
-        labelled: True: the model runs in the modes it is in, as in training (within a throwaway
-            event storage when detectron2 is in use). False: it runs in eval mode with only the
-            estimated layers in training mode, for data without labels. None: True unless the first
-            batch on some rank is a list of detectron2's dicts without ground truth.
+        labelled: True: the model runs in the modes it is in, as in training. False: in eval mode
+            with only the estimated layers in training mode, for data without labels. None: True
+            unless the first batch on some rank is detectron2's dicts without ground truth.
         autocast: makes the context of each forward, such as ``lambda: torch.autocast("cuda")``;
             None: whatever autocast is active around the call.
-        forward: runs ``model`` (unwrapped) on a batch; None: ``model(batch)``, or
-            ``model(inputs)`` for a pair of inputs and labels
-            (:func:`rethinking_bn.population.inputs_of`).
+        forward: runs ``model`` (unwrapped) on a batch; None: ``model(batch)``, or ``model(inputs)``
+            for a pair of inputs and labels (:func:`rethinking_bn.population.inputs_of`).
         seed: of the random numbers that the forwards draw (each rank adds its number) and of
-            modules that ask for one (``rethinking_bn.randomness``), so that the same weights and
-            batches give the same statistics; None: the generators go on from where they are.
+            modules that ask for one (``rethinking_bn.randomness``); None: the generators go on.
         progress: log a line with the expected time left every ten seconds on rank 0.
         allow_empty: return an empty report, with a log line and without consuming a batch, where
             otherwise a ValueError says that there is no layer to estimate.
@@ -111,18 +104,16 @@ def estimate_population_statistics(
         What was seen and how far the old statistics were off.
 
     Raises:
-        ValueError: when ``num_batches`` is no positive integer, or None for a loader without a
-            length; when no BN-like layer is in training mode, when the statistics of a layer to
-            thaw are folded into its weight, when ranks disagree about one or the other, or when a
-            loader ends early; on all ranks, naming the rank (a short loader: RuntimeError on the
-            other ranks). Where the model cannot be called with what the loader gives.
+        ValueError: for a wrong ``num_batches``, or None where the loader has no length; when there
+            is nothing to estimate, when the statistics of a layer to thaw are folded into its
+            weight, when ranks disagree, when a loader ends early (on all ranks, naming the rank),
+            or when the model cannot be called with what the loader gives.
         RuntimeError: when a loader raises (chained to what it raised), another rank failed, or
             another estimate or diagnosis of the model is running.
         FloatingPointError: when statistics are not finite, or overflow the type of their buffers;
             on all ranks, naming the layer.
         Exception: whatever the model raises. Other ranks are told, unless the model has layers
-            that communicate: they may be waiting inside one, and only the end of this process ends
-            their wait.
+            that communicate: only the end of this process ends their wait then.
     """
     model = unwrap(model)
     with exclusive(model):
@@ -146,15 +137,9 @@ def estimate_population_statistics(
             state = ModelState(model)
             try:
                 run = PopulationRun(
-                    model,
-                    [layer.module for layer in layers],
-                    num_batches,
-                    group=group,
-                    autocast=autocast or nullcontext,
-                    forward=forward or call_model,
-                    seed=seed,
-                    progress=progress,
-                )
+                    model, [layer.module for layer in layers], num_batches, group,
+                    autocast or nullcontext, forward or call_model, seed, progress,
+                )  # fmt: skip
                 with ExitStack() as stack:
                     for layer in layers:
                         stack.enter_context(layer.observing())
@@ -236,14 +221,14 @@ def _agree_on_plan(
     plans = all_gather_object((message, num_batches, labelled, sets), group)
     if error is not None:
         raise error
-    for rank, (said, *_) in enumerate(plans):
-        if said is not None:
-            raise ValueError(f"population training cannot start: rank {rank}: {said}")
+    for rank, (failure, *_) in enumerate(plans):
+        if failure is not None:
+            raise ValueError(f"population training cannot start: rank {rank}: {failure}")
     for index, what in ((1, "num_batches"), (2, "labelled"), (3, "layers in training mode")):
         values = [plan[index] for plan in plans]
         if any(value != values[0] for value in values):
-            told = "; ".join(f"rank {r}: {_shorten(v)}" for r, v in enumerate(values))
-            raise ValueError(f"ranks disagree about {what}: {told}")
+            said = [f"rank {r}: {textwrap.shorten(repr(v), 300)}" for r, v in enumerate(values)]
+            raise ValueError(f"ranks disagree about {what}: {'; '.join(said)}")
     return found, layers
 
 
@@ -251,78 +236,58 @@ def _check_number(num_batches: Any, batches: Any) -> None:
     if num_batches is None:
         try:
             len(batches)
-        except TypeError:
+        except TypeError as error:  # an iterator, or a DataLoader over an iterable data set
             raise ValueError(
                 f"num_batches is None, but the loader ({type(batches).__name__}) has no length: "
                 "say how many batches to take"
-            ) from None
-        return
-    try:
-        number = operator.index(num_batches)
-    except TypeError:
-        number = 0
-    if number < 1 or isinstance(num_batches, bool):
+            ) from error
+    elif (
+        isinstance(num_batches, bool)
+        or not isinstance(num_batches, SupportsIndex)
+        or operator.index(num_batches) < 1
+    ):
         raise ValueError(f"num_batches must be a positive integer, got {num_batches!r}")
-
-
-def _shorten(value: Any, length: int = 300) -> str:
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}... ({len(value)} in all)"
 
 
 def _merge_over_ranks(layers: list[ObservedLayer], group: ProcessGroup | None) -> list[Moments]:
     """Return every layer's moments over all ranks, on the CPU: one collective for all layers."""
     local = [layer.moments.total().to(torch.device("cpu")) for layer in layers]
-    packed = torch.cat([value.flatten() for moments in local for value in moments])
-    gathered = all_gather(packed.to(collective_device(group)), group).cpu()
-    merged, start = [], 0
-    for moments in local:
-        parts = []
-        for value in moments:
-            part = gathered[:, start : start + value.numel()]
-            parts.append(part.reshape(-1, *value.shape))
-            start += value.numel()
-        # the same arithmetic on the same numbers: bitwise equal on every rank
-        count, mean, m2 = parts
-        merged.append(merge_moments(count, mean, m2))
-    return merged
+    values = [value for moments in local for value in moments]
+    packed = torch.cat([value.flatten() for value in values]).to(collective_device(group))
+    columns = iter(all_gather(packed, group).cpu().split([v.numel() for v in values], dim=1))
+    # the same arithmetic on the same numbers: bitwise equal on every rank
+    return [
+        merge_moments(*(next(columns).reshape(-1, *value.shape) for value in moments))
+        for moments in local
+    ]
 
 
 def _write(layers: list[ObservedLayer], moments: list[Moments]) -> None:
-    for layer, pooled in zip(layers, moments, strict=True):
-        domains = layer.layer.domains
-        for domain, mean, m2 in zip(domains, pooled.mean, pooled.m2, strict=True):
+    for observed, pooled in zip(layers, moments, strict=True):
+        layer = observed.layer
+        names = [f"{layer.name}[{d}]" if d else layer.name for d in layer.domains]
+        for name, mean, m2 in zip(names, pooled.mean, pooled.m2, strict=True):
             bad = int((~(mean.isfinite() & m2.isfinite())).sum())
             if bad:
                 raise FloatingPointError(
-                    f"{_label(layer, domain)}: {bad} of {len(mean)} channels saw a value that is "
-                    "not finite; the old statistics are kept"
+                    f"{name}: {bad} of {len(mean)} channels saw a value that is not finite; the "
+                    "old statistics are kept"
                 )
-        layer.layer.write(pooled)
-        for domain, count, mean, var in zip(
-            domains, pooled.count, *layer.layer.read(), strict=True
-        ):
+        layer.write(pooled)
+        for name, count, mean, var in zip(names, pooled.count, *layer.read(), strict=True):
             if count > 0 and not (mean.isfinite().all() and var.isfinite().all()):
                 raise FloatingPointError(
-                    f"{_label(layer, domain)}: the statistics overflow the type of the buffers; "
-                    "the old ones are kept"
+                    f"{name}: the statistics overflow the type of the buffers; the old ones stay"
                 )
 
 
-def _label(layer: ObservedLayer, domain: str) -> str:
-    name = layer.layer.name
-    return f"{name}[{domain}]" if domain else name
-
-
-def _compare(layer: ObservedLayer, moments: Moments) -> Iterator[LayerReport]:
-    new = layer.layer.read()
-    for row, domain in enumerate(layer.layer.domains):
+def _compare(observed: ObservedLayer, moments: Moments) -> Iterator[LayerReport]:
+    layer, old, new = observed.layer, observed.old, observed.layer.read()
+    for row, domain in enumerate(layer.domains):
         yield compare(
-            layer.layer.name,
-            domain,
-            round(moments.count[row].item()),
-            (layer.old[0][row], layer.old[1][row]),
+            *(layer.name, domain, round(moments.count[row].item())),
+            (old[0][row], old[1][row]),
             (new[0][row], new[1][row]),
-            eps=layer.layer.eps,
-            mean_square=layer.layer.mean_square,
+            eps=layer.eps,
+            mean_square=layer.mean_square,
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 from torch import Tensor, nn
@@ -115,7 +115,6 @@ class PopulationRun:
         model: nn.Module,
         layers: Sequence[nn.Module],
         num_batches: int | None,
-        *,
         group: ProcessGroup | None,
         autocast: Autocast,
         forward: Forward,
@@ -132,7 +131,10 @@ class PopulationRun:
 
     def __call__(self, batches: Iterable[Any], labelled: bool | None) -> bool:
         """Run every batch and return whether they were taken as labelled."""
-        clock = _Clock(self.title, len(self.layers), self.num_batches, self.progress)
+        self._start = self._said = time.monotonic()
+        if self.progress:
+            count = "all" if self.num_batches is None else self.num_batches
+            logger.info("%s of %d layers: %s batches per rank", self.title, len(self.layers), count)
         error: BaseException | None = None
         iterator: Iterator[Any] | None = None
         with throwaway_event_storage() as storage:
@@ -157,7 +159,7 @@ class PopulationRun:
                 error = self._forward(index, batch)
                 storage.step()
                 self.done = index + 1
-                clock.tick(self.done)
+                self._tell_progress()
         return bool(labelled)
 
     def _forward(self, index: int, batch: Any) -> BaseException | None:
@@ -181,17 +183,13 @@ class PopulationRun:
             return ValueError(f"{where} ended after {number} batches")
         if not isinstance(raised, Exception):
             return raised
-        error = RuntimeError(
-            f"{where} failed after {number} batches: {type(raised).__name__}: {raised}"
-        )
+        what = f"{type(raised).__name__}: {raised}"
+        error = RuntimeError(f"{where} failed after {number} batches: {what}")
         error.__cause__ = raised
         return error
 
     def _agree(self, error: BaseException | None, labelled: bool, done: bool) -> tuple[bool, bool]:
-        """Fail together, or return whether all ranks have labels, and whether one is done.
-
-        One small collective.
-        """
+        """Fail together, or return whether all ranks have labels, and whether one is done."""
         if self.world == 1:
             if error is not None:
                 raise error
@@ -206,36 +204,24 @@ class PopulationRun:
             raise_together(error, self.group)
         return all(labels for _, labels, _ in gathered), any(done for _, _, done in gathered)
 
+    def _tell_progress(self) -> None:
+        """Log every few seconds how far the run is and when it will be done."""
+        now, total = time.monotonic(), self.num_batches
+        if not self.progress or now - self._said < _SECONDS_BETWEEN_LINES or self.done == total:
+            return
+        self._said = now
+        each = (now - self._start) / self.done
+        left = (
+            "" if total is None else f", eta {timedelta(seconds=round(each * (total - self.done)))}"
+        )
+        of = "" if total is None else f"/{total}"
+        logger.info("%s: %d%s batches, %.3f s each%s", self.title, self.done, of, each, left)
+
     def _only_normalise_by_batches(self) -> None:
         """Set eval mode but for the estimated layers, without calling train(), which does more."""
         keep = {m for layer in self.layers for m in layer.modules() if m.training}
         for module in self.model.modules():
             module.training = module in keep
-
-
-class _Clock:
-    """Logs how far the run is and when it will be done, every few seconds."""
-
-    def __init__(self, title: str, layers: int, total: int | None, enabled: bool) -> None:
-        self.title, self.total, self.enabled = title, total, enabled
-        self.start = self.last = time.monotonic()
-        if enabled:
-            count = "all" if total is None else total
-            logger.info("%s of %d layers: %s batches per rank", title, layers, count)
-
-    def tick(self, done: int) -> None:
-        now = time.monotonic()
-        if self.enabled and now - self.last >= _SECONDS_BETWEEN_LINES and done != self.total:
-            self.last = now
-            each = (now - self.start) / done
-            if self.total is None:
-                logger.info("%s: %d batches, %.3f s each", self.title, done, each)
-                return
-            left = datetime.timedelta(seconds=round(each * (self.total - done)))
-            logger.info(
-                "%s: %d/%d batches, %.3f s each, eta %s",
-                *(self.title, done, self.total, each, left),
-            )
 
 
 class _NoStorage:

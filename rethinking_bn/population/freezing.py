@@ -19,10 +19,9 @@ logger = logging.getLogger(__name__)
 def freeze_batch_norm(model: nn.Module, *, affine: bool = False) -> list[str]:
     """Let every BN-like layer normalise by its population statistics, which stay as they are.
 
-    Unlike ``eval()``, it holds through ``train()`` (with which detectron2's evaluation ends),
-    through population training, which names the layers as frozen, and for copies, pickles,
-    traced and scripted modules. It is no part of the state dict: a new model that loads one is
-    not frozen. In place; nothing but the layers' classes changes, to subclasses of what they were.
+    Unlike ``eval()``, it holds through ``train()`` (with which detectron2's evaluation ends), and
+    for copies, pickles, traced and scripted modules. It is no part of the state dict: a new model
+    that loads one is not frozen. In place; only the layers' classes change, to subclasses.
 
     A BatchStatNorm2d normalises by the mini-batch as it does at inference.
 

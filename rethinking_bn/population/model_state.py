@@ -63,13 +63,10 @@ def exclusive(model: nn.Module) -> Iterator[None]:
 class ModelState:
     """What a forward may change in a model, as it is now; parameters are not part of it.
 
-    Kept are the values and the identity of every buffer (persistent or not, NaN included), every
-    module's mode, and what each of its plain attributes is bound to: a number kept by assignment,
-    such as RetinaNet's ``loss_normalizer``, comes back, and an attribute that did not exist goes.
-    The inside of an attribute that is itself a container is not kept.
-
-    Args:
-        model: its submodules included. The copies of the buffers take their memory once more.
+    Kept are the values and the identity of every buffer (NaN included), every module's mode, and
+    what each of its attributes is bound to: a number kept by assignment, such as RetinaNet's
+    ``loss_normalizer``, comes back, and an attribute that did not exist goes. The inside of an
+    attribute that is itself a container is not kept.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -80,11 +77,8 @@ class ModelState:
         self._registries = [
             (registry, registry.copy())
             for module in modules
-            for registry in (
-                vars(module).get("_buffers"),
-                vars(module).get("_non_persistent_buffers_set"),
-            )
-            if isinstance(registry, (dict, set))
+            for name in ("_buffers", "_non_persistent_buffers_set")
+            if isinstance(registry := vars(module).get(name), (dict, set))
         ]
         self._values: list[tuple[Tensor, Tensor]] = [
             (buffer, buffer.detach().clone()) for buffer in model.buffers()

@@ -54,9 +54,6 @@ class MomentsAccumulator:
 class ObservedLayer:
     """A BN-like layer under population training: here, one of the package's own.
 
-    Args:
-        layer: as :func:`rethinking_bn.layers.bn_like.find_bn_like` describes it.
-
     Attributes:
         module: the layer itself.
         old: the statistics at construction, see :meth:`BatchNormLike.read`.
@@ -186,10 +183,8 @@ class OwnForwardLayer(_Hooked):
     Only the layer knows which values its statistics are of. With momentum 1 it leaves those of its
     batch in its buffers; as in fvcore's PreciseBN, every batch counts alike, and the variance
     includes the spread of the batches' means. Each forward starts from the statistics that the
-    layer had. One that leaves these as they are has seen nothing.
-
-    Attributes:
-        moments: count: calls that left something; mean, m2 / count: the statistics.
+    layer had; one that leaves these as they are has seen nothing. In ``moments``, count is the
+    number of calls that left something, m2 / count the variance.
     """
 
     @contextmanager
@@ -222,11 +217,8 @@ class ThawedLayer(_Hooked):
     """A BatchNorm of constant statistics (FrozenBatchNorm2d), which are estimated all the same.
 
     Meanwhile its forward finds the statistics of its batch in its buffers, so that it normalises as
-    the BatchNorm that it once was in training.
-
-    Raises:
-        ValueError: when its statistics are folded into weight and bias (mean 0, variance 1): any
-            estimate would be put on top of them.
+    the BatchNorm that it once was in training. A ValueError refuses statistics that are folded into
+    weight and bias (mean 0, variance 1): any estimate would be put on top of them.
     """
 
     def __init__(self, layer: BatchNormLike) -> None:
@@ -276,13 +268,8 @@ def observe(layer: BatchNormLike) -> ObservedLayer:
     Raises:
         ValueError: for a constant layer whose statistics are folded into its affine.
     """
-    if layer.kind == "ours":
-        return ObservedLayer(layer)
-    if layer.kind == "constant":
-        return ThawedLayer(layer)
-    if layer.kind == "own":
-        return OwnForwardLayer(layer)
-    return (TorchLayer if leaves_moments(layer) else _InputLayer)(layer)
+    kinds = {"ours": ObservedLayer, "constant": ThawedLayer, "own": OwnForwardLayer}
+    return kinds.get(layer.kind, TorchLayer if leaves_moments(layer) else _InputLayer)(layer)
 
 
 def leaves_moments(layer: BatchNormLike) -> bool:

@@ -100,21 +100,17 @@ class PopulationReport:
         head = ("layer", "domain", "samples", "drift mean", "drift max", "old/new var")
         rows = [
             (
-                layer.name,
-                layer.domain or "-",
-                str(layer.samples),
-                f"{layer.drift_mean:.3g}",
-                f"{layer.drift_max:.3g}",
-                f"{layer.variance_ratio:.3g}",
+                *(layer.name, layer.domain or "-", str(layer.samples)),
+                *(f"{v:.3g}" for v in (layer.drift_mean, layer.drift_max, layer.variance_ratio)),
             )
             for layer in self.layers
         ]
-        widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
         lines = [self.summary()]
-        for row in (head, *rows) if rows else ():
-            name, *numbers = (cell for cell in row)
-            cells = [number.rjust(w) for number, w in zip(numbers, widths[1:], strict=True)]
-            lines.append("  ".join([name.ljust(widths[0]), *cells]))
+        if rows:
+            widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+            for name, *numbers in (head, *rows):
+                cells = [number.rjust(w) for number, w in zip(numbers, widths[1:], strict=True)]
+                lines.append("  ".join([name.ljust(widths[0]), *cells]))
         lines += [f"{title}: {', '.join(names)}" for _, title, names in self._remarks() if names]
         return "\n".join(lines)
 
@@ -151,12 +147,9 @@ def compare(
     eps: float,
     mean_square: bool = False,
 ) -> LayerReport:
-    """Measure how far one set of statistics moved.
+    """Measure how far one set of statistics moved: (mean (C,), variance (C,)) in float64.
 
-    Args:
-        old, new: (mean (C,), variance (C,)) in float64.
-        eps: what the layer adds under the root.
-        mean_square: whether the layer normalises by a mean square alone, here the variance.
+    With ``mean_square`` the variance is the mean square that the layer normalises by alone.
     """
     if samples == 0:
         return LayerReport(name, domain, 0, 0.0, 0.0, 1.0)
