@@ -126,14 +126,6 @@ def test_norms_to_which_it_makes_no_difference_are_not_shuffled(kind: str, norm:
         assert torch.equal(orders[0], rois(9)[:, 0, 0, 0])
 
 
-def test_frozen_statistics_are_not_shuffled() -> None:
-    head = make_head("mask")
-    assert head.communicates
-    for block in head:
-        block[1].eval()
-    assert head.training and not head.communicates
-
-
 @pytest.mark.parametrize("norm", ["bn", "MABN"])
 def test_a_norm_that_does_not_fit_is_an_error(norm: str) -> None:
     for kind in KINDS:
@@ -266,21 +258,6 @@ def test_two_processes_equal_one_that_normalises_the_same_shares(number: int) ->
         torch.testing.assert_close(summed, gradient)
     for rank, expected in zip(ranks, statistics, strict=True):
         torch.testing.assert_close(rank["running"], expected)
-
-
-@pytest.mark.parametrize("number", range(len(CASES)))
-def test_rows_return_as_small_as_they_get(number: int) -> None:
-    kind, options, rows = CASES[number]
-    # 8·3·3 in the last feature map, unless fully connected layers make them fewer
-    returned = min([8 * SIDE**2, *options.get("fc_layers", [6] if kind == "box" else [])[-1:]])
-    pooled = CHANNELS * SIDE**2
-    order = permutation(make_head(kind), sum(rows), RUN_SEED, ITERATION)
-    half = sum(rows) // 2
-    away = [int((order[half:] < rows[0]).sum()), int((order[:half] >= rows[0]).sum())]
-    for rank, results in enumerate(two_processes()):
-        left, came = away[rank], away[1 - rank]
-        numbers = ((left, pooled), (came, returned), (left, returned), (came, pooled))
-        assert results[number]["sent"] == [(n, 8 * n * width) for n, width in numbers]
 
 
 @pytest.mark.parametrize("norm", ["BN", "SyncBN", "", partial(nn.GroupNorm, 4)])

@@ -277,7 +277,7 @@ class MultiDomainBNRetinaNetHead(RequiresStatistics, RetinaNetHead):
 
     @classmethod
     def _norm_layer(
-        cls, channels: int, num_domains: int, *, sync: bool, **choices: Choice
+        cls, channels: int, num_domains: int, *, sync: bool, **choices: Any
     ) -> nn.Module:
         return MultiDomainBatchNorm2d(channels, num_domains, sync=sync, **choices)
 
@@ -330,6 +330,6 @@ class CycleBNRetinaNetHead(MultiDomainBNRetinaNetHead):
 
     @classmethod
     def _norm_layer(
-        cls, channels: int, num_domains: int, *, sync: bool, **choices: Choice
+        cls, channels: int, num_domains: int, *, sync: bool, **choices: Any
     ) -> nn.Module:
         return CycleBatchNorm2d(channels, num_domains, sync=sync)

@@ -24,6 +24,7 @@ from rethinking_bn.layers import SplitBatchNorm2d, row_domains
 from rethinking_bn.layers.frozen import is_frozen
 from tests.engine.tiny import register_data, tiny_config, write_data
 from tests.modeling.models import training_batch
+from tests.modeling.roi_cases import SHUFFLED, mask_config, norms
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 GROUPS = [["clean"], ["fog", "snow"]]
@@ -141,21 +142,12 @@ def test_roi_norms_are_refused() -> None:
     overrides = {
         "MODEL__META_ARCHITECTURE": "DomainRCNN",
         "MODEL__BACKBONE__NAME": "build_norm_resnet_fpn_backbone",
-        "MODEL__RESNETS__OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-        "MODEL__FPN__IN_FEATURES": ["res2", "res3", "res4", "res5"],
-        "MODEL__RPN__IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
-        "MODEL__ROI_HEADS__IN_FEATURES": ["p2", "p3", "p4", "p5"],
-        "MODEL__ROI_HEADS__NAME": "StandardROIHeads",
-        "MODEL__ROI_BOX_HEAD__NAME": "ShuffleBNBoxHead",
-        "MODEL__ROI_BOX_HEAD__NUM_CONV": 1,
-        "MODEL__ROI_BOX_HEAD__NUM_FC": 1,
-        "MODEL__ROI_BOX_HEAD__FC_DIM": 16,
-        "MODEL__ROI_BOX_HEAD__NORM": "BN",
+        "MODEL__DOMAIN_BN__DATASETS": GROUPS,
+        "MODEL__MASK_ON": False,
     }
     with pytest.raises(ValueError, match=r"roi_heads\.box_head.* which knows no domains"):
-        check_model(config(**overrides))
-    overrides["MODEL__ROI_BOX_HEAD__NORM"] = ""
-    model = build_model(config(**overrides)).eval()
+        check_model(mask_config(**overrides, **SHUFFLED))
+    model = build_model(mask_config(**overrides, **norms(""))).eval()
     assert len(model(marked([0, 1]))) == 2
 
 
@@ -214,10 +206,7 @@ def test_every_loader_marks_images_and_training_follows(
     assert runpy.run_path(str(TOOL))["main"](command) == 0
     stock = tiny_config(fog, tmp_path, MODEL__FPN__NORM="BN")
     model = build_model(stock).eval()
-    incompatible = DetectionCheckpointer(model).load(str(plain))
-    assert (
-        not incompatible.get("matching_heuristics") and set(incompatible) == {"__author__"} or True
-    )
+    DetectionCheckpointer(model).load(str(plain))
     ours = trainer.model.eval()
     image = next(iter(build_test_loader(cfg, fog)))
     with torch.no_grad():

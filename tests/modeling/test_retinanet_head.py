@@ -277,10 +277,6 @@ def test_typos_and_contradictions_say_what_is_allowed(
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_agreeing_choices_are_accepted_by_a_preset() -> None:
-    DomainBNRetinaNetHead(**head_arguments(affine="domain_specific"))
-
-
 @pytest.mark.parametrize("cls", HEADS)
 def test_wrong_number_of_levels(cls: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match="5 feature levels, got 4"):

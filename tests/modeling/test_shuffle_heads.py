@@ -10,7 +10,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
+from torch import nn
 
 from rethinking_bn.modeling import (
     NormBoxHead,
@@ -18,7 +18,6 @@ from rethinking_bn.modeling import (
     ShuffleBNBoxHead,
     ShuffleBNMaskHead,
 )
-from rethinking_bn.population import estimate_population_statistics
 from rethinking_bn.shuffle.layers import point_of_return
 from tests.modeling.roi_cases import (
     SHUFFLED,
@@ -26,8 +25,6 @@ from tests.modeling.roi_cases import (
     gradients,
     make_head,
     mask_config,
-    norms,
-    order_of,
     permutation,
     record_orders,
     roi_inputs,
@@ -141,37 +138,6 @@ def test_copies_and_saves_with_a_history(kind: str) -> None:
     assert not [key for key in head.state_dict() if "iteration" in key or "call" in key]
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-def test_population_training_shuffles_and_leaves_no_trace(labelled: bool) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = make_head("box", shuffled=True, norm_images=1)
-
-        def forward(self, rows: tuple[int, ...]) -> Tensor:
-            with self.head.image_rows(rows):
-                return self.head(rois(sum(rows), seed=len(rows)))
-
-    model, batches = Model(), [(4, 5), (0, 3, 3)]
-    reference = make_head("box", norm_images=1)
-    reference.load_state_dict(model.head.state_dict())
-    estimate_population_statistics(model, batches, 2, labelled=labelled, seed=5, progress=False)
-    seen: list[Tensor] = []
-    for index, rows in enumerate(batches):
-        x = rois(sum(rows), seed=len(rows))
-        x = x[permutation(model.head, len(x), 5, index)]
-        share = [(i + 1) * len(x) // len(rows) - i * len(x) // len(rows) for i in range(len(rows))]
-        first, second = reference.conv_norm_relus
-        with reference.image_rows(share), reference.normalizing_images(len(x)):
-            seen.append(nn.functional.conv2d(first(x), second.weight, padding=1))
-    values = torch.cat(seen).transpose(0, 1).flatten(1)
-    norm = model.head.conv_norm_relus[1].norm
-    torch.testing.assert_close(norm.running_mean, values.mean(1))
-    torch.testing.assert_close(norm.running_var, values.var(1))
-    fresh = make_head("box", shuffled=True, norm_images=1)
-    assert order_of(model.head) == order_of(fresh)
-
-
 @pytest.mark.parametrize("name", ["StandardROIHeads", "CascadeROIHeads", "NormImagesROIHeads"])
 def test_in_detectron2s_roi_heads(name: str) -> None:
     cascade = {"MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": name == "CascadeROIHeads"}
@@ -191,19 +157,3 @@ def test_in_detectron2s_roi_heads(name: str) -> None:
         assert all(i.pred_masks.isfinite().all() for i in instances)
         if not sum(counts):
             assert [len(i) for i in instances] == [0, 0]
-
-
-@pytest.mark.parametrize("norm", ["BN", "SyncBN", "BatchStatBN", "GN", ""])
-def test_roi_heads_without_a_roi(norm: str) -> None:
-    """Defect 11: empty results at inference, no NaN; in training statistics stay."""
-    width = {"MODEL__ROI_BOX_HEAD__CONV_DIM": 32, "MODEL__ROI_MASK_HEAD__CONV_DIM": 32}
-    heads = build_model(mask_config(**norms(norm), **width)).roi_heads
-    before = {name: value.clone() for name, value in heads.state_dict().items()}
-    with EventStorage():
-        _, losses = heads(*roi_inputs([0, 0]))
-    sum(losses.values()).backward()
-    assert all(p.grad is not None and not p.grad.any() for p in heads.parameters())
-    assert all(torch.equal(heads.state_dict()[name], value) for name, value in before.items())
-    with torch.no_grad():
-        instances, _ = heads.eval()(*roi_inputs([0, 0])[:3])
-    assert [(len(i), i.pred_masks.shape) for i in instances] == [(0, (0, 1, 8, 8))] * 2
