@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo import exc
+from torch._inductor import exc as inductor
 from torch.fx import Proxy
 from torch.fx.experimental import _config as shapes
 
@@ -28,7 +29,17 @@ logger = logging.getLogger(__name__)
 _VERSIONS = 64
 # Where the rest of a call depends on numbers that change, such as which level it is: the method
 # that does the numeric work.
-_WITHIN = {CycleBatchNorm2d: "_normalize_level", SplitBatchNorm2d: "_run"}
+_WITHIN: dict[type, str] = {CycleBatchNorm2d: "_normalize_level", SplitBatchNorm2d: "_run"}
+
+_FAILURES: tuple[type[Exception], ...] = tuple(
+    getattr(module, name)
+    for module, name in (
+        (exc, "TorchDynamoException"),
+        (exc, "FailOnRecompileLimitHit"),
+        (inductor, "InductorError"),
+    )
+    if hasattr(module, name)
+)
 
 
 def compile_norms(model: nn.Module, **options: Any) -> list[str]:
@@ -82,11 +93,7 @@ def _call(plain: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> A
 
 
 def _try_compiler(devices: set[torch.device], options: dict[str, Any]) -> None:
-    """Compile a trifle on each device.
-
-    Raises:
-        ValueError: in one line, where that fails.
-    """
+    """Compile a trifle on each device; a ValueError in one line where that fails."""
     chosen = {key: options[key] for key in ("backend", "mode", "options") if key in options}
     for device in devices:
         x = torch.zeros(2, device=device)
@@ -94,13 +101,16 @@ def _try_compiler(devices: set[torch.device], options: dict[str, Any]) -> None:
         try:
             torch.compile(FunctionType(code, globals()), **chosen)(x)
         except Exception as error:
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            said = lines[0] if lines else type(error).__name__
+            said = _first_line(error)
             raise ValueError(f"norm layers cannot be compiled for {device}: {said}") from error
 
 
 def _trifle(x: Any) -> Any:
     return x + 1
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class _Compiled:
@@ -119,18 +129,18 @@ class _Compiled:
         with _buffers_kept(layer) if recomputes else nullcontext(), _any_sizes():
             try:
                 return self.run(self.plain, layer, *args, **kwargs)
-            except (exc.Unsupported, exc.BackendCompilerFailed, exc.FailOnRecompileLimitHit) as e:
-                first = str(e).strip().split("\n")[0]
-                logger.warning("%s is not compiled from now on: %s", self.name, first)
+            except _FAILURES as error:
+                result = self.plain(layer, *args, **kwargs)  # raises where the input is wrong
+                logger.warning("%s is not compiled from now on: %s", self.name, _first_line(error))
                 self.run = _call
-                return self.plain(layer, *args, **kwargs)
+                return result
 
 
 def _is_looked_at(layer: Any, args: tuple[Any, ...]) -> bool:
     """Return whether somebody looks at how the layer computes, whom compiled code would escape."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks
-    hooks = hooks or layer._backward_hooks or layer._backward_pre_hooks
-    if hooks or layer._observer is not None or "forward" in vars(layer):
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    changed = "forward" in vars(layer) or any(getattr(layer, name) for name in hooks)
+    if changed or layer._observer is not None:
         return True
     if isinstance(layer, MABN2d) and layer.training and _may_be_recomputed():
         return True  # it remembers by what it normalised

@@ -17,21 +17,16 @@ from torch.distributed import ProcessGroup
 
 from rethinking_bn.distributed import all_gather
 
-# On the CPU, tensors of at least so many values are worked through in blocks that a core's cache
-# holds. Temporaries of the tensor's size would come from memory for every operator.
+# On the CPU, tensors of so many values are worked through in blocks that a core's cache holds.
 _MANY, _BLOCK = 2**16, 2**18
-# The CPU's channels-last operators add up in float32, one value after the other. More values than
-# this lose digits.
+# The CPU's channels-last operators add up in float32, value after value: more lose digits.
 _SEQUENTIAL = 4096
 
 
 class Moments(NamedTuple):
-    """Moments of C channels in D independent sets of values (one row a set).
+    """Moments of C channels in D sets: counts (D,) in floating point, means and M2 (D, C).
 
-    Attributes:
-        count: (D,) values per channel, as floating point.
-        mean: (D, C); 0 where the count is 0.
-        m2: (D, C), sum of squared deviations from the mean; 0 where the count is 0.
+    Mean and M2 of a set without values are 0.
     """
 
     count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nothing here calls
@@ -79,9 +74,6 @@ def _all_but_channels(x: Tensor) -> list[int]:
 
 def _is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-
-
-# --- moments --------------------------------------------------------------------------------------
 
 
 def local_moments(x: Tensor) -> Moments:
@@ -192,9 +184,6 @@ def mix_statistics(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     return pooled, variance.mean(0) + (mean - pooled).square().mean(0)
 
 
-# --- passes with a coefficient per channel --------------------------------------------------------
-
-
 def _is_worth_blocks(x: Tensor) -> bool:
     large = x.numel() >= _MANY and x.device.type == "cpu" and x.dim() > 2
     return large and (x.is_contiguous() or _is_channels_last(x))
@@ -265,10 +254,9 @@ def fused_normalize(
 
 
 def _settled(x: Tensor) -> Tensor:
-    """Return x, contiguous if its strides are two layouts at once.
+    """Return x, contiguous if its strides, as (40, 1, 8, 1), are two layouts at once.
 
-    With sizes of 1, strides such as (40, 1, 8, 1) of ``tokens.transpose(1, 2).unsqueeze(-1)`` pass
-    for either. torch's CPU operator then mixes up elements of the input and of the gradient.
+    torch's CPU operator then mixes up elements of the input and of the gradient.
     """
     if torch.compiler.is_compiling() or x.is_contiguous() or not _is_channels_last(x):
         return x

@@ -1,9 +1,9 @@
 """The numeric core: normalise tensors by moments pooled over a chosen set of (tensors x ranks).
 
-Every BN variant of the package is a choice of that set. Each tensor belongs to a *part*, whose
-moments the running statistics take, and each part to a *pool*, by whose moments its tensors are
-normalised. Shared BN puts all levels into one pool, domain-specific BN each into its own, and
-SyncBN pools every part over the ranks as well. There are three ways:
+Every BN variant is a choice of that set. Each tensor belongs to a *part*, whose moments the running
+statistics take, and each part to a *pool*, by whose moments its tensors are normalised. Shared BN
+has one pool for all levels, domain-specific BN one for each, and SyncBN pools every part over the
+ranks. There are three ways:
 
 1. a tensor that is a pool of its own, on one rank: torch's own operator;
 2. a pool of several tensors or ranks: one autograd function;
@@ -88,8 +88,7 @@ def normalize(
 
     Args:
         xs: L tensors (N, C, *) of one type; any of them may be empty. Not copied.
-        weight, bias: one (C,) for all tensors, or L of them, one each (a sequence, or the rows of
-            a tensor); None: no affine.
+        weight, bias: one (C,) for all tensors, or L of them, one each; None: no affine.
         parts: the part of each tensor, in 0..K-1: either all 0, or 0, 1, ..., L-1.
         pools: the pool of each of the K parts, likewise.
         eps: added to the variance.
@@ -154,13 +153,10 @@ def _check_transform(sync: bool) -> None:
         raise NotImplementedError(f"{what} cannot transform statistics pooled over ranks")
 
 
-# --- 1: torch's own operator ----------------------------------------------------------------------
-
-
 def _alone(
     x: Tensor, affine: Any, eps: float, holders: Any, momentum: float | None, report: bool
 ) -> tuple[Tensor, Moments | None]:
-    """Normalise one tensor by torch's operator, which moves copies of the running statistics."""
+    """Way 1: one tensor by torch's operator, which moves copies of the running statistics."""
     weight, bias = affine
     if not suits_torch(x):
         (y,), local, _ = _together([x], [weight], [bias], _Call((0,), True, True, eps))
@@ -185,13 +181,10 @@ def _alone(
     return y, local if report else None
 
 
-# --- 2: one autograd function ---------------------------------------------------------------------
-
-
 def _together(
     xs: Sequence[Tensor], weights: Sequence[Any], biases: Sequence[Any], call: _Call
 ) -> _Pooled:
-    """Normalise by pooled moments, in one autograd function."""
+    """Way 2: by pooled moments, in one autograd function."""
     with torch.no_grad():
         local = moments_of(xs, plain=is_plain(xs[0]))
         local = merged(local) if call.one_part else local
@@ -270,8 +263,8 @@ def _gradients(
     zero = torch.zeros_like(means[0])
     needed = ctx.needs_input_grad[-len(xs) :]
     grad_x = [
-        combine(dy, x, *row, zero) if need else None
-        for dy, x, need, *row in zip(dys, xs, needed, *each, strict=True)
+        combine(dy, x, a, b, c, m, zero) if need else None
+        for dy, x, need, a, b, c, m in zip(dys, xs, needed, *each, strict=True)
     ]
     affine = [*own[:, 1].unbind(), *own[:, 0].unbind()]
     typed = zip(affine, ctx.types, strict=True)
@@ -298,10 +291,7 @@ def _recorded_gradients(
 
 
 def refuse(gradients: Sequence[Any]) -> list[Any]:
-    """Return gradients that raise when they are differentiated.
-
-    torch's ``once_differentiable`` does not where the incoming gradient needs no gradient.
-    """
+    """Return gradients that raise when differentiated, whatever needs a gradient by then."""
     anchor = torch.zeros((), requires_grad=True)
     given = iter(_Refused.apply(anchor, *(g for g in gradients if g is not None)))
     return [None if g is None else next(given) for g in gradients]
@@ -315,18 +305,14 @@ class _Refused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> Any:
         raise RuntimeError(
-            "no derivative of a derivative here: statistics pooled over ranks (sync) and MABN2d's "
-            "moving averages have first derivatives only"
+            "no derivative of a derivative through statistics of ranks (sync) or MABN2d's averages"
         )
-
-
-# --- 3: plain operators ---------------------------------------------------------------------------
 
 
 def _in_plain_operators(
     xs: Sequence[Tensor], weights: Sequence[Any], biases: Sequence[Any], call: _Call
 ) -> _Pooled:
-    """Normalise on one rank, in operators that can be transformed in every way."""
+    """Way 3: on one rank, in operators that can be transformed in every way."""
     local = moments_of(xs, plain=True)
     local = merged(local) if call.one_part else local
     pool = merged(local) if call.one_pool else local

@@ -24,12 +24,10 @@ def update_running_statistics(
 ) -> None:
     """Move BatchNorm-like buffers towards moments: one EMA step per row that saw a value.
 
-    With one holder and several rows the steps follow each other, row after row, as when one
-    nn.BatchNorm2d is called once per level. Rows are skipped on the device, without a host
-    synchronisation: those without a value entirely, those with one value for the variance. A row
-    that is not finite is skipped as well: under mixed precision one forward may overflow, in a
-    step that the optimizer then leaves out, and NaN would never leave a moving average again. A
-    forward that activation checkpointing recomputes moves nothing.
+    With one holder and several rows the steps follow each other, as when one nn.BatchNorm2d is
+    called once per level. A row of one value leaves the variance alone. A row that is not finite
+    moves nothing: under mixed precision a forward may overflow, and NaN would never leave an
+    average again. Nor does a forward that activation checkpointing recomputes.
 
     Args:
         holders: modules with running_mean, running_var (C,) and num_batches_tracked, which may be
@@ -89,11 +87,7 @@ def _write(together: Any, one: Any, targets: Sequence[Tensor], sources: Sequence
 
 
 def keep_if_finite(holder: Any, old: Sequence[Tensor], moved: Sequence[Tensor]) -> None:
-    """Write what torch's operator moved as :func:`update_running_statistics` would.
-
-    Args:
-        old, moved: the holder's mean and variance (C,), and the copies that were moved.
-    """
+    """Write what torch's operator moved into the holder's old mean and variance (C,), if finite."""
     if is_recomputing():
         return
     (old_mean, old_variance), (mean, variance) = old, moved

@@ -131,6 +131,15 @@ def test_what_falls_back_is_named(caplog: pytest.LogCaptureFixture) -> None:
     assert "1 is not compiled" in record.getMessage()
 
 
+def test_a_wrong_input_is_refused_as_before(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(BatchNorm2d(C))
+    compile_norms(model, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"expected \(N, 4, H, W\)"):
+        model(torch.zeros(2, C + 1, 3, 3))
+    model(torch.zeros(2, C, 3, 3))
+    assert not caplog.records
+
+
 def test_layers_of_other_kinds() -> None:
     xs = [torch.randn(3, C, h, h + 1) for h in (5, 4)]
     cycle, plain = twins(CycleBatchNorm2d(C, 2))
