@@ -1,4 +1,4 @@
-"""Shuffling RoIs among processes beside sending all of them to everybody."""
+"""Shuffling RoIs among processes beside sending all of them to everybody, and beside SyncBN."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.equality import ResultsDiffer, require_equal
 from benchmarks.result import Result
 from benchmarks.timing import Options, alternate
 from machine.processes import run_processes
 from rethinking_bn.distributed import all_gather_object, get_rank
-from rethinking_bn.layers import shuffle_rows, unshuffle_rows
+from rethinking_bn.layers import BatchNorm2d, SyncBatchNorm2d, shuffle_rows, unshuffle_rows
 
 _OURS, _OTHER = "shuffle_rows", "padded all_gather"
 _SEED = 17
@@ -95,6 +95,13 @@ def run(options: Options, other: type[PaddedShuffle] = PaddedShuffle) -> Result:
         times = answers[0]["times"]
         case = f"{world} processes, {rows} rows of {shape}, {device.type}"
         result.measure(case, (_OURS, times[_OURS]), (_OTHER, times[_OTHER]))
+    for world in options.pick(quick=(2,), cpu=(2, 4), cuda=(2, 4)):
+        device = options.device_for(world)
+        answers = run_processes(_by_depth, world, rows, shape, options, device=device)
+        for depth, times in answers[0].items():
+            case = f"{world} processes, {depth} norm layers on {rows} rows of {shape}"
+            result.measure(case, *((side, times[side]) for side in ("shuffle and BN", "SyncBN")))
+    result.notes.append("shuffle and BN, SyncBN: two functions, so their results are not compared")
     result.notes.append("a round lasts as long as its slowest rank; one thread a process")
     return result
 
@@ -126,6 +133,31 @@ def _measure(
     for name, step in sides.items():
         checks[f"{name}, gradient"] = require_equal(name, [step()], [dy], 0.0)
     return {"checks": checks, "times": alternate(sides, options, 8.0, together=device)}
+
+
+def _by_depth(
+    device: torch.device, count: int, shape: tuple[int, ...], options: Options
+) -> dict[int, dict[str, list[float]]]:
+    """Time a head of norm layers alone: rows sent there and back, or moments sent by each layer."""
+    generator = torch.Generator().manual_seed(get_rank())
+    x = torch.randn(count, *shape, generator=generator).to(device).requires_grad_()
+    times = {}
+    for depth in options.pick(quick=(1, 2), cpu=(1, 2, 4, 8, 16), cuda=(1, 2, 4, 8, 16)):
+        by_rank, synced = (
+            nn.Sequential(*(kind(shape[0]) for _ in range(depth))).to(device)
+            for kind in (BatchNorm2d, SyncBatchNorm2d)
+        )
+
+        def shuffled(head: nn.Module = by_rank) -> Tensor:
+            rows, state = shuffle_rows(x, generator_seed=_SEED)
+            return torch.autograd.grad(unshuffle_rows(head(rows), state), x, x.detach())[0]
+
+        def pooled(head: nn.Module = synced) -> Tensor:
+            return torch.autograd.grad(head(x), x, x.detach())[0]
+
+        sides = {"shuffle and BN": shuffled, "SyncBN": pooled}
+        times[depth] = alternate(sides, options, 4.0, together=device)
+    return times
 
 
 def _check(
