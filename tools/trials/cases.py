@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import MaskRCNN, RetinaNet
+from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork
 
 from rethinking_bn.data import CLASSES, ShapesDataset
+from rethinking_bn.layers import MultiDomainBatchNorm2d
 from rethinking_bn.population import estimate_population_statistics
 from rethinking_bn.population.forwards import throwaway_event_storage
-from rethinking_bn.torchvision import run_detector
+from rethinking_bn.torchvision import MultiDomainBNRetinaNetHead, run_detector
 from studies.data import load_digits, shuffled_indices
 from studies.training import make_net, train_to_the_end
 
-Sample = Any  # (image, label), (image, target) or detectron2's dict
+Sample = Any  # (image, label), (image, target), detectron2's dict or an image
+S, D = "shared", "domain_specific"
+ROWS = {1: (S, S, S), 4: (D, D, S), 6: (D, D, D)}
 
 
 @dataclass
@@ -31,12 +32,11 @@ class Case:
     """A healthy model and what it is diagnosed on.
 
     Attributes:
-        model: in eval mode; its statistics fit ``samples``.
+        model: its statistics fit ``samples``.
         samples: of the training set.
-        target: samples of the same distribution, for the healthy twin's target domain.
+        target: samples of the same distribution, for a healthy target domain; () for none.
         collate: makes a batch of samples.
-        darken: (sample, strength) -> the sample as another domain shows it.
-        size: images in a batch, enough for a healthy one.
+        size: images in a batch.
         count, many: batches of a diagnosis, and of one for dependent samples.
         forward: as ``diagnose`` takes it.
     """
@@ -45,7 +45,6 @@ class Case:
     samples: Sequence[Sample]
     target: Sequence[Sample]
     collate: Callable[[Sequence[Sample]], Any]
-    darken: Callable[[Sample, float], Sample]
     size: int
     count: int = 16
     many: int = 96
@@ -59,24 +58,29 @@ class Case:
             for _, indices in zip(range(count), chosen, strict=False)
         ]
 
-    def brightness(self, sample: Sample) -> float:
-        """Return the mean of a sample's image."""
-        image = sample["image"] if isinstance(sample, dict) else sample[0]
-        return float(image.float().mean())
+    def others(self) -> Case:
+        """Return the case with its target's samples in place of the training set's."""
+        return replace(self, samples=self.target)
 
 
-def others(case: Case) -> Case:
-    """Return the case with its target's samples in place of the training set's."""
-    return replace(case, samples=case.target)
+def image_of(sample: Sample) -> Tensor:
+    """Return the image of a sample."""
+    if isinstance(sample, Tensor):
+        return sample
+    return sample["image"] if isinstance(sample, dict) else sample[0]
 
 
-def _pair(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*samples, strict=True)
-    return torch.stack(images), torch.stack(labels)
+def with_image(sample: Sample, image: Tensor) -> Sample:
+    """Return the sample with another image."""
+    if isinstance(sample, Tensor):
+        return image
+    return {**sample, "image": image} if isinstance(sample, dict) else (image, *sample[1:])
 
 
-def _darken(sample: Sample, strength: float) -> Sample:
-    return sample[0] * (1 - 0.5 * strength) + 0.25 * strength, sample[1]
+def _stacked(samples: Sequence[Sample]) -> Any:
+    if isinstance(samples[0], Tensor):
+        return torch.stack(list(samples))
+    return tuple(torch.stack(values) for values in zip(*samples, strict=True))
 
 
 def classifier(seed: int, steps: int = 100) -> Case:
@@ -87,7 +91,33 @@ def classifier(seed: int, steps: int = 100) -> Case:
     order = shuffled_indices(len(data.train.images), 64, seed)
     train_to_the_end(net, data.train, order, steps=steps, lr=0.1, label=None)
     train, test = (list(zip(*split, strict=True)) for split in data)
-    return Case(net.eval(), train, test, _pair, _darken, 64)
+    return Case(net.eval(), train, test, _stacked, 64)
+
+
+class _Head(nn.Module):
+    """Three convolutions over four levels of an image, a norm layer of row 1 behind each."""
+
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__()
+        widths = (3, channels, channels)
+        self.convs = nn.ModuleList(nn.Conv2d(i, channels, 3, padding=1) for i in widths)
+        self.norms = nn.ModuleList(MultiDomainBatchNorm2d(channels, 4) for _ in widths)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        xs = [x, *(nn.functional.avg_pool2d(x, k) for k in (4, 8, 16))]
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            xs = [y.relu() for y in norm([conv(x) for x in xs])]
+        return xs
+
+
+def head(seed: int) -> Case:
+    """A head of row 1 with random weights, on four images that differ in their contrast most."""
+    torch.manual_seed(seed)
+    contrast = 0.2 + 3 * torch.rand(500, 1, 1, 1)
+    images = torch.randn(500, 3, 32, 32) * contrast + 0.05 * torch.randn(500, 3, 1, 1) + 2
+    case = Case(_Head().train(), list(images), list(images), _stacked, 4, 40, 40)
+    estimate_population_statistics(case.model, case.batches(seed + 1, 40), progress=False)
+    return case
 
 
 class _Backbone(nn.Module):
@@ -117,22 +147,11 @@ class _Backbone(nn.Module):
 
 @cache
 def _shapes(name: str, images: int) -> list[Sample]:
-    first = ShapesDataset(name, num_images=images, masks=True, first_label=1)
+    first = ShapesDataset(name, num_images=images, first_label=1)
     return [(image / 255, target) for image, target in (first[i] for i in range(len(first)))]
 
 
-def _detector(seed: int, build: Callable[..., nn.Module], **options: Any) -> Case:
-    torch.manual_seed(seed)
-    sizes = dict(min_size=128, max_size=160, **options)
-    classes = None if "box_predictor" in options else len(CLASSES) + 1
-    model = build(_Backbone(), classes, **sizes)
-    train, test = _shapes("shapes_train", 160), _shapes("shapes_val", 80)
-    collate: Any = lambda samples: tuple(zip(*samples, strict=True))  # noqa: E731
-    case = Case(model, train, test, collate, _darken, 16, 8, 16, run_detector)
-    return _healthy(case, seed)
-
-
-def _healthy(case: Case, seed: int, steps: int = 60) -> Case:
+def _healthy(case: Case, seed: int, steps: int = 12) -> Case:
     """Train a little, and let the statistics fit: of random weights, a batch says too little."""
     model = case.model.train()
     optimizer = torch.optim.SGD(model.parameters(), 0.02, 0.9, weight_decay=1e-4)
@@ -143,37 +162,31 @@ def _healthy(case: Case, seed: int, steps: int = 60) -> Case:
             sum(forward(model, batch).values()).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 10.0)
             optimizer.step()
-    batches = case.batches(seed, case.count)
-    estimate_population_statistics(model, batches, case.count, forward=case.forward, progress=False)
+    batches = case.batches(seed + 2, case.count)
+    estimate_population_statistics(model, batches, forward=case.forward, progress=False)
     return case
 
 
-def torchvision_retinanet(seed: int) -> Case:
-    """torchvision's RetinaNet with BN in the backbone, in training mode, on shapes."""
-    anchors = AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3)
-    return _detector(seed, RetinaNet, anchor_generator=anchors)
-
-
-def torchvision_mask_rcnn(seed: int) -> Case:
-    """torchvision's Mask R-CNN with BN in the backbone and small heads, in training mode."""
+def torchvision_row(row: int, seed: int) -> Case:
+    """torchvision's RetinaNet with a row of Table 5 in its head, in training mode, on shapes."""
     torch.manual_seed(seed)
     anchors = AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3)
-    return _detector(
-        seed,
-        MaskRCNN,
-        rpn_anchor_generator=anchors,
-        box_batch_size_per_image=16,
-        rpn_post_nms_top_n_train=50,
-        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 4, 2),
-        box_head=TwoMLPHead(_Backbone.out_channels * 16, 64),
-        box_predictor=FastRCNNPredictor(64, len(CLASSES) + 1),
-        mask_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 8, 2),
-        mask_head=MaskRCNNHeads(_Backbone.out_channels, (16,), 1),
-        mask_predictor=MaskRCNNPredictor(16, 16, len(CLASSES) + 1),
-    )
+    train_stats, population_stats, affine = ROWS[row]
+    head = MultiDomainBNRetinaNetHead(
+        _Backbone.out_channels, 3, len(CLASSES) + 1, num_levels=3,
+        train_stats=train_stats, population_stats=population_stats, affine=affine,
+    )  # fmt: skip
+    model = RetinaNet(
+        _Backbone(), len(CLASSES) + 1, anchor_generator=anchors, head=head, min_size=96,
+        max_size=112,
+    )  # fmt: skip
+    train = _shapes("shapes_train", 160)
+    collate: Any = lambda samples: tuple(zip(*samples, strict=True))  # noqa: E731
+    return _healthy(Case(model, train, (), collate, 16, 8, 16, run_detector), seed)
 
 
-def _detectron2(seed: int, config: str, *opts: Any) -> Case:
+def detectron2_row(row: int, seed: int) -> Case:
+    """detectron2's RetinaNet, small, with a row of Table 5 in its head, on shapes."""
     from detectron2.config import get_cfg
     from detectron2.data import DatasetCatalog, DatasetMapper
     from detectron2.modeling import build_model
@@ -183,40 +196,21 @@ def _detectron2(seed: int, config: str, *opts: Any) -> Case:
 
     cfg = get_cfg()
     add_rethinking_bn_config(cfg)
-    cfg.merge_from_file(get_config_file(config))
-    cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.MAX_SIZE_TRAIN", 112])
-    cfg.merge_from_list(["INPUT.RANDOM_FLIP", "none", *opts])
+    cfg.merge_from_file(get_config_file(f"shapes/retinanet_bn_row{row}.yaml"))
+    opts = {
+        "INPUT.MIN_SIZE_TRAIN": (96,), "INPUT.MAX_SIZE_TRAIN": 112, "INPUT.RANDOM_FLIP": "none",
+        "MODEL.RESNETS.NORM": "BN", "MODEL.RESNETS.STEM_OUT_CHANNELS": 16,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 32, "MODEL.RESNETS.WIDTH_PER_GROUP": 16,
+        "MODEL.FPN.OUT_CHANNELS": 32, "MODEL.RETINANET.NUM_CONVS": 2,
+    }  # fmt: skip
+    cfg.merge_from_list([word for pair in opts.items() for word in pair])
     torch.manual_seed(seed)
     model = build_model(cfg)
     mapper = DatasetMapper(cfg, is_train=True)
     train = [mapper(record) for record in DatasetCatalog.get("shapes_train")[:160]]
-    test = [mapper(record) for record in DatasetCatalog.get("shapes_val")[:80]]
-    return _healthy(Case(model, train, test, list, _darken_dict, 16, 8, 16), seed)
+    return _healthy(Case(model, train, (), list, 16, 8, 16), seed)
 
 
-def _darken_dict(sample: Sample, strength: float) -> Sample:
-    return {**sample, "image": sample["image"] * (1 - 0.5 * strength) + 64 * strength}
-
-
-_SMALL = (
-    *("MODEL.RESNETS.NORM", "BN", "MODEL.RESNETS.STEM_OUT_CHANNELS", 16),
-    *("MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 16),
-    *("MODEL.FPN.OUT_CHANNELS", 32),
-)
-
-
-def detectron2_retinanet(seed: int) -> Case:
-    """detectron2's RetinaNet with BN in the backbone, in training mode, on shapes."""
-    return _detectron2(
-        seed, "shapes/retinanet_no_norm.yaml", *_SMALL, "MODEL.RETINANET.NUM_CONVS", 1
-    )
-
-
-def detectron2_mask_rcnn(seed: int) -> Case:
-    """detectron2's Mask R-CNN with BN in the backbone, in training mode, on shapes."""
-    heads = (
-        *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 100, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 30),
-        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 64),
-        *("MODEL.ROI_BOX_HEAD.CONV_DIM", 16, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
-    )
-    return _detectron2(seed, "shapes/mask_rcnn_no_norm.yaml", *_SMALL, *heads)
+CASES: dict[str, Callable[[int], Case]] = {"classifier": classifier, "head": head}
+CASES |= {f"torchvision_row{row}": partial(torchvision_row, row) for row in ROWS}
+CASES |= {f"detectron2_row{row}": partial(detectron2_row, row) for row in ROWS}

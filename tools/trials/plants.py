@@ -1,4 +1,4 @@
-"""Defects planted in healthy models, as weak or strong as one likes."""
+"""Defects planted in healthy models."""
 
 from __future__ import annotations
 
@@ -9,31 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trials.cases import Case, Sample, others
+from trials.cases import Case, image_of, with_image
 
-# By strength; the others are there or not.
-GRADED = (
-    "stale-statistics",
-    "repeated-use",
-    "mixed-modes",
-    "dead-channels",
-    "domain-shift",
-    "output-effect",
-    "dependent-samples",
-    "small-batch",
-)
-ONCE = ("identity-statistics", "non-finite", "impossible-variance")
-KINDS = (*GRADED, *ONCE)
-STRONG = {
-    "dead-channels": 0.5,
-    "domain-shift": 1.0,
-    "dependent-samples": 1.0,
-    "small-batch": 8.0,
-}  # in detectors, where others are planted at 1.5
-_OF_BATCHES = ("dependent-samples", "small-batch")
-# strengths between which that of a given change of the output lies
-_RANGE = {"dead-channels": (1e-4, 1.0), "domain-shift": (1e-4, 1.0)}
-_RANGE |= {"dependent-samples": (0.02, 1.0), "small-batch": (1.0, 32.0)}
+# strengths that change the classifier's output by about a tenth of its spread; None: there or not
+STRENGTHS: dict[str, float | None] = {
+    "stale-statistics": 0.34,
+    "repeated-use": 2.7,
+    "mixed-modes": 0.34,
+    "dead-channels": 0.14,
+    "domain-shift": 0.24,
+    "output-effect": 0.093,
+    "small-batch": 3.2,
+    "identity-statistics": None,
+    "non-finite": None,
+    "impossible-variance": None,
+}
+# batches whose samples depend on each other
+BATCHES = ("copies", "crops", "sorted", "a fifth alike")
+KINDS = ("healthy", *BATCHES, *STRENGTHS)
 
 
 @dataclass
@@ -44,7 +37,6 @@ class Planted:
     batches: list[Any]
     target: list[Any] | None
     layer: str
-    seed: int
 
 
 class CalledTwice(nn.Module):
@@ -70,145 +62,100 @@ class CalledTwice(nn.Module):
         return (self.norm(x) + self.norm(x * self.scale + self.offset)) / 2
 
 
-def norms(model: nn.Module) -> dict[str, Any]:
-    """Return the BN layers by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-
-
 @torch.no_grad()
-def plant(kind: str, case: Case, strength: float, seed: int) -> Planted:
-    """Plant one defect in a copy of a healthy model, or none.
+def plant(kind: str, case: Case, seed: int) -> Planted:
+    """Plant one defect in a copy of a healthy model, or none ("healthy").
 
     Args:
-        kind: one of ``KINDS``, or "healthy".
-        strength: for dependent-samples the fraction of a batch that is of one kind, for small-batch
-            how many times smaller a batch is; else how far off, in about standard deviations.
+        kind: one of ``KINDS``.
         seed: chooses the layer and the batches.
     """
-    model = copy.deepcopy(case.model)
+    model, strength = copy.deepcopy(case.model), STRENGTHS.get(kind) or 0.0
     g = torch.Generator().manual_seed(seed)
-    named = norms(model)
-    name = list(named)[int(torch.randint(len(named), (), generator=g))]
-    layer = named[name]
-    sign = torch.randint(0, 2, (layer.num_features,), generator=g) * 2.0 - 1
+    named: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)
+    }
+    name = list(named)[int(torch.randint(len(named), (), generator=g))] if named else ""
+    layer = named.get(name)
     batches = target = None
-    if kind == "stale-statistics":
-        _shift(layer, strength, sign)
-    elif kind == "mixed-modes":
-        _shift(layer, strength, sign)
-        model.train()
-        layer.eval()
-    elif kind == "output-effect":
-        name = ""
-        for each in named.values():
-            random = torch.randint(0, 2, (each.num_features,), generator=g) * 2.0 - 1
-            _shift(each, strength, random)
-    elif kind == "repeated-use":
-        _replace(model, name, CalledTwice(layer, strength))
-        name += ".norm"
-    elif kind == "dead-channels":
-        count = max(1, round(strength * layer.num_features))
-        chosen = torch.randperm(layer.num_features, generator=g)[:count]
-        _conv_before(model, name).weight[chosen] = 0
-    elif kind == "identity-statistics":
-        layer.reset_running_stats()
-    elif kind == "non-finite":
-        layer.running_mean[0] = float("nan")
-    elif kind == "impossible-variance":
-        layer.running_var[0] = -0.1
+    where = ""
+    if kind in BATCHES:
+        batches = _dependent(kind, case, g)
     elif kind == "healthy":
-        target, name = others(case).batches(seed, case.count), ""
+        target = case.others().batches(seed, case.count) if case.target else None
     elif kind == "domain-shift":
-        dark = [case.darken(sample, strength) for sample in case.target]
+        dark = [with_image(s, _darker(image_of(s), strength)) for s in case.target]
         target = replace(case, samples=dark).batches(seed, case.count)
-        name = ""
     elif kind == "small-batch":
         size = max(2, round(case.size / strength))
         batches = case.batches(seed, max(case.count, 4 * case.size // size), size)
-        name = ""
-    elif kind == "dependent-samples":
-        batches = grouped(case, strength, seed)
-        name = ""
+    elif kind == "output-effect":
+        for each in named.values():
+            _shift(each, strength, g)
     else:
-        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-    return Planted(model, batches or case.batches(seed, case.count), target, name, seed)
+        where = name
+        if kind in ("stale-statistics", "mixed-modes"):
+            _shift(layer, strength, g)
+        if kind == "mixed-modes":
+            model.train()
+            layer.eval()
+        elif kind == "repeated-use":
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, CalledTwice(layer, strength))
+            where += ".norm"
+        elif kind == "dead-channels":
+            count = max(1, round(strength * layer.num_features))
+            chosen = torch.randperm(layer.num_features, generator=g)[:count]
+            modules = list(model.modules())
+            before = [m for m in modules[: modules.index(layer)] if isinstance(m, nn.Conv2d)]
+            before[-1].weight[chosen] = 0
+        elif kind == "identity-statistics":
+            layer.reset_running_stats()
+        elif kind == "non-finite":
+            layer.running_mean[0] = float("nan")
+        elif kind == "impossible-variance":
+            layer.running_var[0] = -0.1
+    return Planted(model, batches or case.batches(seed, case.count), target, where)
 
 
-def grouped(case: Case, fraction: float, seed: int) -> list[Any]:
-    """Return batches of which a fraction is alike: of one class, or of one brightness."""
-    g = torch.Generator().manual_seed(seed)
-
-    def key(sample: Sample) -> float:
-        label = None if isinstance(sample, dict) else sample[1]
-        return float(label) if isinstance(label, Tensor) else case.brightness(sample)
-
-    alike = sorted(case.samples, key=key)
-    own = round(fraction * case.size)
-    batches = []
-    for _ in range(case.many):  # the scatter of few batches says little
-        start = int(torch.randint(len(alike) - own + 1, (), generator=g))
-        rest = torch.randint(len(alike), (case.size - own,), generator=g).tolist()
-        batches.append(case.collate([*alike[start : start + own], *(alike[i] for i in rest)]))
-    return batches
+def _darker(image: Tensor, strength: float) -> Tensor:
+    half = 64 if image.max() > 2 else 0.25
+    return image * (1 - 0.5 * strength) + half * strength
 
 
-def _shift(layer: Any, strength: float, sign: Tensor) -> None:
+def _shift(layer: Any, strength: float, g: torch.Generator) -> None:
+    sign = torch.randint(0, 2, (layer.num_features,), generator=g) * 2.0 - 1
     layer.running_mean += strength * sign * layer.running_var.sqrt()
     layer.running_var *= torch.exp(strength * sign)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+def _dependent(kind: str, case: Case, g: torch.Generator) -> list[Any]:
+    """Return batches of each image twice, of crops of one image, or of images that are alike."""
 
+    def some(count: int, of: int) -> list[int]:
+        return torch.randint(of, (count,), generator=g).tolist()
 
-def _conv_before(model: nn.Module, name: str) -> nn.Conv2d:
-    before: nn.Conv2d | None = None
-    for other, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            before = module
-        if other == name and before is not None:
-            return before
-    raise ValueError(f"no convolution before {name}")
+    def key(sample: Any) -> float:
+        label = sample[1] if isinstance(sample, tuple) else None
+        return float(label if isinstance(label, Tensor) else image_of(sample).float().std())
 
-
-@torch.no_grad()
-def output_change(kind: str, case: Case, planted: Planted) -> float:
-    """Return how much a defect changes the output of a classifier, in its standard deviations.
-
-    For "domain-shift", between the same images of both domains; for what batches do, how much more
-    it changes from population to mini-batch statistics than with healthy batches; else at
-    inference.
-    """
-    if kind in _OF_BATCHES:
-        usual = case.batches(planted.seed, case.count)
-        return _batch_effect(case.model, planted.batches) - _batch_effect(case.model, usual)
-    model = copy.deepcopy(planted.model).eval()
-    if kind == "domain-shift":
-        assert planted.target is not None
-        dark = torch.cat([model(x) for x, _ in planted.target[:4]])
-        clean = torch.cat([model(x) for x, _ in others(case).batches(planted.seed, 4)])
-        return float((dark - clean).square().mean().sqrt() / clean.std())
-    inputs = case.batches(1, 4)
-    clean = torch.cat([case.model(x) for x, _ in inputs])
-    changed = torch.cat([model(x) for x, _ in inputs])
-    change = float((changed - clean).square().mean().sqrt() / clean.std())
-    return change if change == change else float("inf")
-
-
-def _batch_effect(model: nn.Module, batches: list[Any]) -> float:
-    batches, training = batches[:16], copy.deepcopy(model).train()
-    exact = torch.cat([model(x) for x, _ in batches])
-    other = torch.cat([training(x) for x, _ in batches])
-    return float((other - exact).square().mean().sqrt() / exact.std())
-
-
-def strength_for(kind: str, case: Case, change: float, seed: int, steps: int = 7) -> float:
-    """Return the strength at which the output changes that much, by bisection."""
-    case = replace(case, many=case.count)
-    low, high = _RANGE.get(kind, (1e-3, 4.0))
-    for _ in range(steps):
-        middle = (low * high) ** 0.5
-        got = output_change(kind, case, plant(kind, case, middle, seed))
-        low, high = (middle, high) if got < change else (low, middle)
-    return high
+    samples, size, total = case.samples, case.size, len(case.samples)
+    alike = sorted(samples, key=key)
+    batches = []
+    for _ in range(case.many):
+        if kind == "copies":
+            batch = [samples[i] for i in some(size // 2, total)] * 2
+        elif kind == "crops":
+            (sample,) = (samples[i] for i in some(1, total))
+            image = image_of(sample).float()
+            h, w = image.shape[-2] // 2, image.shape[-1] // 2
+            corners = zip(some(size, h + 1), some(size, w + 1), strict=True)
+            crops = [image[:, a : a + h, b : b + w] for a, b in corners]
+            scaled = [nn.functional.interpolate(c[None], (2 * h, 2 * w))[0] for c in crops]
+            batch = [with_image(sample, crop) for crop in scaled]
+        else:
+            own = size if kind == "sorted" else round(size / 5)
+            (start,) = some(1, total - own + 1)
+            batch = [*alike[start : start + own], *(samples[i] for i in some(size - own, total))]
+        batches.append(case.collate(batch))
+    return batches
