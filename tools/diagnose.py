@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Say what is wrong with the BatchNorm of a detectron2 model, and what to do about it.
 
-Of a trained model, on batches of its training (worst layer first; diagnosis.json and diagnosis.png
+Of a trained model, on batches of its training (a line for each cause, the worst first, or
+every layer with ``--verbose``; diagnosis.json and diagnosis.png
 go to OUTPUT_DIR):
 
     python tools/diagnose.py --config-file configs/shapes/retinanet_bn_row3.yaml \\
@@ -43,6 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--plan", action="store_true", help="no data, no weights: the layers")
     parser.add_argument("--strict", action="store_true", help="exit 1 on a severe finding")
+    parser.add_argument("--verbose", action="store_true", help="every layer, not every cause")
     parser.add_argument("--batches", type=int, default=50, help="per process (default: 50)")
     parser.add_argument("--target", default="", help="a data set of another domain")
     parser.set_defaults(eval_only=True, diagnosing=True)  # OUTPUT_DIR stays free for a training
@@ -57,7 +59,7 @@ def diagnose(args: argparse.Namespace) -> int:
     )
     diagnosis = run_diagnosis(cfg, model, args.batches, target=args.target)
     if comm.is_main_process():
-        print(diagnosis)
+        print(diagnosis.as_text(verbose=args.verbose))
         diagnosis.to_json(os.path.join(cfg.OUTPUT_DIR, "diagnosis.json"))
         picture = "diagnosis.png"
         try:

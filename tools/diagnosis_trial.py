@@ -60,7 +60,7 @@ def trials(model: str, seed: int, kinds: list[str]) -> list[dict[str, Any]]:
 
 
 def table(done: list[dict[str, Any]]) -> str:
-    """Return the Markdown table: what was planted, how often it was found, what healthy ones had."""
+    """Return the Markdown table: how often what was planted was found."""
     lines = ["| model | planted | seeds | found | severe | warnings of any kind |"]
     lines.append("|---|---|---|---|---|---|")
     for model, kind in dict.fromkeys((t["model"], t["kind"]) for t in done):

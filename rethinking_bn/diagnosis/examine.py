@@ -294,7 +294,9 @@ class Remedies:
 
     def _remedy(self, finding: Finding, layer: DiagnosedLayer | None) -> str:
         kind, cause, estimate = finding.kind, finding.evidence.get("cause"), self._estimate()
-        frozen = layer.about.frozen if layer is not None and layer.frozen else ""
+        concerned = self.layers.values() if layer is None else [layer]
+        states = {each.about.frozen if each.frozen else "" for each in concerned}
+        frozen = states.pop() if len(states) == 1 else ""
         if frozen == "constant" and kind == "identity-statistics":  # never estimated in place
             again = self._estimate(model="model.train()")
             estimate = f'`convert_norms(model, "BN")`, {again}'

@@ -79,6 +79,7 @@ def _stored_against(layer: DiagnosedLayer, record: Record) -> Finding:
     evidence |= {"row": row} if layer.rows > 1 else {}
     steps, momentum = layer.steps, layer.momentum
     evidence |= {} if steps is None else {"steps": steps}
+    evidence |= {"constant": True} if layer.about.frozen == "constant" else {}
     far = f"{worst.effect:.2f} standard deviations from the data's"
     where = f" in {len(worst.channels)} of {layer.channels} channels (z {worst.z:.0f})"
     if identity and layer.frozen and severity != "ok" and _is_folded(layer, record):

@@ -11,42 +11,90 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch import nn
 
-from rethinking_bn.diagnosis import Diagnosis, diagnose
+from rethinking_bn.diagnosis import Diagnosis, Finding, diagnose
 from rethinking_bn.engine.loaders import build_together
 from rethinking_bn.population.model_state import modes_kept
 
 logger = logging.getLogger(__name__)
 
-# What each remedy is called in a config.
-CONFIG_KEYS = {
-    "repeated-use": "META_ARCHITECTURE ConfigurableHeadRetinaNet, MODEL.RETINANET.HEAD_NAME "
-    "SharedBNRetinaNetHead (row 1), CycleBNRetinaNetHead (row 4) or DomainBNRetinaNetHead (row 6)",
-    "stale-statistics": "TEST.PRECISE_BN.ENABLED True (with train_net.py --eval-only for a "
-    "checkpoint)",
-    "small-batch": "SOLVER.IMS_PER_BATCH, NORM SyncBN, GN or MABN, SOLVER.FREEZE_BN.START, "
-    "TEST.STATISTICS batch",
-    "dependent-samples": "MODEL.ROI_BOX_HEAD.NAME ShuffleBNBoxHead, MODEL.ROI_MASK_HEAD.NAME "
-    "ShuffleBNMaskHead, or NORM SyncBN",
-    "domain-shift": "TEST.PRECISE_BN.ENABLED True, TEST.PRECISE_BN.DATASETS",
-    "identity-statistics": "MODEL.WEIGHTS with statistics, or TEST.PRECISE_BN.ENABLED True "
-    "(TEST.PRECISE_BN.THAW True for frozen layers)",
-    "mixed-modes": "MODEL.BACKBONE.FREEZE_AT, MODEL.RESNETS.NORM, SOLVER.FREEZE_BN.START, "
-    "TEST.STATISTICS batch",
-    "non-finite": "SOLVER.BASE_LR, SOLVER.CLIP_GRADIENTS, SOLVER.AMP.ENABLED",
-    "impossible-variance": "MODEL.WEIGHTS, or TEST.PRECISE_BN.ENABLED True",
+# by the beginning of a layer's name, the key that names its norm
+_NORM_KEYS = {
+    "backbone.bottom_up": "MODEL.RESNETS.NORM",
+    "backbone.fpn": "MODEL.FPN.NORM",
+    "backbone": "MODEL.RESNETS.NORM",
+    "head": "MODEL.RETINANET.NORM",
+    "roi_heads.box_head": "MODEL.ROI_BOX_HEAD.NORM",
+    "roi_heads.mask_head": "MODEL.ROI_MASK_HEAD.NORM",
+}
+_SHUFFLED = {"box_head": "ShuffleBNBoxHead", "mask_head": "ShuffleBNMaskHead"}
+_ESTIMATE = {"TEST.PRECISE_BN.ENABLED": "True"}
+_ROW_4 = {
+    "MODEL.META_ARCHITECTURE": "ConfigurableHeadRetinaNet",
+    "MODEL.RETINANET.HEAD_NAME": "CycleBNRetinaNetHead",
+    **{f"MODEL.RETINANET.BN.{k}": "''" for k in ("TRAIN_STATS", "POPULATION_STATS", "AFFINE")},
 }
 _HOOK_BATCHES = 32
 
 
-def with_config_keys(diagnosis: Diagnosis) -> Diagnosis:
-    """Return the diagnosis with the config keys of every remedy."""
-    findings = tuple(
-        dataclasses.replace(f, remedy=f"{f.remedy} [{CONFIG_KEYS[f.kind]}]")
-        if f.remedy and f.kind in CONFIG_KEYS
-        else f
-        for f in diagnosis.findings
-    )
-    return dataclasses.replace(diagnosis, findings=findings)
+def with_config_keys(diagnosis: Diagnosis, cfg: CfgNode | None, target: str = "") -> Diagnosis:
+    """Return the diagnosis with the remedies as config keys, too, where there are any.
+
+    They stand between backticks, key and value by turns, as the tools take them behind their
+    options; keys that ``cfg`` has as they should be are left out.
+
+    Args:
+        cfg: the run's; None: there is none.
+        target: the data set that "domain-shift" is about.
+    """
+    if cfg is None:
+        return diagnosis
+    findings = []
+    for finding in diagnosis.findings:
+        ways = _as_keys(finding, cfg, target) if finding.remedy else []
+        changed = [{k: v for k, v in way.items() if _value(cfg, k) != v} for way in ways]
+        texts = [" ".join(f"{k} {v}" for k, v in way.items()) for way in changed if way]
+        if texts:
+            told = " or ".join(f"`{text}`" for text in texts)
+            told += " with --eval-only" * ("PRECISE_BN.THAW" in told)
+            finding = dataclasses.replace(finding, remedy=f"{finding.remedy} [config: {told}]")
+        findings.append(finding)
+    return dataclasses.replace(diagnosis, findings=tuple(findings))
+
+
+def _as_keys(finding: Finding, cfg: CfgNode, target: str) -> list[dict[str, str]]:
+    """Return the ways to mend a finding, each as keys and values in words."""
+    kind, layer = finding.kind, finding.layer
+    norm = next((key for start, key in _NORM_KEYS.items() if layer.startswith(start)), "")
+    if finding.evidence.get("constant"):
+        thaw = {**_ESTIMATE, "TEST.PRECISE_BN.THAW": "True"}
+        if kind != "identity-statistics":
+            return [thaw]
+        return [{norm: "BN", **_ESTIMATE}] if norm else []
+    freeze = {"SOLVER.FREEZE_BN.START": str(cfg.SOLVER.MAX_ITER * 9 // 10)}
+    if kind == "repeated-use":
+        return [_ROW_4] if layer.startswith("head") else []
+    if kind == "small-batch":
+        pooled = [{norm: "SyncBN"}] if norm else []
+        return [*pooled, freeze, {"TEST.STATISTICS": "batch"}]
+    if kind == "dependent-samples":
+        name = next((name for name in _SHUFFLED if f"roi_heads.{name}" in layer), "")
+        return [{f"MODEL.ROI_{name.upper()}.NAME": _SHUFFLED[name]}] if name else []
+    if kind == "domain-shift":
+        return [{**_ESTIMATE, "TEST.PRECISE_BN.DATASETS": f"\"('{target}',)\""}] if target else []
+    if kind == "non-finite" and finding.evidence["batches"]:
+        slower = {"SOLVER.BASE_LR": f"{cfg.SOLVER.BASE_LR / 10:g}"}
+        return [slower, {"SOLVER.CLIP_GRADIENTS.ENABLED": "True"}]
+    if finding.evidence.get("cause") == "block":
+        return [{"MODEL.BACKBONE.FREEZE_AT": "0"}, freeze]
+    return [] if kind == "dead-channels" else [_ESTIMATE]
+
+
+def _value(cfg: CfgNode, key: str) -> str:
+    """Return the value of a key in words; "" for one that the config does not have."""
+    node: Any = cfg
+    for part in key.split("."):
+        node = getattr(node, part, "")
+    return str(node) or "''"
 
 
 def run_diagnosis(
@@ -78,7 +126,7 @@ def run_diagnosis(
     with modes_kept(model):
         model.train()
         diagnosis = diagnose(model, loader, target_batches=target_batches, num_batches=num_batches)
-    return with_config_keys(diagnosis)
+    return with_config_keys(diagnosis, cfg, target)
 
 
 class DiagnoseBN(HookBase):
@@ -93,7 +141,12 @@ class DiagnoseBN(HookBase):
     """
 
     def __init__(
-        self, period: int, model: nn.Module, data_loader: Iterable[Any], num_batches: int
+        self,
+        period: int,
+        model: nn.Module,
+        data_loader: Iterable[Any],
+        num_batches: int,
+        cfg: CfgNode | None = None,
     ) -> None:
         """
         Args:
@@ -101,6 +154,7 @@ class DiagnoseBN(HookBase):
             model: the trainer's, data-parallel wrapper included.
             data_loader: batches as training's; every ``iter()`` starts over.
             num_batches: per rank; at most 32 are taken.
+            cfg: for remedies as config keys.
 
         Raises:
             ValueError: for a period below 1 or fewer than two batches.
@@ -110,7 +164,7 @@ class DiagnoseBN(HookBase):
         if num_batches < 2:
             raise ValueError(f"a diagnosis needs at least 2 batches, got {num_batches}")
         self._period, self._model, self._data_loader = period, model, data_loader
-        self._num_batches = min(num_batches, _HOOK_BATCHES)
+        self._num_batches, self._cfg = min(num_batches, _HOOK_BATCHES), cfg
         self.last: Diagnosis | None = None
 
     @classmethod
@@ -119,15 +173,17 @@ class DiagnoseBN(HookBase):
     ) -> DiagnoseBN | None:
         """Return the hook that TEST.DIAGNOSE asks for; None if it does not."""
         period = cfg.TEST.DIAGNOSE.PERIOD
-        return cls(period, model, loader(), cfg.TEST.PRECISE_BN.NUM_ITER) if period else None
+        number = cfg.TEST.PRECISE_BN.NUM_ITER
+        return cls(period, model, loader(), number, cfg) if period else None
 
     def after_step(self) -> None:
         """Diagnose if it is time to."""
         if (self.trainer.iter + 1) % self._period:
             return
-        self.last = with_config_keys(
-            diagnose(self._model, self._data_loader, num_batches=self._num_batches, progress=False)
+        found = diagnose(
+            self._model, self._data_loader, num_batches=self._num_batches, progress=False
         )
+        self.last = with_config_keys(found, self._cfg)
         for name, value in self.last.scalars():
             self.trainer.storage.put_scalar(f"diagnose/{name}", value, smoothing_hint=False)
         level = logging.WARNING if self.last.severe else logging.INFO

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,9 +13,9 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from rethinking_bn.diagnosis import diagnose
+from rethinking_bn.diagnosis import Diagnosis, Finding, diagnose
 from rethinking_bn.engine import DiagnoseBN, Trainer, run_diagnosis, with_rethinking_bn
-from rethinking_bn.engine.diagnose_bn import CONFIG_KEYS
+from rethinking_bn.engine.diagnose_bn import with_config_keys
 from rethinking_bn.engine.launch import argument_parser, check_arguments
 from rethinking_bn.engine.precise_bn import PreciseBN
 from tests.engine.tiny import register_data, tiny_config, write_data
@@ -62,12 +64,33 @@ def test_remedies_name_config_keys_that_exist(data: str, tmp_path: Path) -> None
     assert not any(module.training for module in model.modules())
     identity = [f for f in diagnosis.severe if f.kind == "identity-statistics"]
     assert identity and "TEST.PRECISE_BN.ENABLED True" in str(identity[0])
-    words = " ".join(CONFIG_KEYS.values()).replace(",", " ").replace("(", " ").split()
-    for key in (w for w in words if w.split(".")[0] in ("MODEL", "SOLVER", "TEST") and "." in w):
-        node = cfg
-        for part in key.strip(").").split("."):
-            assert part in node, key
-            node = node[part]
+
+
+def test_remedies_run_as_config_keys(data: str, tmp_path: Path) -> None:
+    cfg = tiny_config(data, tmp_path)
+    found = [
+        ("stale-statistics", "head.cls_subnet.1", {}),
+        ("repeated-use", "head.cls_subnet.1", {}),
+        ("small-batch", "head.cls_subnet.1", {}),
+        ("identity-statistics", "backbone.bottom_up.stem.conv1.norm", {"constant": True}),
+        ("mixed-modes", "backbone.bottom_up.stem.conv1.norm", {"constant": True}),
+        ("mixed-modes", "backbone.bottom_up.stem.conv1.norm", {"cause": "block"}),
+        ("domain-shift", "head.cls_subnet.1", {}),
+        ("non-finite", "head.cls_subnet.1", {"batches": 2}),
+    ]
+    findings = tuple(Finding(kind, layer, "severe", e, "so") for kind, layer, e in found)
+    diagnosis = with_config_keys(Diagnosis(findings, (), 2, 1, 0.0), cfg, target=data)
+    for finding in diagnosis.findings:
+        ways = re.findall("`([^`]*)`", finding.remedy)
+        assert ways, finding
+        for way in ways:
+            other = cfg.clone()
+            other.defrost()
+            other.merge_from_list(shlex.split(way))
+            assert other != cfg
+            model = Trainer.build_model(other)
+            if "THAW" not in way:  # that is for --eval-only
+                with_rethinking_bn([], other, model)
 
 
 def test_a_detectors_output_is_that_of_its_heads(data: str, tmp_path: Path) -> None:
