@@ -7,7 +7,7 @@ from functools import partial
 from benchmarks.levels import FULL_SIZES, TOY_SIZES, make_levels
 from benchmarks.result import Result
 from benchmarks.timing import Options, alternate, missing, spread
-from rethinking_bn.layers import MultiDomainBatchNorm2d
+from rethinking_bn.layers import compile_norms
 
 _OURS, _OURS_4, _OURS_NONE = "ours, row 1", "ours, row 4", "ours, no norm"
 _COMPILED = "ours, row 1 compiled"
@@ -50,9 +50,7 @@ def run(options: Options) -> Result:
     pair = f"{_OURS_4} = {_THEIRS}"
     result.checks[pair] = check_heads(pair, heads[_OURS_4], heads[_THEIRS], one_image)
     heads[_COMPILED] = our_head(size, 1).to(options.device)
-    for layer in heads[_COMPILED].modules():
-        if isinstance(layer, MultiDomainBatchNorm2d):
-            layer.compile(dynamic=True)
+    compile_norms(heads[_COMPILED])
     dys = output_gradients(heads[_NONE], features)
     steps = {name: partial(head_step, head, features, dys) for name, head in heads.items()}
     times = alternate(steps, options, 40.0)

@@ -24,7 +24,7 @@ from benchmarks.levels import (
 )
 from benchmarks.result import Result
 from benchmarks.timing import Options, alternate, missing, peak_bytes
-from rethinking_bn.layers import BatchNorm2d
+from rethinking_bn.layers import BatchNorm2d, compile_norms
 
 # (ours, other, the largest ratio that is good enough)
 Pair = tuple[Contender, Contender, float | None]
@@ -67,7 +67,7 @@ def _compare_rows(
     levels = make_levels(sizes, channels, device=options.device)
     rows = {number: row(number, levels) for number in (1, 4, 6)}
     compiled = Contender(_COMPILED, row(1, levels).module, levels)
-    compiled.module.compile(dynamic=True)
+    compile_norms(compiled.module)
     plain = contender(_PLAIN, levels, PlainBatchNorm2d)
     plain.module.compile(dynamic=True)
     concatenated = contender(_CONCATENATED, levels, ConcatenatedBatchNorm2d)
