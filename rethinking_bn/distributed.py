@@ -70,8 +70,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum equally shaped tensors over the ranks into a new tensor; ``x`` is left as it was.
 
-    The copy matters: an incoming gradient may be an expanded tensor, and reducing one in place
-    writes through overlapping memory.
+    Reducing an expanded tensor in place, as a gradient may be, would write overlapping memory.
     """
     out = x.detach().clone(memory_format=torch.contiguous_format)
     if get_world_size(group) > 1:
@@ -154,8 +153,8 @@ def all_to_all_rows(
 ) -> dist.Work | None:
     """Start sending rows from every rank to every rank, as bytes: gloo moves few types.
 
-    Neither tensor may be touched before the returned handle's ``wait()``. Without a process group
-    there is nobody to wait for: the rows are copied at once and None is returned.
+    Neither tensor may be touched before the returned handle's ``wait()``. One process copies the
+    rows at once and returns None.
 
     Args:
         out: (S, K) contiguous, S the sum of ``received``; filled with the rows that arrive,

@@ -1,8 +1,8 @@
-"""Files and folders that are there in full or not at all, and folders that can be written to.
+"""Files that are there in full or not at all, and folders that can be written to.
 
-A file is written under a hidden name of its own beside its place, and then renamed. So processes
-that write the same file do not meet, and a killed process leaves nothing under the final name. The
-hidden files that it leaves are removed an hour later, by the next process that writes there.
+A file is written under a hidden name beside its place, then renamed. So processes that write the
+same file do not meet, and a killed process leaves nothing but hidden files. The next one that
+writes there removes these when they are an hour old.
 """
 
 from __future__ import annotations

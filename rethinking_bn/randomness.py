@@ -1,13 +1,9 @@
 """Seeds derived from where a run stands, and forwards that repeat an earlier one.
 
-A module that draws random numbers (the shuffling heads do) has a method
-``set_iteration(run_seed: int, iteration: int) -> None``. Our trainer calls it on every module
-that has one, on every rank, before each training step. From the two and from a counter of its
-calls since then the module derives its seeds (:func:`derive_seed`), so that a resumed run draws
-the same numbers. Without such a trainer the module falls back to what it knows of the iteration.
-
-A forward that activation checkpointing recomputes must repeat the first one:
-:func:`is_recomputing` says that it is one, :class:`Forwards` which one it repeats.
+Our trainer calls ``set_iteration(run_seed, iteration)`` of every module that has it, on every rank,
+before each training step. From the two and a counter of its calls since then the module derives its
+seeds (:func:`derive_seed`), so that a resumed run draws the same numbers. A forward that activation
+checkpointing recomputes must repeat the first one: see :func:`is_recomputing`, :class:`Forwards`.
 """
 
 from __future__ import annotations

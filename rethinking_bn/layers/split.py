@@ -13,11 +13,6 @@ from rethinking_bn.layers.domain_state import Choice
 from rethinking_bn.layers.multi_domain import MultiDomainBatchNorm2d
 from rethinking_bn.randomness import Forwards, is_recomputing, mark_of
 
-_NOBODY_SAYS = (
-    "nobody says to which domain the rows belong: run the model within "
-    "`with row_domains(model, [d_0, ..., d_{N-1}]):`"
-)
-
 
 class SplitBatchNorm2d(MultiDomainBatchNorm2d):
     """Batch normalisation whose rows (images) belong to domains: "Split" or "Auxiliary" BN.
@@ -25,12 +20,10 @@ class SplitBatchNorm2d(MultiDomainBatchNorm2d):
     Section 5 of arXiv 2105.07576 with domains in the data. The choices are those of
     :class:`~rethinking_bn.layers.MultiDomainBatchNorm2d`, here all domain-specific unless said:
     the layer then equals D separate nn.BatchNorm2d, each on the rows of its domain. With one domain
-    it is BatchNorm2d bit for bit. Which row belongs where is told by :func:`row_domains`; domains
-    may be mixed in any order, and missing. Given several feature levels in a list, a domain is its
-    rows of all of them (RetinaNet's head with statistics shared between levels).
-
-    A forward that activation checkpointing recomputes takes the domains of its first pass, which it
-    recognises by its input; after :func:`row_domains` has ended, too.
+    it is BatchNorm2d bit for bit. :func:`row_domains` tells which row belongs where; domains may be
+    mixed in any order, and missing. Of several feature levels in a list, a domain is its rows of
+    all of them. A forward that activation checkpointing recomputes takes the domains of its first
+    pass, also after :func:`row_domains` has ended.
 
     Args:
         num_features: C.
@@ -121,7 +114,10 @@ class SplitBatchNorm2d(MultiDomainBatchNorm2d):
             self._forwards.remember(mark_of(x), rows)
         if rows is None:
             if self.num_domains > 1:
-                raise ValueError(_NOBODY_SAYS)
+                raise ValueError(
+                    "the domains of the rows are not known: run the model within "
+                    "`with row_domains(model, [d_0, ..., d_{N-1}]):`"
+                )
             rows = 0
         if isinstance(rows, tuple):
             if len(rows) != len(x):
@@ -131,7 +127,7 @@ class SplitBatchNorm2d(MultiDomainBatchNorm2d):
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
-        # nobody says to which domains a copy's rows belong
+        # the domains of a copy's rows are not known
         return {key: value for key, value in super().__getstate__().items() if key != "_rows"}
 
 

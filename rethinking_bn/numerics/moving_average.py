@@ -36,11 +36,10 @@ class Statistics(NamedTuple):
 
 
 def mean_square(xs: Sequence[Tensor]) -> Tensor:
-    """Return (C,), the mean of x² per channel over all tensors together, without gradient.
+    """Return (C,), the mean of x² per channel over all tensors, in float32 for half types.
 
     Args:
-        xs: tensors (N_l, C, H_l, W_l), at least one of them not empty. Sums of half types are
-            added in float32.
+        xs: tensors (N_l, C, H_l, W_l), at least one of them not empty.
     """
     channels, dtype = xs[0].shape[1], statistics_dtype(xs[0].dtype)
     count = sum(x.numel() for x in xs) // channels

@@ -93,6 +93,15 @@ def test_gradcheck_in_warm_up(observed):
     assert layer.iterations == 0
 
 
+def test_a_derivative_of_the_backward_is_refused():
+    """Also where the incoming gradient needs none, as of a loss that is linear in the output."""
+    layer, _ = layer_and_reference(4, 10)
+    x = torch.randn(2, C, 3, 2, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.square().sum().backward()
+
+
 def test_a_list_shares_its_statistics():
     """Several tensors in one call are one iteration, equal to their concatenation along space."""
     listed, _ = layer_and_reference(3, 2, correction_start=5, r_max=1.05)
