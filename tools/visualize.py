@@ -134,8 +134,8 @@ def detectors(cfg: CfgNode, args: argparse.Namespace) -> dict[str, tuple[CfgNode
     for file, config, path in wanted:
         model = Trainer.build_model(config).eval()
         Checkpointer(model).load(path, checkpointables=[])
-        title = Path(file).stem
-        found[title if title not in found else f"{title}, {Path(path).stem}"] = (config, model)
+        stem = Path(file).stem
+        found[stem if stem not in found else f"{stem}, {Path(path).stem}"] = (config, model)
     return found
 
 
