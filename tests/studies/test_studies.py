@@ -17,9 +17,8 @@ import torch
 
 from rethinking_bn.data import ShapesDataset
 from studies import STUDIES, Study, report
-from studies.data import load_digits, patterned_indices, shuffled_indices
-from studies.detection import batches, box_ap, make_detector
-from studies.rows import choices_of
+from studies.data import load_digits, shuffled_indices
+from studies.detection import box_ap
 from studies.study import Claim, Panel, Part, Point, Series
 from studies.training import make_net, mini_batch_error, train_to_the_end
 
@@ -187,18 +186,13 @@ def test_a_number_that_is_not_finite_is_an_error(tmp_path: Path, run_toy: Any) -
 
 # defect 33: one seed, or a difference within noise, held by its sign
 @pytest.mark.parametrize(
-    ("low", "high", "similar", "holds"),
-    [
-        ([1, 2, 3], [4, 5, 7], False, "yes"),
-        ([4, 5, 7], [1, 2, 3], False, "no"),
-        ([1, 2, 3], [2, 1, 3], False, "within noise"),
-        ([1], [2], True, "one seed"),
-        ([1, 2, 3], [2, 1, 3], True, "yes"),
-        ([1, 2, 3], [4, 5, 7], True, "no"),
-    ],
+    ("high", "similar", "holds"),
+    [([4, 5, 7], False, "yes"), ([-2, -4, -5], False, "no"), ([2, 1, 3], False, "within noise")]
+    + [([2, 1, 3], True, "yes"), ([4, 5, 7], True, "no"), ([4], True, "one seed")],
 )
-def test_when_a_claim_holds(low: Any, high: Any, similar: bool, holds: str) -> None:
-    study = replace(toy(None), claims=[Claim("claim", low="a", high="b", similar=similar)])
+def test_when_a_claim_holds(high: Any, similar: bool, holds: str) -> None:
+    study, low = toy(None), [1, 2, 3][: len(high)]
+    study = replace(study, claims=[Claim("claim", low="a", high="b", similar=similar)])
     assert report.summarise(study, {"a": low, "b": high})["claims"][0]["holds"] == holds
 
 
@@ -216,19 +210,6 @@ def test_bad_arguments_end_at_once(capsys: Any) -> None:
     assert [line.split()[0] for line in printed] == list(STUDIES)
 
 
-def test_micro_batches_add_up_to_the_batch() -> None:
-    """GN does not look at the batch, so that its training must not depend on their size."""
-    data, weights = load_digits(CPU).train, []
-    for micro_batch in (None, 8, 3):
-        torch.manual_seed(0)
-        net = make_net(lambda channels: torch.nn.GroupNorm(4, channels)).double()
-        doubled, indices = data._replace(images=data.images.double()), shuffled_indices(100, 16, 0)
-        options: Any = {"steps": 3, "lr": 0.1, "micro_batch": micro_batch, "label": None}
-        train_to_the_end(net, doubled, indices, **options)
-        weights.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
-    torch.testing.assert_close(weights[1:], [weights[0]] * 2, rtol=1e-9, atol=1e-9)
-
-
 def test_mini_batch_error_normalises_groups_by_themselves() -> None:
     data, net = load_digits(CPU).test.take(torch.arange(301)), make_net()
     train_to_the_end(net, data, shuffled_indices(301, 32, seed=0), steps=8, lr=0.1, label=None)
@@ -240,19 +221,7 @@ def test_mini_batch_error_normalises_groups_by_themselves() -> None:
         assert mini_batch_error(net, data, nbs) == pytest.approx(100 * wrong.float().mean())
 
 
-def test_batches_of_indices() -> None:
-    first = torch.cat([next(b) for b in [shuffled_indices(10, 4, seed=1)] for _ in range(2)])
-    assert len(set(first.tolist())) == 8  # the two that fill no batch are left out
-    with pytest.raises(ValueError, match="11"):
-        next(shuffled_indices(10, 11, seed=1))
-    labels = torch.arange(10).repeat(5)
-    for group in next(patterned_indices(labels, 2, 4, 2, seed=0)).split(8):
-        assert len(set(group.tolist())) == 8
-        assert labels[group].bincount().sort().values.tolist()[-4:] == [2, 2, 2, 2]
-
-
 def test_box_ap_of_the_truth_is_100(tmp_path: Path) -> None:
-    """Boxes of images that a training flips are tested by it, too: they stay on their objects."""
     val = ShapesDataset("shapes_val", root=tmp_path, num_images=3)
     truth = {image.float().sum().item(): target for image, target in val}
 
@@ -268,21 +237,3 @@ def test_box_ap_of_the_truth_is_100(tmp_path: Path) -> None:
 
     assert box_ap(Oracle(0.0), val) == pytest.approx(100.0)
     assert 0 < box_ap(Oracle(2.0), val) < 95 and box_ap(Oracle(900.0), val) == 0
-    flipped = 0
-    for image, target in zip(*next(batches(val, 3, seed=0)), strict=True):
-        true = truth[(image * 255).round().sum().item()]
-        flipped += not torch.equal(true["boxes"], target["boxes"])
-        mirrored = true["boxes"] * torch.tensor([-1, 1, -1, 1]) + image.shape[2] * torch.tensor(
-            [1, 0, 1, 0]
-        )
-        either = (true["boxes"], mirrored[:, [2, 1, 0, 3]])
-        assert any(torch.allclose(target["boxes"], boxes) for boxes in either)
-    assert 0 < flipped < 3
-
-
-@pytest.mark.parametrize(("trained", "other"), [(1, 2), (3, 4), (6, 5)])
-def test_rows_share_weights_but_not_statistics(trained: int, other: int) -> None:
-    model, second = (make_detector("BN", **choices_of(f"row {n}")) for n in (trained, other))
-    second.load_state_dict(model.state_dict())
-    for name, value in model.named_parameters():
-        assert torch.equal(second.get_parameter(name), value)
