@@ -21,14 +21,11 @@ def centred_convolutions(
     """Return convolution -> its CenConv2d, for the norms that are or become MABN2d.
 
     The convolution of a norm is the one that has it as its ``norm`` (detectron2's Conv2d), or
-    else the child right before it in the same parent. Nothing is changed here.
+    else the child right before it in the same parent. Nothing is changed here. A ValueError names
+    the norm that has no plain convolution of its channels before it.
 
     Args:
-        module: the model.
         replaced: old norm -> new norm, of those about to be replaced.
-
-    Raises:
-        ValueError: naming the norm that has no plain convolution of its channels before it.
     """
     centred: dict[nn.Module, nn.Module] = {}
     for name, parent, place in _places(module, replaced):
@@ -119,10 +116,8 @@ def mabn_without_statistics(
     filters tell nothing, as centring projects the gradient and leaves the filters' means alone.
 
     Args:
-        module: holds :class:`~rethinking_bn.layers.MABN2d` layers.
-        state_dict: with the module's entries under ``prefix``; the official MABN code's layout
-            counts as having the statistics.
-        prefix: ends with a dot, unless it is empty.
+        state_dict: with the module's entries under ``prefix`` (which ends with a dot, unless it is
+            empty); the official MABN code's layout counts as having the statistics.
 
     Returns:
         names (with the prefix) of layers of which the state dict has an entry, or the weight of the
@@ -144,11 +139,7 @@ def mabn_without_statistics(
 
 
 def warn_of_missing_statistics(module: nn.Module) -> None:
-    """Make a module warn, in one line, when it loads weights without their MABN statistics.
-
-    Weights that were trained with another norm, or whose norm was fused, load without an error
-    under detectron2's checkpointer and then evaluate by R = 1.
-    """
+    """Make a module warn, in one line, when it loads weights without their MABN statistics."""
     hooks = module._load_state_dict_pre_hooks.values()
     if not any(getattr(hook, "hook", None) is _check_statistics for hook in hooks):
         module._register_load_state_dict_pre_hook(_check_statistics, with_module=True)

@@ -56,22 +56,18 @@ def convert_norms(
     (see :func:`rethinking_bn.layers.bn_like.find_bn_like`), and all of ours; GN, LN and IN layers
     as well, except by "SyncBN" and "FrozenBN". Parameters keep their names. Carried over are scale
     and shift and the statistics that both kinds have (with eps, momentum and ``rows_at_a_time``,
-    among kinds of BN), training or evaluation mode, device, type and ``requires_grad``; a layer
-    under several names is converted once. One log line says how many layers' statistics start
-    anew, one how many have no ``rows_at_a_time`` any more ("SyncBN" pools all rows of all ranks),
-    and a warning names BN-like layers that stay: BatchNorm1d and 3d, and what is not known to be
-    BatchNorm.
+    among kinds of BN), mode, device, type and ``requires_grad``. The log says how many layers'
+    statistics start anew and how many have no ``rows_at_a_time`` any more, and a warning names
+    BN-like layers that stay: BatchNorm1d and 3d, and what is not known to be BatchNorm.
 
-    - A layer that does more than its norm (a norm with its activation, a masked or split
-      BatchNorm) keeps its own forward: "FrozenBN" freezes it in place, and where it calls its
-      parent's forward, "BN", "SyncBN" and "BatchStatBN" put theirs there. Where it does not, it
-      stays if it is of that kind anyway, and else is an error, unless ``replace`` says what becomes
-      of it, such as ``replace={NormAct: lambda layer, new: nn.Sequential(new, layer.act)}``.
+    - A layer that does more than its norm (a norm with its activation) goes on doing it: "FrozenBN"
+      freezes it in place, "BN", "SyncBN" and "BatchStatBN" normalise by theirs, if a trial shows
+      that it computes the same. If not (a split BatchNorm), it stays where it is of that kind
+      anyway, and else is an error, unless ``replace`` says what becomes of it, such as
+      ``replace={NormAct: lambda layer, new: nn.Sequential(new, layer.act)}``.
     - "MABN": the convolution before each norm becomes a CenConv2d (same parameter, same name; a
-      bias, which MABN's recipe has not, is dropped). A convolution that centres its filters stays
-      one when its MABN2d is replaced. As features are others behind centred filters, BN's
-      statistics do not carry over: MABN's start anew, so train, or estimate them
-      (:func:`rethinking_bn.population.estimate_population_statistics`).
+      bias is dropped) and stays one when its MABN2d is replaced. As features are others behind
+      centred filters, MABN's statistics start anew: train, or estimate them.
     - "FrozenBN" is torchvision's layer, without trainable parameters.
     - Layers with several domains stay what they are: "FrozenBN" freezes them in place, "BN" and
       "SyncBN" say whether they pool over ranks, and others leave them alone and say so. "FrozenBN"
@@ -206,12 +202,7 @@ def _does_more(name: str, layer: nn.Module, like: BatchNormLike | None) -> bool:
 def centre_convolutions(module: nn.Module) -> nn.Module:
     """Replace, in place, the convolution before every MABN2d by a CenConv2d without bias.
 
-    The convolution of a norm is the one that has it as its ``norm`` (detectron2's Conv2d), or
-    else the child right before it in the same parent (``nn.Sequential(conv, norm, ...)``).
     A weight that is loaded later without its mean square is warned of.
-
-    Args:
-        module: with :class:`~rethinking_bn.layers.MABN2d` layers.
 
     Returns:
         the module, or its replacement when it is itself a convolution.

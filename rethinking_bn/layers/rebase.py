@@ -1,7 +1,9 @@
-"""Another BatchNorm below a subclass: what a norm and activation is converted to."""
+"""Another BatchNorm in a subclass that does more: what a norm and activation is converted to."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -16,55 +18,83 @@ from rethinking_bn.numerics.moments import Moments
 class _Rebased:
     """What the class of a rebased layer has before the two that it is made of."""
 
-    _made_of: tuple[type, type]
+    _made_of: tuple[Any, Any, bool]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # the class is found by the two it is made of, in copies and in pickles
+        # the class is found by what it is made of, in copies and in pickles
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         return (_new_rebased, self._made_of, *reduced[2:])
 
 
+def _norm_then_rest(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    subclass, base, _ = self._made_of
+    x = base.forward(self, x)
+    with _identity(self):
+        return subclass.forward(self, x, *args, **kwargs)
+
+
+@contextmanager
+def _identity(layer: Any) -> Iterator[None]:
+    """Let a BatchNorm in eval mode return its input."""
+    buffers, parameters, training = dict(layer._buffers), dict(layer._parameters), layer.training
+    layer._buffers["running_mean"] = torch.zeros_like(layer.running_mean)
+    layer._buffers["running_var"] = torch.full_like(layer.running_var, 1 - layer.eps)
+    layer._parameters.update(weight=None, bias=None)
+    try:
+        if training:
+            layer.training = False
+        yield
+    finally:
+        layer._buffers.update(buffers)
+        layer._parameters.update(parameters)
+        if training:
+            layer.training = True
+
+
 @cache
-def _rebased_class(subclass: Any, base: Any) -> Any:
-    members = {"_made_of": (subclass, base), "__module__": subclass.__module__}
+def _rebased_class(subclass: Any, base: Any, calls_parent: bool) -> Any:
+    members = {"_made_of": (subclass, base, calls_parent), "__module__": subclass.__module__}
+    if not calls_parent:
+        members["forward"] = _norm_then_rest
     return type(f"{subclass.__name__}On{base.__name__}", (_Rebased, subclass, base), members)
 
 
-def _new_rebased(subclass: Any, base: Any) -> Any:
-    cls = _rebased_class(subclass, base)
+def _new_rebased(subclass: Any, base: Any, calls_parent: bool) -> Any:
+    cls = _rebased_class(subclass, base, calls_parent)
     return cls.__new__(cls)
 
 
 def rebase(old: nn.Module, new: nn.Module) -> nn.Module | None:
-    """Let a subclass of nn.BatchNorm2d run another BatchNorm where it runs its parent's forward.
+    """Let a subclass of nn.BatchNorm2d normalise by another BatchNorm and do the rest as it does.
 
     The result has the tensors of ``new`` and all other attributes of ``old``, its modules too; the
-    state dict has the same keys. That it computes what ``old`` computes, by the forward of ``new``,
-    is tried on copies.
+    state dict has the same keys. It runs the subclass's forward, which finds the new layer as its
+    parent; a forward that does not call its parent's runs behind the new layer, as an identity with
+    what else it does. That this computes what ``old`` computes, by ``new``, is tried on copies.
 
     Args:
         old: of a class with a forward of its own.
         new: one of this package's, with the tensors of ``old``; it is changed.
 
     Returns:
-        None where the subclass does not run its parent's forward, or is none of nn.BatchNorm2d.
+        None where it does not, or for subclasses of something else.
     """
     if not isinstance(old, nn.BatchNorm2d) or not isinstance(new, BatchNorm2d):
         return None
     before: Any = type(new)
-    classes: Any = _rebased_class
-    try:
-        new.__class__ = classes(type(old), before)
-    except TypeError:  # no order of the classes' parents
-        return None
+    make: Any = _rebased_class
     for name, value in vars(old).items():
         vars(new).setdefault(name, value)
     for name, module in old._modules.items():
         new._modules.setdefault(name, module)
-    if not _computes_the_same(old, new):
-        new.__class__ = before
-        return None
-    return new
+    for calls_parent in (True, False):
+        try:
+            new.__class__ = make(type(old), before, calls_parent)
+        except TypeError:  # no order of the classes' parents
+            return None
+        if _computes_the_same(old, new):
+            return new
+    return None
 
 
 @torch.no_grad()
@@ -83,6 +113,7 @@ def _computes_the_same(old: nn.Module, new: Any) -> bool:
             with other.observing(seen.append):
                 other(x.clone())
         alike = zip(one.buffers(), other.buffers(), strict=True)
-        return bool(seen) and all(torch.allclose(a, b) for a, b in alike)
+        # whether batches are counted matters to nobody
+        return len(seen) == 1 and all(torch.allclose(a, b) for a, b in alike if a.dim())
     except Exception:  # whatever a foreign forward raises for such an input
         return False

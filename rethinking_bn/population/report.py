@@ -24,9 +24,8 @@ class LayerReport:
         samples: values per channel that were seen on all ranks together (batches, of a layer in
             ``from_buffers``). With 0 the statistics were kept, so the next three are 0, 0 and 1.
         drift_mean, drift_max: |old mean - new mean| in units of the new standard deviation
-            √(var + eps), averaged over the channels and at its largest. A layer that normalises by
-            a mean square alone: |√old - √new| / √(new + eps). Infinite for statistics that were
-            not finite.
+            √(var + eps), averaged over the channels and at its largest (by a mean square alone:
+            |√old - √new|). Infinite for statistics that were not finite.
         variance_ratio: old / new variance (plus eps each), geometric mean over the channels.
     """
 
