@@ -9,14 +9,12 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from rethinking_bn.randomness import (
     Forwards,
     IterationAware,
     announce_iteration,
     derive_seed,
-    is_recomputing,
     mark_of,
 )
 
@@ -91,16 +89,3 @@ def test_marks_tell_inputs_apart_whatever_their_strides() -> None:
     assert torch.equal(mark_of(x), mark_of(x.to(memory_format=torch.channels_last)))
     assert 16 <= len(mark_of(x)) < 32 and len(mark_of(x[:0])) == 0
     assert not torch.equal(mark_of(x), mark_of(x.flip(0)))
-
-
-def test_a_backward_is_where_forwards_are_recomputed() -> None:
-    seen = []
-    x = torch.ones(1, requires_grad=True)
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        seen.append(is_recomputing())
-        return x * x
-
-    for reentrant in (True, False):
-        checkpoint(forward, x, use_reentrant=reentrant).sum().backward()
-    assert seen == [False, True, False, True]

@@ -108,9 +108,11 @@ def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
     sums = [gradient_sums(dy, x, zero, smoothed, ctx.eps) for dy, x in zip(dys, xs, strict=True)]
     sum_dy, sum_dy_z = (torch.stack(values).sum(0) for values in zip(*sums, strict=True))
     count = sum(x.numel() for x in xs) // len(smoothed)
-    averaged = ctx.average(scale * sum_dy_z / max(1, count), moving).to(smoothed.dtype)
+    p = torch.addcmul(zero, scale, sum_dy_z, value=1 / max(1, count))
+    averaged = ctx.average(p, moving).to(smoothed.dtype)
     # dx = a·dy + b·x per channel
-    a, b = scale * (smoothed + ctx.eps).rsqrt(), averaged / -(smoothed + ctx.eps)
+    spread = smoothed + ctx.eps
+    a, b = scale * spread.rsqrt(), torch.addcdiv(zero, averaged, spread, value=-1)
     needed = ctx.needs_input_grad[-len(xs) :]
     grad_x = [
         combine(dy, x, a, b, zero, zero, zero) if need else None
