@@ -20,15 +20,10 @@ from rethinking_bn.layers import SyncBatchNorm2d
 
 _WORLD = 2
 _SMALL_SIZES = ((24, 32), (12, 16), (6, 8), (3, 4), (2, 2))
-_COUNTED = {
-    "all_gather": "all_gather",
-    "all_gather_into_tensor": "all_gather",
-    "all_gather_single": "all_gather",
-    "all_reduce": "all_reduce",
-    "all_to_all_single": "all_to_all",
-    "all_gather_object": "all_gather_object",
-    "broadcast_object_list": "broadcast_object",
-}
+_COUNTED = (
+    *("all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce"),
+    *("all_to_all_single", "all_gather_object", "broadcast_object_list"),
+)
 
 
 def run(options: Options, per_level: type[nn.Module] | None = None) -> Result:
@@ -69,7 +64,7 @@ def _counting() -> Iterator[Counter[str]]:
 
     def counted(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            counts[_COUNTED[name]] += 1
+            counts[name.removesuffix("_into_tensor").removesuffix("_single")] += 1
             return originals[name](*args, **kwargs)
 
         return call

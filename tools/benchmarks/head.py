@@ -71,9 +71,6 @@ def run(options: Options) -> Result:
         result.measure(case, (name, added), (_THEIRS, beside), paired=paired)
     for name in (_OURS, _COMPILED, _OURS_4, _THEIRS, _OURS_NONE):
         result.measure("whole step", (name, times[name]), (_NONE, times[_NONE]))
-    result.notes.append(
-        f"head: {size}, features {[tuple(x.shape) for x in features]}; detectron2 runs level by "
-        "level, ours layer by layer, which statistics over levels need: the step without norm "
-        "shows what that alone costs"
-    )
+    result.notes.append(f"{size}, features {[tuple(x.shape) for x in features]}")
+    result.notes.append("detectron2 runs level by level, ours layer by layer; see the last row")
     return result
