@@ -12,7 +12,6 @@ from rethinking_bn.modeling.box_head import NormBoxHead, ShuffleBNBoxHead  # noq
 from rethinking_bn.modeling.distilled import DistilledRetinaNet  # noqa: E402
 from rethinking_bn.modeling.domains import DomainRCNN, FollowsDomains  # noqa: E402
 from rethinking_bn.modeling.mask_head import NormMaskHead, ShuffleBNMaskHead  # noqa: E402
-from rethinking_bn.modeling.norm_head import NORM_OPTIONS, norm_options  # noqa: E402
 from rethinking_bn.modeling.retinanet import (  # noqa: E402
     RETINANET_HEAD,
     ConfigurableHeadRetinaNet,
@@ -28,7 +27,6 @@ from rethinking_bn.modeling.roi_heads import (  # noqa: E402
 )
 
 __all__ = [
-    "NORM_OPTIONS",
     "RETINANET_HEAD",
     "ConfigurableHeadRetinaNet",
     "CycleBNRetinaNetHead",
@@ -47,5 +45,4 @@ __all__ = [
     "build_retinanet_head",
     "centre_convolutions",
     "convert_norms",
-    "norm_options",
 ]

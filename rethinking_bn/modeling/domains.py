@@ -20,15 +20,13 @@ _EACH_IMAGE_APART = ("", "FrozenBN", "GN", "LN", "IN")
 
 
 def domain_norm(cfg: CfgNode, norm: str, key: str) -> partial[SplitBatchNorm2d] | None:
-    """Return what makes a norm layer that follows the domains from its number of channels.
+    """Return channels -> norm layer that follows the domains of MODEL.DOMAIN_BN.
+
+    None where there are no domains, or the norm takes each image by itself.
 
     Args:
-        cfg: with MODEL.DOMAIN_BN.
-        norm: a name that :func:`rethinking_bn.layers.get_norm` knows.
-        key: the config key that names it, for the message.
-
-    Returns:
-        None where there are no domains, or the norm takes each image by itself.
+        cfg, norm, key: a name that :func:`rethinking_bn.layers.get_norm` knows, and the config key
+            that gives it.
 
     Raises:
         ValueError: for a norm that mixes images and knows no domains, or an unknown choice.

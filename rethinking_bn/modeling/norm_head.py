@@ -109,8 +109,8 @@ class NormHead(RequiresStatistics):
     normalises the rows of k images at a time in training and in population training: the
     normalisation batch size (NBS) of sections 4 and 6 of arXiv 2105.07576. A layer that
     normalises by mini-batches at inference too (norm BatchStatBN) then takes each image by
-    itself, however many are in the batch. :meth:`image_rows` says which rows belong to which
-    image, until it ends (activation checkpointing must repeat it).
+    itself. :meth:`image_rows` says which rows belong to which image, until it ends (activation
+    checkpointing must repeat it).
     """
 
     reads = ("MODEL.ROI_HEADS.NORM_IMAGES", "MODEL.ALLOW_MISSING_STATISTICS")
@@ -145,10 +145,9 @@ class NormHead(RequiresStatistics):
             norm_arguments: further arguments of :func:`rethinking_bn.layers.get_norm`.
             allow_missing_statistics: whether weights without the statistics of a norm layer load;
                 those then stay as they are.
-            kwargs: the arguments of detectron2's head: ``conv_dims``, output channels of each 3x3
-                convolution, which norm and ReLU follow; ``fc_dims`` of the box head, output
-                channels of each fully connected layer; ``num_classes``, ``loss_weight`` and
-                ``vis_period`` of the mask head, whose last ``conv_dims`` is the deconvolution's.
+            kwargs: of detectron2's head: ``conv_dims``, output channels of each 3x3 convolution,
+                which norm and ReLU follow; ``fc_dims`` of the box head; ``num_classes``,
+                ``loss_weight`` and ``vis_period`` of the mask head.
 
         Raises:
             ValueError: for an unknown norm, a negative ``norm_images``, or a positive one with a
@@ -157,7 +156,7 @@ class NormHead(RequiresStatistics):
         norm = _norm_factory(conv_norm, norm_arguments or {}, f"MODEL.{self.section}.NORM")
         super().__init__(input_shape, conv_norm=norm, **kwargs)  # type: ignore[call-arg]
         self.allow_missing_statistics = allow_missing_statistics
-        norms = [norm for norm in map(_norm_of, self.conv_norm_relus) if norm is not None]
+        norms = self._norms()
         if any(isinstance(norm, MABN2d) for norm in norms):
             assert isinstance(self, nn.Module)  # for the type checker
             centre_convolutions(self)
@@ -172,12 +171,9 @@ class NormHead(RequiresStatistics):
                     f"{type(norm).__name__} {why}: set it to 0, or the norm to BN or BatchStatBN"
                 )
         self.norm_images = norm_images
-        logger.info(
-            "%s: %s, %s",
-            type(self).__name__,
-            " and ".join(sorted({type(norm).__name__ for norm in norms})) or "no norm",
-            f"{norm_images} image(s) at a time" if norm_images else "all images together",
-        )
+        kinds = " and ".join(sorted({type(norm).__name__ for norm in norms})) or "no norm"
+        together = f"{norm_images} image(s) at a time" if norm_images else "all images together"
+        logger.info("%s: %s, %s", type(self).__name__, kinds, together)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -208,8 +204,11 @@ class NormHead(RequiresStatistics):
 
     def batch_norms(self) -> list[nn.Module]:
         """Return the norm layers whose result for a row depends on the other rows."""
-        norms = map(_norm_of, self.conv_norm_relus)
-        return [norm for norm in norms if norm is not None and mixes_rows(norm)]
+        return [norm for norm in self._norms() if mixes_rows(norm)]
+
+    def _norms(self) -> list[nn.Module]:
+        norms = [getattr(layer, "norm", None) for layer in self.conv_norm_relus]
+        return [norm for norm in norms if isinstance(norm, nn.Module)]
 
     def forward_unshuffled(self, x: Tensor) -> Tensor:
         """Run all layers one after the other, on all rows together; TorchScript compiles it."""
@@ -312,8 +311,3 @@ def rows_of_images(instances: Sequence[Instances]) -> list[int]:
     """Return how many instances each image has."""
     # not len(), which would make constants of what torch.jit.trace follows
     return [of_image.__len__() for of_image in instances]
-
-
-def _norm_of(layer: nn.Module) -> nn.Module | None:
-    norm = getattr(layer, "norm", None)
-    return norm if isinstance(norm, nn.Module) else None
