@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import runpy
 from pathlib import Path
@@ -16,6 +15,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from rethinking_bn.command_line import argument_parser
 from rethinking_bn.engine import Trainer
 from rethinking_bn.engine.check_config import check_batch_size
 from rethinking_bn.engine.rank_state import wrap_data_parallel
@@ -163,8 +163,8 @@ def test_eval_only_with_batch_statistics_on_a_bn_checkpoint(tmp_path: Path) -> N
         cfg = run_config(tmp_path, out, **norms(norm), TEST__PRECISE_BN__ENABLED=False)
         cfg.MODEL.WEIGHTS = str(trained / "model_final.pth")
         (tmp_path / f"{norm}.yaml").write_text(cfg.dump())
-        arguments = {"config_file": str(tmp_path / f"{norm}.yaml"), "opts": [], "resume": False}
-        results = evaluate(argparse.Namespace(**arguments, eval_only=True))
+        words = ["--config-file", str(tmp_path / f"{norm}.yaml"), "--eval-only"]
+        results = evaluate(argument_parser("").parse_args(words))
         assert set(results) == {"bbox", "segm"}
         saved = out / "inference" / "coco_instances_results.json"
         detections[norm] = [d["score"] for d in json.loads(saved.read_text())]
