@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from rethinking_bn.distributed import all_gather
 
+is_exporting: Any = getattr(torch.compiler, "is_exporting", lambda: False)  # not in torch < 2.7
 # On the CPU, tensors of so many values are worked through in blocks that a core's cache holds.
 _MANY, _BLOCK = 2**16, 2**18
 # The CPU's channels-last operators add up in float32, value after value: more lose digits.

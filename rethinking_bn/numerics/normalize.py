@@ -29,6 +29,7 @@ from rethinking_bn.numerics.moments import (
     combine,
     fused_normalize,
     gradient_sums,
+    is_exporting,
     is_plain,
     merge_over_ranks,
     merged,
@@ -147,7 +148,7 @@ def _check_transform(sync: bool) -> None:
             torch.jit.TracerWarning,
             stacklevel=3,
         )
-    exported = torch.compiler.is_exporting()
+    exported = is_exporting()
     if sync and (exported or torch._C._are_functorch_transforms_active()):
         what = "torch.export" if exported else "torch.func"
         raise NotImplementedError(f"{what} cannot transform statistics pooled over ranks")

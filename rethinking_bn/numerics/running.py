@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rethinking_bn.numerics.moments import Moments, is_plain
+from rethinking_bn.numerics.moments import Moments, is_exporting, is_plain
 from rethinking_bn.randomness import is_recomputing
 
 
@@ -79,7 +79,7 @@ def update_running_statistics(
 
 def _write(together: Any, one: Any, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     # torch.func lets nothing else write into a captured tensor; ONNX knows no operator over lists
-    if torch.compiler.is_exporting():
+    if is_exporting():
         for target, source in zip(targets, sources, strict=True):
             one(target, source)
     elif targets:
