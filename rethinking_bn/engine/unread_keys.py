@@ -212,8 +212,9 @@ class FollowKeys(HookBase):
     @classmethod
     def from_config(cls, cfg: Any, model: nn.Module, loader: Any = None) -> FollowKeys | None:
         """Return the hook; None where no such key is set."""
-        asked = any(value not in (1, "population") and value for _, value, _ in _of_trainers(cfg))
-        return cls(cfg) if asked else None
+        solver = cfg.SOLVER
+        asked = solver.ACCUMULATION_STEPS > 1 or solver.TRAIN_ONLY or cfg.MODEL.COMPILE_NORMS
+        return cls(cfg) if asked or cfg.TEST.STATISTICS != "population" else None
 
     def before_train(self) -> None:
         """Look at the trainer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rethinking_bn.engine import (
 from rethinking_bn.engine.accumulation import CPUAutocastTrainer
 from rethinking_bn.engine.preemption import Preemption
 from rethinking_bn.engine.rank_state import MergeStatistics
+from rethinking_bn.layers import MultiDomainBatchNorm2d, compile_norms
 from rethinking_bn.population import train_only
 from tests.engine.tiny import register_data, tiny_config, write_data
 from tests.helpers import run_distributed
@@ -174,6 +176,15 @@ def test_mixed_precision_and_checkpoints_without_code(cfg: CfgNode) -> None:
     assert saves[0].checkpointer is trainer.checkpointer
 
 
+def test_norms_are_compiled(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = partial(compile_norms, backend="eager")
+    monkeypatch.setattr("rethinking_bn.engine.trainer_mixin.compile_norms", eager)
+    cfg.MODEL.COMPILE_NORMS = True
+    for kind in (Stock, Trainer):
+        layers = [m for m in kind(cfg).model.modules() if isinstance(m, MultiDomainBatchNorm2d)]
+        assert layers and all("_compiled_call_impl" in vars(layer) for layer in layers)
+
+
 def test_a_plain_detectron2_config(tmp_path: Path) -> None:
     write_data(tmp_path)
     tiny = tiny_config(register_data(tmp_path), tmp_path / "out", SOLVER__MAX_ITER=1)
@@ -232,6 +243,8 @@ class Thorough(Hooked):
         model = super().build_model(cfg)
         if cfg.SOLVER.TRAIN_ONLY:
             train_only(model, cfg.SOLVER.TRAIN_ONLY)
+        if cfg.MODEL.COMPILE_NORMS:
+            compile_norms(model, backend="eager")
         return model
 
     @classmethod
@@ -250,6 +263,7 @@ class Thorough(Hooked):
         ("SOLVER.ACCUMULATION_STEPS", 2),
         ("SOLVER.TRAIN_ONLY", ("head.*",)),
         ("TEST.STATISTICS", "batch"),
+        ("MODEL.COMPILE_NORMS", True),
     ],
 )
 def test_hooks_alone_refuse_what_their_trainer_ignores(cfg: CfgNode, key: str, value: Any) -> None:
