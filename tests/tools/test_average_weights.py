@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused_in_one_line(run: Any, capsys: Any) -> None
         error = capsys.readouterr().err
         assert str(second) in error and said in error and error.count("\n") == 1
     second.write_text("no checkpoint")
-    assert tool().main(command(run)) == 1 and "is no checkpoint" in capsys.readouterr().err
+    assert tool().main(command(run)) == 1 and "b.pth cannot be read" in capsys.readouterr().err
     second.unlink()
     assert tool().main(command(run)) == 1 and str(second) in capsys.readouterr().err
     assert tool().main(command((cfg, config, [first]))) == 1

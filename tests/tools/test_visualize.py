@@ -81,6 +81,9 @@ def test_the_command(
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
     config, other = (get_config_file(f"shapes/retinanet_bn_row{row}.yaml") for row in (1, 3))
     keys = ["OUTPUT_DIR", str(tmp_path / "out"), "MODEL.DEVICE", "cpu"]
+    model = tool.Trainer.build_model(tool.load_config(config, keys[2:]))
+    torch.save({"model": model.state_dict()}, tmp_path / "row1.pth")
+    keys += ["MODEL.WEIGHTS", str(tmp_path / "row1.pth")]
     options = ["--beside", other, str(tmp_path / "row3.pth")] if beside else []
     command = ["--images", "2", *options, "--config-file", config, *keys]
     if beside:
