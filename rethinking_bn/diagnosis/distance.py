@@ -20,10 +20,10 @@ from rethinking_bn.diagnosis.record import (
 from rethinking_bn.numerics.moments import Moments, merge_moments
 
 DEAD = 1e-3  # of eps: the variance below which a channel is dead
-Z_LIMIT = 5.0  # a channel counts when it is this many standard errors off (p = 6e-7)
-TOGETHER_LIMIT = 4.0  # or all of a layer together
+Z_LIMIT, TOGETHER_LIMIT = 5.0, 4.0  # standard errors: of one channel, of all of a layer together
+_SCATTER_LIMIT = 3.5  # of a z among the same images dealt at random, whatever their distribution
 _FEWEST = 8  # channels that a judgement together needs
-_ROWS, _CHANNELS, _TRIALS = 64, 64, 100  # of a batch, of a layer; times that images change batches
+_ROWS, _CHANNELS, _TRIALS = 64, 64, 50  # of a batch, of a layer; times that images change batches
 
 
 class Verdict(NamedTuple):
@@ -65,7 +65,7 @@ def judge(size: Tensor, z: Tensor, chance: Tensor | None = None) -> Verdict:
 
 
 def rms(x: Tensor) -> float:
-    """Return the root mean square of all elements, 0 of none."""
+    """Return the root mean square, 0 of none."""
     return float(x.square().mean().sqrt()) if x.numel() else 0.0
 
 
@@ -288,7 +288,7 @@ def scattering(
         sound = within > 1e-12 * var  # rounding of a constant says nothing
         f = float((between / within.clamp(min=1e-30))[sound].mean()) if sound.any() else 1.0
         excess = (((between - within).clamp(min=0) / (images / known)) / var).sqrt()
-        certain = z > TOGETHER_LIMIT and f > 1.5
+        certain = z > _SCATTER_LIMIT and f > 1.5
         effect = rms(excess) if certain else 0.0
         channels = torch.arange(layer.channels if certain else 0)
         if (effect, z) > (best[0].effect, best[0].z):

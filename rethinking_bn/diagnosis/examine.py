@@ -31,8 +31,7 @@ from rethinking_bn.randomness import announce_iteration, isolated_random_state
 
 logger = logging.getLogger(__name__)
 
-_FIRST = 4  # batches that give the constants by which later ones are run again,
-_AGAIN = (0, 2, 4)  # of each five
+_FIRST = 4  # batches that give the constants by which every second later one runs again
 
 
 def diagnose(
@@ -55,7 +54,7 @@ def diagnose(
     by mini-batches as in training; frozen ones (constant ones of any project, those frozen by name,
     those in eval mode within a model in training mode) use what they store. So ``batches`` should
     be training batches, of training's size, and the model in training mode if its forwards differ
-    there (dropout, a detector's sampling of regions). Six batches of ten run once more with all
+    there (dropout, a detector's sampling of regions). Half of the batches run once more with all
     BN-like layers on constants: whether the samples of a batch depend on each other is judged
     where no layer mixes them.
 
@@ -169,7 +168,7 @@ class _Session:
         keep: int,
         again: bool = False,
     ) -> tuple[dict[str, Record], list[dict[str, Any]], list[Any]]:
-        """Run every batch with mini-batch statistics, and six of ten with constant ones.
+        """Run every batch with mini-batch statistics, and half of them with constant ones.
 
         Returns:
             by layer the record of all ranks; of each rank, by layer, how often it was called by
@@ -185,7 +184,7 @@ class _Session:
             if len(kept) < keep:
                 kept.append(batch)
             self._run(records, batch)
-            if again and index >= _FIRST and (index - _FIRST) % 5 in _AGAIN:
+            if again and index >= _FIRST and (index - _FIRST) % 2 == 0:
                 self._run_by_constants(records, scatters, batch)
             index += 1
 

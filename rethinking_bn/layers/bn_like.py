@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from rethinking_bn.layers.frozen import is_frozen, thaw_layer
+from rethinking_bn.layers.frozen import FrozenStatistics, thaw_layer
 from rethinking_bn.layers.population_layer import PopulationLayer
 from rethinking_bn.numerics.moments import Moments
 
@@ -210,7 +210,7 @@ def _describe(name: str, module: Any) -> BatchNormLike | LeftAlone | None:
     if not tensors:
         return None  # neither affine nor statistics: nothing that could be wrong
     frozen: FrozenBy = "" if module.training else "eval mode"
-    if is_frozen(module):
+    if isinstance(module, FrozenStatistics):
         frozen = "freeze_batch_norm"
     elif kind == "constant":
         frozen = "constant"
