@@ -245,9 +245,9 @@ class Scatter:
         self.forwards += self._now > 0
         self._now = 0
 
-    def summary(self) -> list[list[float | Tensor]]:
+    def summary(self) -> list[list[Any]]:
         """Return by use: sums that add up over ranks, see :func:`scattering`."""
-        found = []
+        found: list[list[Any]] = []
         for batches in self._seen:
             batches = [b.cpu().double() for b in batches if len(b) > 1 and bool(b.isfinite().all())]
             if len(batches) < 2 or self.layer.equal_weights:
@@ -265,7 +265,7 @@ class Scatter:
 
 
 def scattering(
-    layer: DiagnosedLayer, record: Record, ranks: list[Any]
+    layer: DiagnosedLayer, record: Record, ranks: Sequence[Any]
 ) -> tuple[Verdict, float, int]:
     """Return how far the batch means scatter beyond independent images', the F, and of which use.
 

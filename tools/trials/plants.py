@@ -76,7 +76,7 @@ def plant(kind: str, case: Case, seed: int) -> Planted:
         n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)
     }
     name = list(named)[int(torch.randint(len(named), (), generator=g))] if named else ""
-    layer = named.get(name)
+    layer: Any = named.get(name)
     batches = target = None
     where = ""
     if kind in BATCHES:
