@@ -253,6 +253,31 @@ def _try_copy(module: nn.Module) -> tuple[Kind, float, bool] | str:
     return f"a copy of it cannot be tried ({failed})"
 
 
+def kept_share(module: nn.Module, momentum: float) -> float:
+    """Return the share of its old mean that a layer keeps in a training forward, in [0, 1].
+
+    It is tried on copies; 0 where they cannot be run.
+    """
+    if communicates(module):
+        return 0.0
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        for space in _SPACES:
+            left = []
+            try:
+                for start in (0.0, 1.0):
+                    copied = bare_copy(module).train()
+                    vars(copied).update(momentum=momentum, track_running_stats=True)
+                    copied.running_mean.fill_(start)
+                    channels = len(copied.running_mean)
+                    copied.forward(torch.ones(4, channels, *space, dtype=torch.float64))
+                    left.append(copied.running_mean.mean())
+            except Exception:  # whatever a foreign forward raises for such an input
+                continue
+            share = float(left[1] - left[0])
+            return share if 1e-6 < share <= 1 else 0.0
+    return 0.0
+
+
 def bare_copy(module: nn.Module) -> Any:
     """Return a float64 copy on the CPU that runs nobody's hooks and is not frozen."""
     bare = object.__new__(type(module))

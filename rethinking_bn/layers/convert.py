@@ -54,8 +54,8 @@ def convert_norms(
 
     Replaced are nn.BatchNorm2d and its kin, nn.SyncBatchNorm, FrozenBatchNorm2d of any project
     (see :func:`rethinking_bn.layers.bn_like.find_bn_like`), and all of ours; GN, LN and IN layers
-    as well, except by "SyncBN" and "FrozenBN". Parameters keep their names. Carried over are scale
-    and shift and the statistics that both kinds have (with eps, momentum and ``rows_at_a_time``,
+    as well, except by "SyncBN" and "FrozenBN". Parameters keep their names and stay the same
+    objects. Carried over are the statistics that both kinds have (with eps, momentum and ``rows_at_a_time``,
     among kinds of BN), mode, device, type and ``requires_grad``. The log says how many layers'
     statistics start anew and how many have no ``rows_at_a_time`` any more, and a warning names
     BN-like layers that stay: BatchNorm1d and 3d, and what is not known to be BatchNorm.
@@ -143,6 +143,8 @@ def replace_norms(
                     raise ValueError(_SAYS.format(name=name, kind=type(layer).__name__))
                 new = below
             replaced[layer] = new
+        elif like is not None:  # InstanceNorm that keeps statistics
+            left.append(name)
     becomes_mabn = any(isinstance(layer, MABN2d) for layer in replaced.values())
     centred = centred_convolutions(model, replaced) if becomes_mabn else {}
     # from here on nothing can fail
@@ -175,7 +177,7 @@ def _other_norms() -> tuple[type[nn.Module], ...]:
 
 def _freezes(layer: nn.Module, norm: Norm, like: BatchNormLike | None) -> bool:
     """Return whether FrozenBN freezes a layer in place: MABN, and forwards that do more."""
-    if norm != "FrozenBN" or isinstance(layer, _other_norms()):
+    if norm != "FrozenBN":
         return False
     own = like is not None and like.kind == "own" and not like.is_batch_norm_2d
     return isinstance(layer, MABN2d) or own
@@ -237,10 +239,10 @@ def _in_place_of(
         source, target = getattr(old, affine, None), getattr(new, affine, None)
         if source is None or target is None:
             continue
-        with torch.no_grad():
-            target.copy_(source)
         if isinstance(source, nn.Parameter) and isinstance(target, nn.Parameter):
-            target.requires_grad_(source.requires_grad)
+            setattr(new, affine, source)  # optimizers and other layers may hold it
+        else:
+            target.data.copy_(source.data)
     if isinstance(new, BatchNorm2d) and not new.sync:
         new.rows_at_a_time = getattr(old, "rows_at_a_time", 0)
     if alike is not None and hasattr(new, "track_running_stats"):

@@ -30,7 +30,8 @@ class FrozenStatistics:
 
     training = _EvalMode(_never)
     frozen = True
-    _class: Any  # the one it had
+    # no Any: TorchScript of torch 2.4 takes that for Final on Python 3.10
+    _class: type[nn.Module]  # the one it had
     _asked_training: bool
     _affine_required_grad: dict[str, bool] | None
 

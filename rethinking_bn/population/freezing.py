@@ -111,7 +111,11 @@ def train_only(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     names = [name for name, p in parameters if id(p) in kept and p.requires_grad]
     if not names:
         raise ValueError(f"train_only: {', '.join(patterns)} leave no parameter to train")
-    others = [layer for layer in find_bn_like(model).layers if layer.module not in trained]
+    found = find_bn_like(model)
+    unknown = [str(entry) for entry in found.left if entry.module not in trained]
+    if unknown:
+        logger.warning("train_only leaves alone %s", "; ".join(unknown))
+    others = [layer for layer in found.layers if layer.module not in trained]
     layers = _can_freeze(others, "train_only()")
     for layer in layers:
         freeze_layer(layer.module)

@@ -61,7 +61,7 @@ def exclusive(model: nn.Module) -> Iterator[None]:
 
 
 class ModelState:
-    """What a forward may change in a model, as it is now; parameters are not part of it.
+    """What a forward may change in a model, as it is now; weights are not part of it.
 
     Kept are the values and the identity of every buffer (NaN included), every module's mode, and
     what each of its attributes is bound to: a number kept by assignment, such as RetinaNet's
@@ -80,8 +80,11 @@ class ModelState:
             for name in ("_buffers", "_non_persistent_buffers_set")
             if isinstance(registry := vars(module).get(name), (dict, set))
         ]
+        # there are constant layers whose statistics are parameters
+        statistics = [p for name, p in model.named_parameters() if "running_" in name]
         self._values: list[tuple[Tensor, Tensor]] = [
-            (buffer, buffer.detach().clone()) for buffer in model.buffers()
+            (tensor, tensor.detach().clone())
+            for tensor in [*model.buffers(), *statistics]
         ]
 
     @torch.no_grad()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rethinking_bn.layers.bn_like import BatchNormLike, find_bn_like
+from rethinking_bn.layers.bn_like import BatchNormLike, find_bn_like, kept_share
 from rethinking_bn.numerics.moments import Moments, local_moments, merge_moments
 
 _BLOCK = 32  # forwards between two merges in float64
@@ -64,7 +65,7 @@ class ObservedLayer:
         self.layer, self.module = layer, layer.module
         self.old = layer.read()
         rows, channels = self.old[0].shape
-        device = next(self.module.buffers()).device
+        device = next(chain(self.module.buffers(), self.module.parameters())).device
         self.moments = MomentsAccumulator(rows, channels, device)
 
     def observing(self) -> Any:
@@ -74,6 +75,8 @@ class ObservedLayer:
 
 class _Hooked(ObservedLayer):
     """A layer that is observed by hooks around its forward."""
+
+    _momentum = 1.0  # with which a forward leaves the statistics of its batch
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -93,13 +96,13 @@ class _Hooked(ObservedLayer):
 
     @contextmanager
     def _moving_at_once(self) -> Iterator[None]:
-        """Let a forward leave the statistics of its batch in the buffers (momentum 1)."""
+        """Let a forward leave the statistics of its batch in the buffers."""
         module, names = self.module, ("momentum", "track_running_stats")
         before = {name: vars(module)[name] for name in names if name in vars(module)}
         own = dict(module._buffers)
         try:
             for name in before:
-                setattr(module, name, 1.0 if name == "momentum" else True)
+                setattr(module, name, self._momentum if name == "momentum" else True)
             yield
         finally:
             module._buffers.update(own)
@@ -183,9 +186,18 @@ class OwnForwardLayer(_Hooked):
     Only the layer knows which values its statistics are of. With momentum 1 it leaves those of its
     batch in its buffers; as in fvcore's PreciseBN, every batch counts alike, and the variance
     includes the spread of the batches' means. Each forward starts from the statistics that the
-    layer had; one that leaves these as they are has seen nothing. In ``moments``, count is the
-    number of calls that left something, m2 / count the variance.
+    layer had; one that leaves these as they are has seen nothing. A layer that has another momentum
+    than its attribute says (a constant, or TensorFlow's 1 - momentum) keeps a share of them, which
+    a trial on a copy tells. In ``moments``, count is the number of calls that left something,
+    m2 / count the variance.
     """
+
+    def __init__(self, layer: BatchNormLike) -> None:
+        super().__init__(layer)
+        shares = {momentum: kept_share(self.module, momentum) for momentum in (1.0, 0.0)}
+        self._momentum = min(shares, key=lambda momentum: shares[momentum])
+        share = shares[self._momentum]
+        self._share = share if share < 1 else 0.0  # it moves nothing at all
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -210,6 +222,11 @@ class OwnForwardLayer(_Hooked):
             return
         mean, var = (module.get_buffer(name) for name in ("running_mean", "running_var"))
         moved = (mean != self._start[0]).any() | (var != self._start[1]).any()
+        if self._share:
+            mean, var = (
+                (left.double() - self._share * start.double()) / (1 - self._share)
+                for left, start in zip((mean, var), self._start, strict=True)
+            )
         self.moments.add(_rows(Moments(moved.to(mean.dtype), mean, var)))
 
 

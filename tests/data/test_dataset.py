@@ -52,7 +52,8 @@ def test_image_without_objects(root: Path) -> None:
     content = json.loads(path.read_text())
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 1]
     path.write_text(json.dumps(content))
-    (_, first), (_, target) = ShapesDataset("shapes_val", root=root, num_images=2)
+    dataset = ShapesDataset("shapes_val", root=root, num_images=2)
+    first, target = dataset[0][1], dataset[1][1]
     assert first["labels"].tolist() == [shape.label for shape in draw_sample("val", 0)[1]]
     assert "masks" not in first
     assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)

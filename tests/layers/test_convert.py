@@ -101,6 +101,7 @@ def test_mode_device_type_and_gradients_are_carried_over() -> None:
     old = nn.BatchNorm2d(4, device="meta", dtype=torch.float64).eval()
     old.weight.requires_grad_(False)
     new = convert_norms(old, "IN")
+    assert new.weight is old.weight and new.bias is old.bias  # an optimizer may hold them
     assert new.weight.device.type == "meta" and new.weight.dtype == torch.float64
     assert not new.training and not new.weight.requires_grad and new.bias.requires_grad
 
@@ -345,6 +346,13 @@ def test_statistics_without_tracking_are_carried_over() -> None:
     before = new.running_mean.clone()
     new(torch.randn(2, 4, 3, 3))
     assert torch.equal(new.running_mean, before)
+
+
+def test_instance_norm_with_statistics_is_frozen_or_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.InstanceNorm2d(4, track_running_stats=True))
+    convert_norms(model, "SyncBN")
+    assert type(model[0]) is nn.InstanceNorm2d and " 0 stay" in caplog.text
+    assert is_frozen(convert_norms(model, "FrozenBN")[0])
 
 
 def test_what_stays_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -169,8 +169,8 @@ def test_instance_norm_with_statistics_is_found() -> None:
 def test_a_layer_that_leaves_nothing_is_kept_and_named(caplog: pytest.LogCaptureFixture) -> None:
     class Constant(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:  # with an activation: not known as constant
-            own: Any = (self.running_mean, self.running_var, self.weight, self.bias)
-            return F.batch_norm(x, *own, False, 0.0, self.eps).relu()
+            own: Any = (self.running_mean, self.running_var)
+            return F.batch_norm(x, own[0], own[1], training=False).relu()
 
     model = nn.Sequential(Constant(3), nn.BatchNorm2d(3))
     with caplog.at_level(logging.WARNING):
@@ -257,7 +257,7 @@ def test_frozen_by_us_and_constant_have_their_own_ways() -> None:
     class Constant(Foreign):
         def forward(self, x: Tensor) -> Tensor:
             own: Any = (self.running_mean, self.running_var)
-            return F.batch_norm(x, *own, None, None, False, 0.0, 1e-3)
+            return F.batch_norm(x, own[0], own[1], training=False)
 
     model = nn.Sequential(nn.BatchNorm2d(3), Constant(3))
     freeze_batch_norm(model)
@@ -265,3 +265,28 @@ def test_frozen_by_us_and_constant_have_their_own_ways() -> None:
         estimate_population_statistics(model, images(2), 1)
     said = str(caught.value)
     assert "unfreeze_batch_norm" in said and "thaw=True" in said and "train()" not in said
+
+
+class Hardcoded(nn.BatchNorm2d):
+    """Its momentum is a constant of its forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = (self.running_mean, self.running_var, self.weight, self.bias)
+        return F.batch_norm(x, *own, self.training, 0.1, self.eps).relu()
+
+
+class OneMinusMomentum(nn.BatchNorm2d):
+    """TensorFlow's convention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = (self.running_mean, self.running_var, self.weight, self.bias)
+        return F.batch_norm(x, *own, self.training, 1 - self.momentum, self.eps).relu()
+
+
+@pytest.mark.parametrize("kind", [Hardcoded, OneMinusMomentum])
+def test_a_momentum_that_is_not_the_attribute(kind: Any) -> None:
+    layer, batches = kind(3), images(4, 2, 6)
+    layer.running_mean.fill_(7.0)
+    estimate_population_statistics(layer, batches)
+    assert_close(layer, *of_batches([flat(x) for x in batches]))
+    assert layer.momentum == 0.1

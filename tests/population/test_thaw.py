@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rethinking_bn.population import estimate_population_statistics
 from tests.helpers import run_distributed
-from tests.population.cases import images, small_net
+from tests.population.cases import assert_statistics, images, small_net
 
 
 def frozen_twin(net: nn.Module, kind: Any) -> nn.Module:
@@ -99,3 +99,27 @@ def test_two_ranks_are_one_with_their_batches_in_turn() -> None:
     estimate_population_statistics(net, images(2, 3), 2, thaw=True)
     for name, value in net.state_dict().items():
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+class OfParameters(nn.Module):
+    """A constant BatchNorm whose statistics are parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in (("running_mean", 0.3), ("running_var", 2.0)):
+            self.register_parameter(name, nn.Parameter(torch.full((3,), value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        own: Any = (self.running_mean, self.running_var)
+        return nn.functional.batch_norm(x, own[0], own[1], training=False)
+
+
+def test_statistics_that_are_parameters_are_estimated_and_come_back() -> None:
+    net, batches = nn.Sequential(OfParameters(), nn.BatchNorm2d(3)), images(2, 3)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    net[1].register_forward_pre_hook(lambda *_: (torch.full((2, 3, 1, 2), float("inf")),))
+    with pytest.raises(FloatingPointError, match="^1: "):
+        estimate_population_statistics(net, batches, 2, thaw=True)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    estimate_population_statistics(net[:1], batches, 2, thaw=True)
+    assert_statistics(net[0], batches)

@@ -61,6 +61,13 @@ def test_the_rest_is_bit_equal(patterns: Any, prefixes: tuple[str, ...]) -> None
     assert statistics <= changed  # the named norms go on estimating theirs
 
 
+def test_what_is_not_known_to_be_batch_norm_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    net = model()
+    net.insert(0, torch.jit.script(nn.BatchNorm2d(3)))
+    train_only(net, ["7"])
+    assert "leaves alone 0" in caplog.text and "scripted" in caplog.text
+
+
 def test_what_was_frozen_inside_stays_frozen_and_shared_parameters_are_trained() -> None:
     net = model()
     net[6].bias.requires_grad_(False)
