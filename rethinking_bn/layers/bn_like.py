@@ -24,7 +24,7 @@ FrozenBy = Literal["", "freeze_batch_norm", "constant", "eval mode"]
 # where forwards are that are known for what they are
 _KNOWN = ("torch.nn.", "torchvision.", "detectron2.layers.", f"{__name__.partition('.')[0]}.")
 # (N, C, ...) of the inputs that a copy is tried on
-_SPACES = ((2, 1), (), (2,), (2, 1, 1))
+SPACES = ((2, 1), (), (2,), (2, 1, 1))
 _TOLERANCE = 3e-5
 _LAZY = "a lazy layer; run one forward first, so that it has a size"
 
@@ -243,39 +243,14 @@ def _try_copy(module: nn.Module) -> tuple[Kind, float, bool] | str:
     failed = ""
     # the copy may draw random numbers; the caller's generator stays as it is
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        for space in _SPACES:
+        for space in SPACES:
             try:
-                return *_answer(bare_copy(module), len(mean), space), space == _SPACES[0]
+                return *_answer(bare_copy(module), len(mean), space), space == SPACES[0]
             except _OtherAnswer as other:
                 return str(other)
             except Exception as error:
                 failed = failed or f"{type(error).__name__}: {error}"
     return f"a copy of it cannot be tried ({failed})"
-
-
-def kept_share(module: nn.Module, momentum: float) -> float:
-    """Return the share of its old mean that a layer keeps in a training forward, in [0, 1].
-
-    It is tried on copies; 0 where they cannot be run.
-    """
-    if communicates(module):
-        return 0.0
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        for space in _SPACES:
-            left = []
-            try:
-                for start in (0.0, 1.0):
-                    copied = bare_copy(module).train()
-                    vars(copied).update(momentum=momentum, track_running_stats=True)
-                    copied.running_mean.fill_(start)
-                    channels = len(copied.running_mean)
-                    copied.forward(torch.ones(4, channels, *space, dtype=torch.float64))
-                    left.append(copied.running_mean.mean())
-            except Exception:  # whatever a foreign forward raises for such an input
-                continue
-            share = float(left[1] - left[0])
-            return share if 1e-6 < share <= 1 else 0.0
-    return 0.0
 
 
 def bare_copy(module: nn.Module) -> Any:

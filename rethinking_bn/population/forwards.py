@@ -137,7 +137,7 @@ class PopulationRun:
             logger.info("%s of %d layers: %s batches per rank", self.title, len(self.layers), count)
         error: BaseException | None = None
         iterator: Iterator[Any] | None = None
-        with throwaway_event_storage() as storage:
+        with throwaway_event_storage():
             # once more than there are batches: the last forward may have failed, too
             for index in itertools.count():
                 batch, done = None, index == self.num_batches
@@ -157,7 +157,6 @@ class PopulationRun:
                     if not labelled:
                         self._only_normalise_by_batches()
                 error = self._forward(index, batch)
-                storage.step()
                 self.done = index + 1
                 self._tell_progress()
         return bool(labelled)
@@ -224,13 +223,8 @@ class PopulationRun:
             module.training = module in keep
 
 
-class _NoStorage:
-    def step(self) -> None:
-        """Take the place of EventStorage.step where there is no event storage."""
-
-
 def throwaway_event_storage() -> AbstractContextManager[Any]:
     """Return a context that swallows what models write to detectron2's event storage."""
     events = sys.modules.get("detectron2.utils.events")
     # from 1: models draw pictures at iteration 0 when they draw any
-    return nullcontext(_NoStorage()) if events is None else events.EventStorage(1)
+    return nullcontext() if events is None else events.EventStorage(1)

@@ -83,8 +83,7 @@ class ModelState:
         # there are constant layers whose statistics are parameters
         statistics = [p for name, p in model.named_parameters() if "running_" in name]
         self._values: list[tuple[Tensor, Tensor]] = [
-            (tensor, tensor.detach().clone())
-            for tensor in [*model.buffers(), *statistics]
+            (tensor, tensor.detach().clone()) for tensor in [*model.buffers(), *statistics]
         ]
 
     @torch.no_grad()

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rethinking_bn.layers.bn_like import BatchNormLike, find_bn_like, kept_share
+from rethinking_bn.layers.bn_like import (
+    SPACES,
+    BatchNormLike,
+    bare_copy,
+    communicates,
+    find_bn_like,
+)
 from rethinking_bn.numerics.moments import Moments, local_moments, merge_moments
 
 _BLOCK = 32  # forwards between two merges in float64
@@ -194,7 +200,7 @@ class OwnForwardLayer(_Hooked):
 
     def __init__(self, layer: BatchNormLike) -> None:
         super().__init__(layer)
-        shares = {momentum: kept_share(self.module, momentum) for momentum in (1.0, 0.0)}
+        shares = {momentum: _kept_share(self.module, momentum) for momentum in (1.0, 0.0)}
         self._momentum = min(shares, key=lambda momentum: shares[momentum])
         share = shares[self._momentum]
         self._share = share if share < 1 else 0.0  # it moves nothing at all
@@ -228,6 +234,26 @@ class OwnForwardLayer(_Hooked):
                 for left, start in zip((mean, var), self._start, strict=True)
             )
         self.moments.add(_rows(Moments(moved.to(mean.dtype), mean, var)))
+
+
+@torch.no_grad()
+def _kept_share(module: nn.Module, momentum: float) -> float:
+    """Return the share of its old mean that a training forward keeps; 0 where no copy can run."""
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        for space in () if communicates(module) else SPACES:
+            left = []
+            try:
+                for start in (0.0, 1.0):
+                    copied = bare_copy(module).train()
+                    vars(copied).update(momentum=momentum, track_running_stats=True)
+                    mean = copied.running_mean.fill_(start)
+                    copied.forward(mean.new_ones(4, len(mean), *space))
+                    left.append(copied.running_mean.mean())
+            except Exception:  # whatever a foreign forward raises for such an input
+                continue
+            share = float(left[1] - left[0])
+            return share if 1e-6 < share <= 1 else 0.0
+    return 0.0
 
 
 class ThawedLayer(_Hooked):
