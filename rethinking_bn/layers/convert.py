@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
@@ -54,10 +53,10 @@ def convert_norms(
 
     Replaced are nn.BatchNorm2d and its kin, nn.SyncBatchNorm, FrozenBatchNorm2d of any project
     (see :func:`rethinking_bn.layers.bn_like.find_bn_like`), and all of ours; GN, LN and IN layers
-    as well, except by "SyncBN" and "FrozenBN". Parameters keep their names and stay the same
-    objects. Carried over are the statistics that both kinds have (with eps, momentum and ``rows_at_a_time``,
-    among kinds of BN), mode, device, type and ``requires_grad``. The log says how many layers'
-    statistics start anew and how many have no ``rows_at_a_time`` any more, and a warning names
+    as well, except by "SyncBN" and "FrozenBN". Parameters stay the same objects of the same names
+    ("FrozenBN" has copies). Carried over are the statistics that both kinds have (with eps,
+    momentum and ``rows_at_a_time``, among kinds of BN), mode, device and type. The log says how
+    many layers' statistics start anew or lose ``rows_at_a_time``, and a warning names
     BN-like layers that stay: BatchNorm1d and 3d, and what is not known to be BatchNorm.
 
     - A layer that does more than its norm (a norm with its activation) goes on doing it: "FrozenBN"
