@@ -11,7 +11,7 @@ import os
 import pickle
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,19 +31,70 @@ _RESNET = re.compile(
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numpy arrays, numbers, text and plain containers, and calls nothing else."""
+# numpy's names of what an array in a file may hold
+_DTYPES = {
+    **{"b1": torch.bool, "u1": torch.uint8, "i1": torch.int8, "i2": torch.int16},
+    **{"i4": torch.int32, "i8": torch.int64},
+    **{"f2": torch.float16, "f4": torch.float32, "f8": torch.float64},
+}
 
-    _ALLOWED = {
-        *(("_codecs", "encode"), ("collections", "OrderedDict")),
-        *(("numpy", "ndarray"), ("numpy", "dtype")),
-        *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
-        *((f"numpy.{core}.multiarray", "scalar") for core in ("core", "_core")),
-    }
+
+class _DType:
+    """A pickle's numpy.dtype; numpy's own believes flags by which bytes become pointers."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        if name not in _DTYPES:
+            raise ValueError(f"it has an array of the type {name}")
+        self.dtype = _DTYPES[name]
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] == ">":
+            raise ValueError("its numbers are big-endian")
+
+    def read(self, data: str | bytes) -> Tensor:
+        data = data.encode("latin1") if isinstance(data, str) else data  # of Python 2
+        if not data:  # which frombuffer refuses
+            return torch.empty(0, dtype=self.dtype)
+        return torch.frombuffer(bytearray(data), dtype=self.dtype)
+
+
+class _Array:
+    """A pickle's numpy.ndarray."""
+
+    def __init__(self, *_: Any) -> None:
+        self.tensor = torch.empty(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, by_columns, data = state
+        flat = dtype.read(data)
+        turned = range(len(shape))[::-1]
+        self.tensor = flat.view(shape[::-1]).permute(*turned) if by_columns else flat.view(shape)
+
+
+def _tensors(content: Any) -> Any:
+    """Return what a pickle holds with its arrays as tensors."""
+    if isinstance(content, dict):
+        return {key: _tensors(value) for key, value in content.items()}
+    return content.tensor if isinstance(content, _Array) else content
+
+
+_STAND_INS: dict[str, Any] = {
+    "numpy.dtype": _DType,
+    "numpy.ndarray": None,  # an argument of the next
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy.core.multiarray.scalar": lambda dtype, data: dtype.read(data)[0].item(),
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads arrays of numbers, numbers, text and plain containers, and calls nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._ALLOWED:
+        full = f"{module}.{name}".replace("._core.", ".core.")
+        if full in ("_codecs.encode", "collections.OrderedDict"):
             return super().find_class(module, name)
+        if full in _STAND_INS:
+            return _STAND_INS[full]
         raise pickle.UnpicklingError(
             f"it names {module}.{name}; only arrays and plain containers are read, as anything "
             "else can execute code"
@@ -54,7 +105,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what a checkpoint file holds, on the CPU; nothing in the file can execute code.
 
     Every reader of weights in this package and its tools comes here: of pickles of arrays (".pkl",
-    as in detectron2's model zoo), else of torch's format.
+    as in detectron2's model zoo), which become tensors, else of torch's format.
 
     Raises:
         OSError: for a file that cannot be opened.
@@ -63,7 +114,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         if str(path).endswith(".pkl"):
             with open(path, "rb") as file:
-                content = _PlainUnpickler(file, encoding="latin1").load()
+                content = _tensors(_PlainUnpickler(file, encoding="latin1").load())
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
@@ -83,8 +134,13 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     content = read_file(path)
     weights = content.get("model", content)
-    tensors = isinstance(weights, dict) and all(isinstance(v, Tensor) for v in weights.values())
-    if not tensors or not weights:
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
+        )
+    ):
         raise _unreadable(path, "it holds no state dict of tensors")
     return dict(weights)
 
@@ -92,56 +148,6 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _unreadable(path: str | os.PathLike[str], why: str) -> ValueError:
     shortened = textwrap.shorten(why, 160, placeholder=" ...")
     return ValueError(f"{path} cannot be read as a checkpoint ({shortened})")
-
-
-def find_misfit(given: Sequence[str], expected: Sequence[str], loaded: Sequence[str]) -> str | None:
-    """Say in one line that weights are of another architecture, if they are.
-
-    Args:
-        given, expected, loaded: keys of the checkpoint, names of the model's parameters, and
-            which of those the checkpoint had.
-    """
-    if not given or not expected:
-        return None
-    if not loaded:
-        return f"The checkpoint is of another model: none of its {len(given)} keys fits"
-    heads = {key.partition(".")[0] for key in expected} - {"backbone"}
-    theirs = {key.partition(".")[0] for key in given if "." in key} - {"backbone"}
-    whole_detector = any(key.startswith("backbone.") for key in given) and theirs
-    if not whole_detector or not heads or any(key.partition(".")[0] in heads for key in loaded):
-        return None
-    return (
-        f"The checkpoint is of another architecture: it has {', '.join(sorted(theirs))}, and no "
-        f"key fits {', '.join(sorted(heads))}, left untrained"
-    )
-
-
-def missing_statistics(
-    module: nn.Module, state_dict: Mapping[str, Any], prefix: str = ""
-) -> dict[str, Tensor]:
-    """Return the means and variances, key and present value, that a state dict does not give.
-
-    A state dict without any key of the module (an ImageNet backbone, say) lacks nothing: the module
-    starts anew. One with some of its weights but without its statistics, because they were trained
-    with another norm or none, would leave mean 0 and variance 1 under trained weights. MABN, whose
-    convolutions warn, has neither. A layer with several domains takes the statistics of either
-    layout, and else demands all its entries.
-
-    Args:
-        module, state_dict, prefix: norm layers, and a state dict with their entries under a prefix,
-            which ends with a dot unless it is empty.
-    """
-    missing: dict[str, Tensor] = {}
-    keys = {key for key in state_dict if key.startswith(prefix)}
-    for found in find_bn_like(module).layers if keys else ():
-        below = f"{prefix}{found.name}." if found.name else prefix
-        several = isinstance(found.module, DomainBatchNormBase)
-        if several and {below + "running_mean", below + "0.running_mean"} & keys:
-            continue
-        for entry, value in found.module.state_dict().items():
-            if (several or entry in _STATISTICS[:2]) and below + entry not in keys:
-                missing[below + entry] = value
-    return missing
 
 
 def require_statistics(
@@ -154,12 +160,28 @@ def require_statistics(
 ) -> None:
     """Refuse weights that lack population statistics; to be called before a module loads them.
 
+    A state dict without any key of the module (an ImageNet backbone, say) lacks nothing: the module
+    starts anew. One with some of its weights but without its statistics, because they were trained
+    with another norm or none, would leave mean 0 and variance 1 under trained weights. MABN, whose
+    convolutions warn, has neither. A layer with several domains takes the statistics of either
+    layout, and else demands all its entries.
+
     Args:
-        module, state_dict, prefix: as for :func:`missing_statistics`.
+        module, state_dict, prefix: norm layers, and a state dict with their entries under a prefix,
+            which ends with a dot unless it is empty.
         error_msgs: gets one message, with the config key that allows it.
         allow_missing: instead, ``state_dict`` gets what the module has, and the log says so.
     """
-    missing = missing_statistics(module, state_dict, prefix)
+    missing: dict[str, Tensor] = {}
+    keys = {key for key in state_dict if key.startswith(prefix)}
+    for found in find_bn_like(module).layers if keys else ():
+        below = f"{prefix}{found.name}." if found.name else prefix
+        several = isinstance(found.module, DomainBatchNormBase)
+        if several and {below + "running_mean", below + "0.running_mean"} & keys:
+            continue
+        for entry, value in found.module.state_dict().items():
+            if (several or entry in _STATISTICS[:2]) and below + entry not in keys:
+                missing[below + entry] = value
     if not missing:
         return
     first = next(key for key in missing if key.endswith(_STATISTICS[:2]))
@@ -244,7 +266,8 @@ def copy_to_levels(state_dict: Mapping[str, Tensor], num_levels: int) -> dict[st
     copied: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         layer, _, entry = key.rpartition(".")
-        shared = key.startswith("head.") and entry in _STATISTICS and not per_level
+        shared = layer.startswith("head.") and entry in _STATISTICS
+        shared = shared and layer.rpartition(".")[0] not in per_level
         keys = [f"{layer}.{i}.{entry}" for i in range(num_levels)] if shared else [key]
         copied.update({new: value.clone() for new in keys})
     return copied

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +12,7 @@ from typing import IO, Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from rethinking_bn.checkpoint import find_misfit, read_file, read_weights
+from rethinking_bn.checkpoint import read_file, read_weights
 from rethinking_bn.files import replace
 
 
@@ -48,7 +48,8 @@ class Checkpointer(DetectionCheckpointer):
                 loaded = _of_other_projects(read_file(filename))
             else:
                 loaded = super()._load_file(filename)  # which calls _torch_load
-            if not isinstance(loaded["model"], dict):
+            weights = loaded["model"]
+            if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
                 raise ValueError(f"{filename} cannot be read as a checkpoint: no weights in it")
             return loaded
         except ValueError as error:
@@ -73,7 +74,7 @@ class Checkpointer(DetectionCheckpointer):
         shapes = [key for key, *_ in incompatible.incorrect_shapes]
         absent = {*incompatible.missing_keys, *shapes}
         expected = [key for key, _ in self.model.named_parameters()]
-        self.misfit = find_misfit(given, expected, [key for key in expected if key not in absent])
+        self.misfit = _misfit(given, expected, [key for key in expected if key not in absent])
         if self.misfit:
             self.logger.warning("%s.", self.misfit)
         return incompatible
@@ -153,5 +154,27 @@ def _of_other_projects(content: dict[str, Any]) -> dict[str, Any]:
     else:  # Detectron's detectors have "blobs", its ImageNet models are flat
         author, weights, dropped = "Caffe2", content.get("blobs", content), "_momentum"
     if isinstance(weights, dict):
-        weights = {key: value for key, value in weights.items() if not key.endswith(dropped)}
+        weights = {k: value for k, value in weights.items() if not str(k).endswith(dropped)}
     return {"model": weights, "__author__": author, "matching_heuristics": True}
+
+
+def _misfit(given: Sequence[str], expected: Sequence[str], loaded: Sequence[str]) -> str | None:
+    """Say in one line that weights are of another architecture, if they are.
+
+    Args:
+        given, expected, loaded: keys of the checkpoint, names of the model's parameters, and
+            which of those the checkpoint had.
+    """
+    if not given or not expected:
+        return None
+    if not loaded:
+        return f"The checkpoint is of another model: none of its {len(given)} keys fits"
+    heads = {key.partition(".")[0] for key in expected} - {"backbone"}
+    theirs = {key.partition(".")[0] for key in given if "." in key} - {"backbone"}
+    whole_detector = any(key.startswith("backbone.") for key in given) and theirs
+    if not whole_detector or not heads or any(key.partition(".")[0] in heads for key in loaded):
+        return None
+    return (
+        f"The checkpoint is of another architecture: it has {', '.join(sorted(theirs))}, and no "
+        f"key fits {', '.join(sorted(heads))}, left untrained"
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rethinking_bn._detectron2 import require_detectron2
 
@@ -186,7 +186,8 @@ def add_rethinking_bn_config(cfg: CfgNode) -> None:
     Raises:
         AttributeError: when ``cfg`` is frozen and lacks a key.
     """
-    _add_missing(our_keys(), cfg)
+    for node, key, value, _ in list(_lacking(our_keys(), cfg)):
+        setattr(node, key, value)
 
 
 def with_our_keys(cfg: CfgNode) -> CfgNode:
@@ -203,28 +204,22 @@ def with_our_keys(cfg: CfgNode) -> CfgNode:
 
 def check_has_keys(cfg: CfgNode) -> None:
     """Raise a ValueError that says what to call, if a config lacks keys of this project."""
-    lacking = next(_lacking(our_keys(), cfg), None)
-    if lacking is not None:
+    for *_, name in _lacking(our_keys(), cfg):
         raise ValueError(
-            f"the config has no {lacking}: call rethinking_bn.add_rethinking_bn_config(cfg) right "
+            f"the config has no {name}: call rethinking_bn.add_rethinking_bn_config(cfg) right "
             "after detectron2.config.get_cfg()"
         )
 
 
-def _lacking(source: CfgNode, target: CfgNode, prefix: str = "") -> Iterator[str]:
+def _lacking(
+    source: CfgNode, target: CfgNode, prefix: str = ""
+) -> Iterator[tuple[CfgNode, str, Any, str]]:
+    """Yield what ``target`` lacks: the node that lacks it, key, value, and the key with dots."""
     for key, value in source.items():
         if key not in target:
-            yield prefix + key
+            yield target, key, value, prefix + key
         elif isinstance(value, dict):
             yield from _lacking(value, target[key], f"{prefix}{key}.")
-
-
-def _add_missing(source: CfgNode, target: CfgNode) -> None:
-    for key, value in source.items():
-        if key not in target:
-            setattr(target, key, value)
-        elif isinstance(value, dict):
-            _add_missing(value, target[key])
 
 
 def check_divides(key: str, images: int, ranks: int) -> None:
@@ -264,17 +259,17 @@ def needs_population_loader(cfg: CfgNode, *, training: bool = True) -> bool:
 
 def check_statistics(cfg: CfgNode) -> str:
     """Return TEST.STATISTICS; raise a ValueError if it is not one of its two values."""
-    chosen: str = cfg.TEST.STATISTICS
-    if chosen not in ("population", "batch"):
-        raise ValueError(f'TEST.STATISTICS must be "population" or "batch", got {chosen!r}')
-    return chosen
+    return _one_of("TEST.STATISTICS", cfg.TEST.STATISTICS, ("population", "batch"))
 
 
 def check_transforms(cfg: CfgNode) -> str:
     """Return TEST.PRECISE_BN.TRANSFORMS; raise a ValueError if it is not one of its two values."""
-    chosen: str = cfg.TEST.PRECISE_BN.TRANSFORMS
-    if chosen not in ("train", "test"):
-        raise ValueError(f'TEST.PRECISE_BN.TRANSFORMS must be "train" or "test", got {chosen!r}')
+    return _one_of("TEST.PRECISE_BN.TRANSFORMS", cfg.TEST.PRECISE_BN.TRANSFORMS, ("train", "test"))
+
+
+def _one_of(key: str, chosen: str, values: tuple[str, str]) -> str:
+    if chosen not in values:
+        raise ValueError(f'{key} must be "{values[0]}" or "{values[1]}", got {chosen!r}')
     return chosen
 
 

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from rethinking_bn.checkpoint import (
     copy_to_levels,
-    missing_statistics,
     read_weights,
     select_domain,
 )
-from rethinking_bn.layers import SplitBatchNorm2d, SyncBatchNorm2d
+from rethinking_bn.layers import SplitBatchNorm2d
 from rethinking_bn.modeling import (
     CycleBNRetinaNetHead,
     MultiDomainBNRetinaNetHead,
@@ -121,19 +120,11 @@ def test_every_row_into_every_row(
     assert (NORM.rstrip(".") in caplog.text) == (ROWS[source][1:] != ROWS[target][1:])
 
 
-@pytest.mark.parametrize("row", [4, 6, None])
-def test_checkpoints_of_detectron2s_cycling_head_load(row: int | None, tmp_path: Path) -> None:
-    stock = trained(RetinaNetHead(**head_arguments(norm="BN"))).eval()
+# detectron2's cycling head, and the upstream shared one: plain BatchNorm applied to all levels
+@pytest.mark.parametrize(("norm", "row"), [("BN", 4), ("BN", 6), ("BN", None), (nn.BatchNorm2d, 1)])
+def test_checkpoints_of_detectron2s_heads_load(norm: Any, row: int | None, tmp_path: Path) -> None:
+    stock = trained(RetinaNetHead(**head_arguments(norm=norm))).eval()
     model = Model(CycleBNRetinaNetHead(**head_arguments())) if row is None else row_model(row)
-    load_file(model, stock.state_dict(), tmp_path)
-    xs = features()
-    torch.testing.assert_close(model.eval().head(xs), stock.head(xs))
-
-
-def test_checkpoints_of_the_upstream_shared_head_load(tmp_path: Path) -> None:
-    # its layers are plain BatchNorm layers, applied to all levels
-    stock = trained(RetinaNetHead(**head_arguments(norm=nn.BatchNorm2d))).eval()
-    model = Model(SharedBNRetinaNetHead(**head_arguments()))
     load_file(model, stock.state_dict(), tmp_path)
     xs = features()
     torch.testing.assert_close(model.eval().head(xs), stock.head(xs))
@@ -170,6 +161,7 @@ def test_a_backbone_checkpoint_without_a_head_loads(tmp_path: Path) -> None:
         {"model": [torch.ones(1)]},
         {"model": torch.ones(3)},
         {"model": {"a": 1.0}},
+        {"model": {1: torch.ones(1)}},
         [1],
         {},
     ],
@@ -182,16 +174,6 @@ def test_files_of_other_content_are_one_line(content: object, tmp_path: Path) ->
     (tmp_path / "w.pth").write_bytes(b"text")
     with pytest.raises(ValueError, match="w.pth cannot be read as a checkpoint"):
         read_weights(tmp_path / "w.pth")
-
-
-@pytest.mark.parametrize("norm", [SyncBatchNorm2d, nn.BatchNorm2d])
-def test_missing_statistics_of_single_domain_layers(norm: type[nn.Module]) -> None:
-    layers = nn.Sequential(nn.Conv2d(2, 2, 1), norm(2))
-    state = {f"head.{key}": value for key, value in layers.state_dict().items()}
-    assert missing_statistics(layers, state, "head.") == {}
-    stripped = {key: value for key, value in state.items() if "running_var" not in key}
-    assert list(missing_statistics(layers, stripped, "head.")) == ["head.1.running_var"]
-    assert missing_statistics(layers, {"backbone.weight": torch.ones(1)}, "head.") == {}
 
 
 def detector(head: str, norm: str, **choices: str) -> nn.Module:
@@ -255,6 +237,19 @@ def test_heads_that_stock_detectron2_does_not_take_are_refused(
     with pytest.raises(ValueError) as error:
         copy_to_levels({f"head.{key}": value for key, value in head.items()}, levels)
     assert all(word in str(error.value) for word in words)
+
+
+def test_layers_with_and_without_levels_become_alike(tmp_path: Path) -> None:
+    per_level, shared = (
+        {f"head.{k}": v for k, v in RetinaNetHead(**head_arguments(norm=n)).state_dict().items()}
+        for n in ("BN", nn.BatchNorm2d)
+    )
+    mixed = {k: v for k, v in per_level.items() if "cls" in k}
+    mixed |= {k: v for k, v in shared.items() if "bbox" in k}
+    assert copy_to_levels(mixed, 5).keys() == per_level.keys()
+    words = [str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--domain", "0", "--levels", "-3"]
+    with pytest.raises(SystemExit):  # range(-3) would drop the statistics
+        runpy.run_path(str(TOOL))["main"](words)
 
 
 def test_a_head_alone_may_have_domains() -> None:

@@ -12,8 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from torch import Tensor, nn
 
 from rethinking_bn.checkpoint import convert_mabn_checkpoint
-from rethinking_bn.layers import CenConv2d, MABN2d
-from rethinking_bn.layers.centring import mabn_without_statistics
+from rethinking_bn.layers import MABN2d
 from tests.engine.tiny import tiny_config
 from tests.layers.mabn.reference import Reference
 
@@ -153,21 +152,3 @@ def test_what_is_no_official_checkpoint_is_refused() -> None:
     both = {f"{prefix}bn1.{k}": v for k, v in mine.items() for prefix in ("", "stem.")}
     with pytest.raises(ValueError, match="twice"):
         convert_mabn_checkpoint(both)
-
-
-def test_which_layers_lack_their_mean_square() -> None:
-    model = nn.Module()
-    model.a = CenConv2d(3, C, 3, norm=MABN2d(C))
-    model.b = nn.Sequential(CenConv2d(3, C, 3), MABN2d(C))
-    model.c = MABN2d(C)
-    state = {f"x.{key}": value for key, value in model.state_dict().items()}
-    assert mabn_without_statistics(model, state, "x.") == []
-    assert mabn_without_statistics(model, {}, "x.") == []
-    assert mabn_without_statistics(model, {"y.a.weight": torch.ones(1)}, "x.") == []
-    bare = {key: value for key, value in state.items() if "running" not in key}
-    assert sorted(mabn_without_statistics(model, bare, "x.")) == ["x.a.norm", "x.b.1", "x.c"]
-    filters = {key: value for key, value in state.items() if value.dim() == 4}
-    assert mabn_without_statistics(model, filters, "x.") == ["x.a.norm", "x.b.1"]
-    _, saved = official(2)
-    theirs = {**bare, **{f"x.c.{key}": value for key, value in saved.items()}}
-    assert mabn_without_statistics(model, theirs, "x.") == ["x.a.norm", "x.b.1"]

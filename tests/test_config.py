@@ -49,15 +49,6 @@ def test_adding_twice_keeps_values() -> None:
     add_rethinking_bn_config(cfg)  # nothing to add, so nothing to refuse
 
 
-def test_two_configs_share_no_node() -> None:
-    first, second = get_cfg(), get_cfg()
-    add_rethinking_bn_config(first)
-    add_rethinking_bn_config(second)
-    first.MODEL.MABN.R_MAX = 3.0
-    first.MODEL.RETINANET.BN.AFFINE = "shared"
-    assert second.MODEL.MABN.R_MAX == 5.0 and second.MODEL.RETINANET.BN.AFFINE == ""
-
-
 @pytest.mark.parametrize("name", ["retinanet_bn_row1.yaml", "shapes/retinanet_bn_row1.yaml"])
 def test_config_files_are_found_from_anywhere(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,6 @@ from rethinking_bn.config import list_config_files
 from rethinking_bn.engine import load_config
 from rethinking_bn.engine.unread_keys import unread_keys
 from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d, CenConv2d, SyncBatchNorm2d
-from tests.anchor_levels import share_of_levels
 from tests.test_config import flat
 
 FILES = [name for name in list_config_files() if not Path(name).name.startswith("Base-")]
@@ -281,26 +280,3 @@ def test_mabn_is_where_its_authors_put_it(name: str) -> None:
         assert len(centred) == 53 + 6 + 8
         top = {"backbone.top_block.p6", "backbone.top_block.p7"}
         assert left == top | {"head.cls_score", "head.bbox_pred"}
-
-
-def test_bn_gn_and_mabn_at_two_images_differ_in_nothing_else() -> None:
-    names = [f"shapes/retinanet_{norm}_2im.yaml" for norm in ("bn", "gn", "mabn")]
-    configs = [flat(load(name)) for name in names]
-    differing = {key for key in configs[0] if len({repr(cfg[key]) for cfg in configs}) > 1}
-    norms = {"MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.RETINANET.NORM"}
-    assert differing == {*norms, "MODEL.BACKBONE.NAME", "OUTPUT_DIR"}
-    for name, norm in zip(names, ("BatchNorm2d", "GroupNorm", "MABN2d"), strict=True):
-        model = build_model(load(name))
-        found = [type(m).__name__ for m in model.modules() if "Norm" in type(m).__name__]
-        found += [type(m).__name__ for m in model.modules() if type(m).__name__ == "MABN2d"]
-        assert len(found) == 53 + 6 + 8
-        assert {kind.replace("MultiDomain", "") for kind in found} == {norm}
-
-
-@pytest.mark.parametrize(
-    ("name", "finest", "least"), [("retinanet_bn_row1", 8, 0.03), ("mask_rcnn_bn_head", 4, 0.05)]
-)
-def test_every_level_of_the_shapes_twins_gets_objects(name: str, finest: int, least: float) -> None:
-    strides = [finest * 2**i for i in range(5)]
-    share = share_of_levels(load(f"shapes/{name}.yaml"), strides)
-    assert (share > least).all(), share

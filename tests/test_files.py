@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from rethinking_bn import files
 
@@ -38,26 +36,6 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     assert not failures
     assert path.read_text() in ("a" * 1000, "b" * 1000)
     assert os.listdir(path.parent) == ["file"]
-
-
-def test_two_runs_may_save_the_same_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Defect 29, in the checkpointer: the second of two saves in the midst of the first."""
-    from rethinking_bn.engine import Checkpointer
-
-    save, first, second = torch.save, nn.Linear(1, 1), nn.Linear(1, 1)
-
-    def overtaken(obj: object, file: object) -> None:
-        save(obj, file)
-        monkeypatch.setattr(torch, "save", save)
-        Checkpointer(second, str(tmp_path)).save("model_final")
-
-    monkeypatch.setattr(torch, "save", overtaken)
-    Checkpointer(first, str(tmp_path)).save("model_final")
-    loaded = torch.load(tmp_path / "model_final.pth")["model"]
-    assert torch.equal(loaded["weight"], first.weight)  # the last to be renamed, whole
-    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_final.pth"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from detectron2 import model_zoo
@@ -106,6 +107,43 @@ def test_tags_of_a_config_file_run_nothing(read: Any, tmp_path: Path) -> None:
         with pytest.raises(Exception, match=r"tag|constructor"):
             read(str(tmp_path / name))
     assert not made.exists()
+
+
+class _Pointers:
+    """Eight bytes that numpy would take for the address of an object."""
+
+    def __reduce__(self) -> Any:
+        class Record:
+            def __reduce__(self) -> Any:
+                fields = {"a": (np.dtype("O"), 0)}
+                return np.dtype, ("V8", False, True), (3, "|", None, ("a",), fields, 8, 1, 16)
+
+        state = (1, (1,), Record(), False, (0x41414141).to_bytes(8, "little"))
+        return np.array(0).__reduce__()[0], (np.ndarray, (0,), b"b"), state
+
+
+@pytest.mark.parametrize("value", [_Pointers(), np.array([[]], dtype=object), np.array("a")])
+def test_arrays_of_anything_but_numbers_are_refused(value: Any, tmp_path: Path) -> None:
+    """numpy believes a pickle's flags; reading such an array's first element is a crash."""
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"model": {"weight": value}}))
+    with pytest.raises(ValueError, match=r"weights.pkl cannot be read.*array of the type"):
+        read_file(path)
+
+
+def test_arrays_in_pickles_become_tensors(tmp_path: Path) -> None:
+    path, plain = tmp_path / "weights.pkl", np.arange(24.0).reshape(2, 3, 4)
+    arrays = [plain, np.asfortranarray(plain), plain[0, 0, :0], plain.astype("f2"), plain > 3]
+    arrays += [plain[1, 1, 1].reshape(()), plain.astype("i8")[:, ::2]]
+    for protocol, some in ((2, arrays[:2]), (4, arrays)):
+        content = {str(i): array for i, array in enumerate(some)}
+        path.write_bytes(pickle.dumps({"model": content, "step": np.int64(3)}, protocol=protocol))
+        found = read_file(path)
+        assert found["step"] == 3
+        for expected, got in zip(some, found["model"].values(), strict=True):
+            assert got.dtype == torch.from_numpy(expected.copy()).dtype
+            assert torch.equal(got, torch.from_numpy(expected.copy()))
+        assert set(read_weights(path)) == set(content)
 
 
 def test_files_of_caffe2_and_pycls_load(tmp_path: Path) -> None:

@@ -10,16 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
-from torchvision.ops import FrozenBatchNorm2d
 
 from rethinking_bn.layers import BatchNorm2d, shuffle_rows
-from rethinking_bn.population import estimate_population_statistics
 from rethinking_bn.randomness import announce_iteration, derive_seed
 from rethinking_bn.shuffle import exchange as row_exchange
-from rethinking_bn.torchvision import ShuffleBNBoxHead, ShuffleBNMaskHead, run_detector
+from rethinking_bn.torchvision import ShuffleBNBoxHead, ShuffleBNMaskHead
 from tests.helpers import run_distributed
 from tests.reference import ema, normalize
 from tests.torchvision_cases import batch, mask_rcnn
@@ -112,64 +109,11 @@ def test_at_inference_it_is_the_unshuffled_head_with_the_same_checkpoint(kind: s
     ours.load_state_dict(make_head(kind, nn.BatchNorm2d, shuffled=False).state_dict())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "norm",
-    ["", None, "SyncBN", nn.SyncBatchNorm, FrozenBatchNorm2d, partial(nn.GroupNorm, 2), "LN"],
-)
-def test_norms_to_which_it_makes_no_difference_are_not_shuffled(kind: str, norm: Any) -> None:
-    head = make_head(kind, norm)
-    assert not head.communicates
-    if norm is not nn.SyncBatchNorm:  # which refuses the CPU
-        orders = record_orders(head)
-        head(rois(9))
-        assert torch.equal(orders[0], rois(9)[:, 0, 0, 0])
-
-
 @pytest.mark.parametrize("norm", ["bn", "MABN"])
 def test_a_norm_that_does_not_fit_is_an_error(norm: str) -> None:
     for kind in KINDS:
         with pytest.raises(ValueError, match=norm):
             make_head(kind, norm)
-
-
-def test_permutations_follow_from_run_seed_iteration_head_and_call() -> None:
-    heads = nn.ModuleDict({kind: make_head(kind) for kind in KINDS})
-    orders = {kind: record_orders(head) for kind, head in heads.items()}
-    x = rois(30)
-    for run_seed, iteration in ((0, 4), (1, 4)):
-        announce_iteration(heads, run_seed, iteration)
-        for kind, head in heads.items():
-            for call in range(2):
-                head(x)
-                order = permutation(head, 30, run_seed, iteration, call)
-                assert torch.equal(orders[kind][-1], x[order, 0, 0, 0])
-    seen = [tuple(order.tolist()) for kind in KINDS for order in orders[kind]]
-    assert len(set(seen)) == 8
-
-
-def test_without_announcements_calls_are_counted_from_the_construction_on() -> None:
-    head, x = make_head("box"), rois(30)
-    orders = record_orders(head)
-    for call in range(3):
-        head(x)
-        assert torch.equal(orders[-1], x[permutation(head, 30, 0, 0, call), 0, 0, 0])
-        head.eval()(x)
-        head.train()
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing_repeats_the_permutation(reentrant: bool) -> None:
-    """The row groups stand for ranks: without them no permutation could show."""
-    results = []
-    for recompute in (True, False):
-        head = make_head("box")
-        x = rois(9).requires_grad_()
-        with head[0][1].row_groups([4, 5]), head[1][1].row_groups([4, 5]):
-            out = checkpoint(head, x, use_reentrant=reentrant) if recompute else head(x)
-            loss(out).backward()
-        results.append((out.detach(), x.grad, gradients(head)))
-    torch.testing.assert_close(*results)
 
 
 ROWS = [(4, 5), (0, 3), (0, 0), (6, 1)]
@@ -274,34 +218,3 @@ def test_in_torchvisions_mask_rcnn(norm: Any) -> None:
         optimizer.step()
     detections = model.eval()(batch(3)[0])
     assert all(len(d["masks"]) and d["masks"].isfinite().all() for d in detections)
-
-
-@pytest.mark.parametrize("labelled", [True, False])
-def test_population_training_shuffles_and_leaves_no_trace(labelled: bool) -> None:
-    model = mask_rcnn()
-    heads = [model.roi_heads.box_head, model.roi_heads.mask_head]
-    orders = [record_orders(head) for head in heads]
-    inputs: list[Tensor] = []
-    heads[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    report = estimate_population_statistics(
-        model,
-        [batch(seed) if labelled else batch(seed)[0] for seed in range(2)],
-        2,
-        labelled=None if labelled else False,
-        forward=run_detector,
-        seed=3,
-        progress=False,
-    )
-    assert len(report.layers) == 4 and not report.unreached
-    for iteration, (order, x) in enumerate(zip(orders[0], inputs, strict=True)):
-        expected = permutation(heads[0], len(x), 3, iteration)
-        assert torch.equal(order, x[expected, 0, 0, 0])
-    conv, norm, _ = heads[0][0]
-    seen = torch.cat([F.conv2d(x, conv.weight, padding=1) for x in inputs])
-    values = seen.transpose(0, 1).flatten(1)
-    torch.testing.assert_close(norm.running_mean, values.mean(1))
-    torch.testing.assert_close(norm.running_var, values.var(1))
-    # afterwards heads draw what they would have drawn
-    x = torch.rand(30, 8, 4, 4)
-    heads[0](x)
-    assert torch.equal(orders[0][-1], x[permutation(heads[0], 30, 0, 0), 0, 0, 0])

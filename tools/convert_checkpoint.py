@@ -30,10 +30,11 @@ warnings.filterwarnings("ignore", message="pkg_resources")
 import torch  # noqa: E402
 
 from rethinking_bn.checkpoint import copy_to_levels, read_weights, select_domain  # noqa: E402
+from rethinking_bn.command_line import at_least_one  # noqa: E402
 from rethinking_bn.files import replace  # noqa: E402
 
 
-def convert(source: Path, target: Path, domain: int | None, levels: int) -> str:
+def convert(source: Path, target: Path, domain: int | None, levels: int | None) -> str:
     """Write the converted checkpoint; return what is in it, in one line.
 
     Raises:
@@ -45,7 +46,7 @@ def convert(source: Path, target: Path, domain: int | None, levels: int) -> str:
     if domain is not None:
         weights = select_domain(weights, domain)
         about.append(f" of domain {domain}")
-    if levels:
+    if levels is not None:
         before = list(weights)
         weights = copy_to_levels(weights, levels)
         about.append(f", statistics for {levels} levels")
@@ -64,10 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="a checkpoint")
     parser.add_argument("target", type=Path, help="the .pth file to write")
     parser.add_argument("--domain", type=int, help="of the data, from 0, in DATASETS' order")
-    parser.add_argument("--levels", type=int, default=0, help="of detectron2's RetinaNetHead")
+    parser.add_argument("--levels", type=at_least_one, help="of detectron2's RetinaNetHead")
     args = parser.parse_args(arguments)
-    if args.domain is None and args.levels < 1:
-        parser.error("give --levels L (at least 1), --domain D, or both")
+    if args.domain is None and args.levels is None:
+        parser.error("give --levels L, --domain D, or both")
     try:
         print(convert(args.source, args.target, args.domain, args.levels))
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,12 @@ def register_coco_format(cfg: CfgNode) -> None:
             )
 
 
-def read_classes(name: str) -> list[str]:
+def read_classes(name: str, *, evaluated: bool = False) -> list[str]:
     """Return the classes of a registered data set in COCO's format, from its checked annotations.
+
+    Args:
+        name: of the data set.
+        evaluated: whether its annotations must do for COCO's evaluation, too.
 
     Raises:
         ValueError: naming data set and file, for what is no COCO annotation file or does not fit
@@ -116,7 +121,8 @@ def read_classes(name: str) -> list[str]:
     place = f"data set {name!r}: {metadata.json_file}"
     try:
         content = json.loads(Path(metadata.json_file).read_text(encoding="utf-8"))
-        images = {image["id"]: image["file_name"] for image in content["images"]}
+        files = [Path(metadata.image_root, image["file_name"]) for image in content["images"]]
+        images = {image["id"]: image["height"] * image["width"] for image in content["images"]}
         classes = {kind["id"]: str(kind["name"]) for kind in content["categories"]}
         objects = content["annotations"]
         wrong = [
@@ -124,16 +130,24 @@ def read_classes(name: str) -> list[str]:
             for o in objects
             if not (o["image_id"] in images and o["category_id"] in classes)
             or not (len(o["bbox"]) == 4 and min(o["bbox"][2:]) >= 0)
+            or not all(map(math.isfinite, (*o["bbox"], o["area"] if evaluated else 0)))
         ]
         again = len(objects) - len({o["id"] for o in objects})
     except (ValueError, TypeError, KeyError) as error:  # JSON's and Unicode's are ValueErrors
         said = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{place} is no COCO annotation file: {said}") from error
+    again += len(files) - len(images)
     if wrong or again or not classes:
         what = f"annotation {wrong[0]} has no valid image, category or box" if wrong else ""
-        what = what or (f"{again} annotations have ids of others" if again else "no categories")
+        what = what or (
+            f"{again} annotations or images have ids of others" if again else "no categories"
+        )
         raise ValueError(f"{place}: {what}")
-    for path in (Path(metadata.image_root, file_name) for file_name in images.values()):
+    if evaluated and any(o["id"] == 0 for o in objects):
+        logging.getLogger(__name__).warning(
+            "%s: COCO's evaluation never finds annotation 0: number annotations from 1", place
+        )
+    for path in files:
         if not path.is_file():
             raise FileNotFoundError(f"{place}: no image {path}")
     return [classes[key] for key in sorted(classes)]

@@ -208,7 +208,7 @@ def _class_counts(cfg: CfgNode, names: list[str]) -> Iterator[tuple[str, str, in
         metadata = MetadataCatalog.get(name)
         classes = metadata.get("thing_classes")
         if metadata.get("coco_format") and "://" not in metadata.json_file:
-            classes = read_classes(name)  # checks it, too
+            classes = read_classes(name, evaluated=name in cfg.DATASETS.TEST)  # checks it, too
         elif classes is None:  # until detectron2 has read the file
             with suppress(OSError, ValueError, TypeError, KeyError):
                 with open(metadata.get("json_file", ""), encoding="utf-8") as file:

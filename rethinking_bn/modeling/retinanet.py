@@ -138,6 +138,8 @@ class MultiDomainBNRetinaNetHead(RequiresStatistics, RetinaNetHead):
     choices: Mapping[str, Choice] = TABLE_5[1]
     #: whether other choices than these are refused
     is_preset: bool = False
+    #: (channels, levels, sync=, and the three choices) -> layer
+    norm_layer: Callable[..., nn.Module] = MultiDomainBatchNorm2d
 
     @configurable
     def __init__(
@@ -237,7 +239,7 @@ class MultiDomainBNRetinaNetHead(RequiresStatistics, RetinaNetHead):
             logger.info(
                 "%s: %s over %d feature levels, %s", cls.__name__, norm, num_domains, described
             )
-            return lambda channels: cls._norm_layer(
+            return lambda channels: cls.norm_layer(
                 channels, num_domains, sync=norm == "SyncBN", **choices
             )
         chosen = [f"{name}={value!r}" for name, value in given.items() if value]
@@ -274,12 +276,6 @@ class MultiDomainBNRetinaNetHead(RequiresStatistics, RetinaNetHead):
                     "(MODEL.DOMAIN_BN.DATASETS) the feature levels must share theirs"
                 )
         return resolved
-
-    @classmethod
-    def _norm_layer(
-        cls, channels: int, num_domains: int, *, sync: bool, **choices: Any
-    ) -> nn.Module:
-        return MultiDomainBatchNorm2d(channels, num_domains, sync=sync, **choices)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """
@@ -327,9 +323,6 @@ class CycleBNRetinaNetHead(MultiDomainBNRetinaNetHead):
 
     choices = TABLE_5[4]
     is_preset = True
-
-    @classmethod
-    def _norm_layer(
-        cls, channels: int, num_domains: int, *, sync: bool, **choices: Any
-    ) -> nn.Module:
-        return CycleBatchNorm2d(channels, num_domains, sync=sync)
+    norm_layer = staticmethod(
+        lambda c, domains, *, sync, **_: CycleBatchNorm2d(c, domains, sync=sync)
+    )

@@ -23,6 +23,8 @@ from tests.engine.tiny import tiny_config, write_data  # noqa: E402
 from tests.tools.runs import TOOL, environment  # noqa: E402
 
 ENTRY = ("mine", "tiny/tiny.json", "tiny")
+NAN = float("nan")
+IMAGE = {"id": 1, "file_name": "1.png", "height": 1, "width": 1}
 
 
 @pytest.fixture
@@ -83,7 +85,12 @@ def _annotation(number: int, **changed: Any) -> Any:
         ("no 'images'", lambda content: content.pop("images")),
         ("annotation 1 has no valid image, category or box", _annotation(0, category_id=9)),
         ("annotation 2 has no valid image, category or box", _annotation(1, bbox=[1, 2, 3, -4])),
-        ("1 annotations have ids of others", _annotation(1, id=1)),
+        ("annotation 2 has no valid image, category or box", _annotation(1, bbox=[1, NAN, 3, 4])),
+        ("1 annotations or images have ids of others", _annotation(1, id=1)),
+        ("1 annotations or images have", lambda content: content["images"].append(IMAGE)),
+        ("no 'area'", lambda content: content["annotations"][0].pop("area")),
+        ("no 'height'", lambda content: content["images"][0].pop("height")),
+        ("no COCO annotation file", lambda content: content["images"][0].update(file_name=3)),
         ("no categories", lambda content: content.update(categories=[], annotations=[])),
         ("no image .*9.png", lambda content: content["images"][2].update(file_name="9.png")),
     ],
@@ -97,6 +104,15 @@ def test_annotations_that_do_not_fit_are_one_line(root: Path, what: str, change:
     with pytest.raises((ValueError, FileNotFoundError), match=f"'mine'.*{path}.*{what}") as caught:
         check_data_sets(cfg)
     assert "\n" not in str(caught.value)
+
+
+def test_an_annotation_that_the_evaluation_never_finds(root: Path, caplog: Any) -> None:
+    content = json.loads((root / "tiny/tiny.json").read_text())
+    content["annotations"][0]["id"] = 0
+    (root / "tiny/tiny.json").write_text(json.dumps(content))
+    register_coco_format(cfg := config(ENTRY))
+    check_data_sets(cfg)
+    assert "never finds annotation 0" in caplog.text
 
 
 def test_files_that_are_none(root: Path) -> None:

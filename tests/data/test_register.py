@@ -24,7 +24,6 @@ from rethinking_bn.data import CLASSES, SHAPES_DATASETS, ShapesDataset, shapes  
 from rethinking_bn.data.register import ShapesMetadata, register_shapes  # noqa: E402
 
 COUNT = 6
-REGISTERED_BY_IMPORT = set(SHAPES_DATASETS) <= set(DatasetCatalog)
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +44,6 @@ def test_registration_generates_nothing_and_may_be_repeated(root: Path) -> None:
         assert metadata.name == name and metadata.evaluator_type == "coco"
         assert metadata.thing_classes == list(CLASSES)
     assert os.listdir(root) == []
-
-
-def test_import_of_the_package_registers() -> None:
-    assert REGISTERED_BY_IMPORT
 
 
 @pytest.mark.parametrize("name", ["shapes_train", "shapes_val_contrast"])

@@ -70,25 +70,6 @@ def test_mini_batch_statistics_at_inference_take_each_image_by_itself(kind: str)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_population_statistics_do_not_look_at_images(kind: str) -> None:
-    head, plain = make_head(kind, norm_images=1), make_head(kind)
-    with head.image_rows((3, 4)):
-        call(head, rois(7))
-    plain.load_state_dict(head.state_dict())
-    with head.eval().image_rows((2, 5)):
-        assert torch.equal(call(head, rois(7)), call(plain.eval(), rois(7)))
-
-
-@pytest.mark.parametrize("norm", ["GN", "LN", ""])
-def test_norms_of_single_rows_take_any_norm_images(norm: str) -> None:
-    options: dict[str, Any] = {"conv_norm": norm, "conv_dims": [32]}
-    head, plain = make_head("box", norm_images=1, **options), make_head("box", **options)
-    plain.load_state_dict(head.state_dict())
-    with head.image_rows((2, 1)):
-        assert torch.equal(head(rois(3)), plain(rois(3)))
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("options", "message"),
     [

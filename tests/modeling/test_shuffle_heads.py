@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from torch import nn
 
 from rethinking_bn.modeling import (
-    NormBoxHead,
-    NormMaskHead,
     ShuffleBNBoxHead,
     ShuffleBNMaskHead,
 )
-from rethinking_bn.shuffle.layers import point_of_return
 from tests.modeling.roi_cases import (
     SHUFFLED,
     call,
@@ -77,39 +71,6 @@ def test_at_inference_it_is_the_unshuffled_head_with_the_same_checkpoint(
     assert torch.equal(call(shuffled, x[:0]), call(plain, x[:0]))
 
 
-def wide(head_class: Any, size: int, **arguments: Any) -> tuple[list[nn.Module], tuple[int, ...]]:
-    shape = ShapeSpec(channels=256, height=size, width=size)
-    with torch.device("meta"):
-        return list(head_class(shape, conv_norm="BN", **arguments)), (256, size, size)
-
-
-@pytest.mark.parametrize(
-    ("head_class", "size", "arguments", "layers_shuffled", "numbers"),
-    [
-        (NormBoxHead, 7, {"conv_dims": [256] * 4, "fc_dims": [1024]}, 7, 1024),
-        (NormBoxHead, 7, {"conv_dims": [256] * 4, "fc_dims": [1024, 512]}, 9, 512),
-        (NormBoxHead, 7, {"conv_dims": [256] * 4, "fc_dims": []}, 4, 256 * 49),
-        (NormBoxHead, 7, {"conv_dims": [16], "fc_dims": [1024]}, 2, 16 * 49),
-        (NormMaskHead, 14, {"conv_dims": [256] * 5, "num_classes": 80}, 4, 256 * 14**2),
-        (NormMaskHead, 14, {"conv_dims": [256] * 5, "num_classes": 3}, 7, 3 * 28**2),
-        (NormMaskHead, 14, {"conv_dims": [256] * 4 + [8], "num_classes": 80}, 6, 8 * 28**2),
-    ],
-)
-def test_rows_return_where_they_are_smallest(
-    head_class: Any, size: int, arguments: dict[str, Any], layers_shuffled: int, numbers: int
-) -> None:
-    layers, shape = wide(head_class, size, **arguments)
-    last = max(i for i, layer in enumerate(layers) if getattr(layer, "norm", None) is not None)
-    end = point_of_return(layers, last, shape)
-    assert end == layers_shuffled
-    x = torch.empty(2, *shape, device="meta")
-    sizes = []
-    for layer in layers:
-        x = layer(x)
-        sizes.append(x[0].numel())
-    assert sizes[end - 1] == numbers == min(sizes[last:])
-
-
 @pytest.mark.parametrize("norm", ["GN", "SyncBN", ""])
 def test_norms_to_which_it_makes_no_difference_are_not_shuffled(norm: str) -> None:
     options: dict[str, Any] = {"conv_norm": norm, "conv_dims": [32]}
@@ -118,24 +79,6 @@ def test_norms_to_which_it_makes_no_difference_are_not_shuffled(norm: str) -> No
     orders = record_orders(head)
     assert torch.equal(head(rois(9)), plain(rois(9))) and not head.communicates
     assert torch.equal(orders[0], rois(9)[:, 0, 0, 0])
-
-
-def test_frozen_statistics_are_not_shuffled() -> None:
-    head = make_head("mask", shuffled=True)
-    assert head.communicates
-    for conv in head.conv_norm_relus:
-        conv.norm.eval()
-    assert head.training and not head.communicates
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_copies_and_saves_with_a_history(kind: str) -> None:
-    head = make_head(kind, shuffled=True)
-    head.set_iteration(1, 2)
-    call(head, rois(5))
-    twin = copy.deepcopy(head)
-    assert torch.equal(call(head, rois(5)), call(twin, rois(5)))
-    assert not [key for key in head.state_dict() if "iteration" in key or "call" in key]
 
 
 @pytest.mark.parametrize("name", ["StandardROIHeads", "CascadeROIHeads", "NormImagesROIHeads"])

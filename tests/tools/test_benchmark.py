@@ -20,16 +20,11 @@ from benchmarks import (
     COMPARISONS,
     Options,
     ResultsDiffer,
-    collectives,
     compare,
     levels,
     mabn,
     precise_bn,
-    shuffle,
-    timing,
 )
-from benchmarks.equality import require_equal
-from rethinking_bn.layers import SyncBatchNorm2d
 
 QUICK = Options(quick=True)
 _LONG = ("diagnosis", "head", "level-norm", "precise-bn")
@@ -113,47 +108,6 @@ def test_a_refused_comparison_ends_the_tool_with_one_line(
     err = capsys.readouterr().err
     assert err.startswith("mabn: the sides differ") and err.count("\n") == 1 and "gradients" in err
     assert not list(tmp_path.iterdir())
-
-
-class UncorrectedSync(SyncBatchNorm2d):
-    """Forgets what the other ranks hold."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return torch.nn.BatchNorm2d.forward(self, input)
-
-
-class ForgetfulShuffle(shuffle.PaddedShuffle):
-    """Leaves the rows in shuffled order."""
-
-    def unshuffle(self, rows: Tensor, state: shuffle.PaddedState) -> Tensor:
-        return super().unshuffle(rows, state).flip(0)
-
-
-def test_wrong_results_of_several_ranks_are_refused() -> None:
-    with pytest.raises(ResultsDiffer, match="unshuffled rows"):
-        shuffle.run(QUICK, other=ForgetfulShuffle)
-    pytest.importorskip("detectron2")
-    with pytest.raises(ResultsDiffer, match="rank [01]: one collective.*outputs"):
-        collectives.run(QUICK, per_level=UncorrectedSync)
-
-
-def test_require_equal_names_what_differs() -> None:
-    a, b = torch.ones(3), torch.ones(3)
-    for ours, message in (([a, b * 1.1], "x: tensor 1 of 2"), ([a, a * math.nan], "nan")):
-        with pytest.raises(ResultsDiffer, match=message):
-            require_equal("x", ours, [b, b], 0.01)
-
-
-def test_memory_at_its_peak_and_turns() -> None:
-    x, device = torch.ones(1 << 16), torch.device("cpu")
-    assert timing.peak_bytes(lambda: (x + 1) + 1, device) == pytest.approx(2 * 4 << 16, rel=1e-3)
-    assert timing.peak_bytes(lambda: x.add(1).add_(1), device) == pytest.approx(4 << 16, rel=1e-3)
-    calls: list[str] = []
-    sides = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    times = timing.alternate(sides, QUICK, 0.0)
-    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
-    # warm-up and calibration, then each round starts with another side
-    assert "".join(calls) == "ab" + "ab" + "ab" + "ba"
 
 
 def test_wrong_command_lines(tool: Any, capsys: Any, tmp_path: Any) -> None:
