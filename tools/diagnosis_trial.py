@@ -3,7 +3,8 @@
 
 Trials that the file has already are not run again; the report is of all that it has:
 
-    python tools/diagnosis_trial.py --model detectron2_row1 --kinds healthy --seeds 100:120
+    python tools/diagnosis_trial.py --model torchvision_row{1,4,6} detectron2_row{1,4,6} \\
+        --kinds healthy --seeds 100:120
     python tools/diagnosis_trial.py --model head --kinds healthy copies crops sorted
     python tools/diagnosis_trial.py --report docs/diagnosis_trial.md
 
@@ -17,6 +18,7 @@ import argparse
 import json
 import time
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +45,13 @@ def trials(model: str, seed: int, kinds: list[str]) -> list[dict[str, Any]]:
         sought = "dependent-samples" if kind in BATCHES else kind
         kinds_found = (sought, "stale-statistics") if kind == "output-effect" else (sought,)
         of = [f for f in loud if f.kind in kinds_found and planted.layer in ("", f.layer)]
-        results.append(
-            {
-                "model": model,
-                "seed": seed,
-                "kind": kind,
-                "found": max((f.severity for f in of), key=SEVERITIES.index, default="ok"),
-                "severe": diagnosis.count("severe"),
-                "warnings": diagnosis.count("warning"),
-                "reported": sorted({f"{f.severity} {f.kind}" for f in loud}),
-                "seconds": round(time.perf_counter() - start, 1),
-            }  # fmt: skip
-        )
+        results.append({
+            "model": model, "seed": seed, "kind": kind,
+            "found": max((f.severity for f in of), key=SEVERITIES.index, default="ok"),
+            "severe": diagnosis.count("severe"), "warnings": diagnosis.count("warning"),
+            "reported": sorted({f"{f.severity} {f.kind}" for f in loud}),
+            "seconds": round(time.perf_counter() - start, 1),
+        })  # fmt: skip
         print(results[-1], flush=True)
     return results
 
@@ -80,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=CASES, default="classifier")
+    parser.add_argument("--model", nargs="+", choices=CASES, default=["classifier"])
     parser.add_argument("--seeds", default="100:120", help="first:end (default: 100:120)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--trials", type=Path, default=Path("output/diagnosis_trial.jsonl"))
@@ -94,10 +91,10 @@ def main() -> None:
         print(text)
         return
     args.trials.parent.mkdir(parents=True, exist_ok=True)
-    for seed in range(*map(int, args.seeds.split(":"))):
-        had = {t["kind"] for t in done if (t["model"], t["seed"]) == (args.model, seed)}
+    for seed, model in product(range(*map(int, args.seeds.split(":"))), args.model):
+        had = {t["kind"] for t in done if (t["model"], t["seed"]) == (model, seed)}
         wanted = [kind for kind in args.kinds if kind not in had]
-        results = trials(args.model, seed, wanted) if wanted else []
+        results = trials(model, seed, wanted) if wanted else []
         with args.trials.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(trial) + "\n" for trial in results)
 

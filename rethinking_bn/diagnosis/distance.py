@@ -23,19 +23,18 @@ DEAD = 1e-3  # of eps: the variance below which a channel is dead
 Z_LIMIT, TOGETHER_LIMIT = 5.0, 4.0  # standard errors: of one channel, of all of a layer together
 _SCATTER_LIMIT = 3.5  # of a z among the same images dealt at random, whatever their distribution
 _FEWEST = 8  # channels that a judgement together needs
-_ROWS, _CHANNELS, _TRIALS = 64, 64, 50  # of a batch, of a layer; times that images change batches
+_ROWS, _MOST_ROWS, _CHANNELS = 64, 4096, 64  # of a batch, of all, of a layer
+_TRIALS = 50  # times that images change batches
 
 
 class Verdict(NamedTuple):
     """How far the channels of a layer are off, those that are for certain.
 
     Attributes:
-        effect: root mean square over ``channels`` of the sizes, 0 if there are none.
-        channels: (n,) indices.
+        effect: root mean square of the sizes over ``channels``, (n,) indices.
         z: the largest.
         together: whether they count as a whole, no single one being certain.
-        noise: root mean square of the sizes over all channels beyond what the sample of batches
-            explains, a moving average's own noise included.
+        noise: the same of all channels, beyond what the sample of batches explains.
     """
 
     effect: float
@@ -46,13 +45,10 @@ class Verdict(NamedTuple):
 
 
 def judge(size: Tensor, z: Tensor, chance: Tensor | None = None) -> Verdict:
-    """Decide which channels are off by more than chance, and by how much on average.
+    """Decide which of C channels are off by more than chance, and by how much on average.
 
-    Args:
-        size: (C,), 0 where nothing is off.
-        z: (C,).
-        chance: (C,) the size that chance alone gives; taken off where no single channel is
-            certain. None: there is no judging together.
+    ``chance`` is the size that chance alone gives: where no single channel is certain, all are
+    judged together and it is taken off. None: there is no judging together.
     """
     counts = z > Z_LIMIT
     worst = float(z.max()) if len(z) else 0.0
@@ -70,11 +66,10 @@ def rms(x: Tensor) -> float:
 
 
 def to_z(t: Tensor, df: float) -> Tensor:
-    """Turn Student's t with ``df`` degrees of freedom into a z as improbable.
+    """Turn Student's t with ``df`` degrees of freedom into a z as improbable, always finite.
 
-    Wallace's approximation (Annals of Mathematical Statistics 30, 1959): within 1 % for the sizes
-    that matter here, far into the tail. An infinite t, of a difference without any scatter,
-    becomes a large finite number.
+    Wallace's approximation (Annals of Mathematical Statistics 30, 1959), within 1 % far into the
+    tail.
     """
     t = t.abs().nan_to_num(0.0, posinf=1e30).clamp(max=1e30)
     return (8 * df + 1) / (8 * df + 3) * (df * torch.log1p(t.square() / df)).sqrt()
@@ -89,8 +84,7 @@ def off_by(mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor, eps
     """Return how far normalising by one pair of statistics is from doing so by another, (C,).
 
     sqrt(d² + (g - 1)²) with d the distance of the means in standard deviations and g the ratio of
-    these, the larger of both directions: of what normalised data come out as, their mean's offset
-    and their gain's.
+    these, the larger of both directions.
     """
     a, b = ((v.clamp(min=0) + eps).sqrt() for v in (var, other_var))
     d = (mean - other_mean) / torch.minimum(a, b)
@@ -98,14 +92,12 @@ def off_by(mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor, eps
     return (d.square() + (gain - 1).square()).sqrt()
 
 
-def exact_statistics(layer: DiagnosedLayer, record: Record, half: str = "") -> Statistics:
-    """Return the exact population mean and variance (D, C), of one half if asked for.
+def exact_statistics(layer: DiagnosedLayer, record: Record, which: str = "exact") -> Statistics:
+    """Return the mean and variance (D, C) that population training gives on the same batches.
 
-    They are what population training gives on the same batches. Rows without a value keep what is
-    stored.
+    Rows without a value keep what is stored.
     """
-    moments = record[half] if half else record.exact()
-    rows = by_row(layer, record, moments)
+    rows = by_row(layer, record, record[which])
     mean, var = rows.mean, rows.variance(unbiased=layer.unbiased)
     if layer.stored is not None:
         kept = (rows.count < (1 if layer.equal_weights else 2))[:, None]
@@ -133,8 +125,7 @@ def _uses_of(layer: DiagnosedLayer, record: Record, row: int) -> list[int]:
 def moving_average_limit(layer: DiagnosedLayer, record: Record) -> Statistics:
     """Return what a moving average settles at: means of the batches' means and variances, (D, C).
 
-    Of a layer called K times a forward, the last call weighs most: use k has (1 - m)^(K - 1 - k).
-    The spread of the batch means, which the exact variance has, is not in it.
+    Of a layer called K times a forward, use k weighs (1 - m)^(K - 1 - k).
     """
     keep = 1 - (layer.momentum or 0.0)
     means, variances = [], []
@@ -159,7 +150,7 @@ def sampling_error(layer: DiagnosedLayer, record: Record, *, moving: bool) -> St
         errors = []
         for row in range(layer.rows):
             uses = _uses_of(layer, record, row)
-            share = record.exact().count[uses]
+            share = record["exact"].count[uses]
             share = (share / share.sum().clamp(min=1))[:, None]
             error = (share * record.scatter(name)[uses].sqrt()).sum(0)
             terms = 1 / max(float(record[name].count[uses].max()), 1)
@@ -176,11 +167,8 @@ def sampling_error(layer: DiagnosedLayer, record: Record, *, moving: bool) -> St
 def compare_with_stored(layer: DiagnosedLayer, record: Record, *, moving: bool) -> list[Verdict]:
     """Judge each row of the stored statistics against the exact and the moving average's limit.
 
-    The nearer one counts: stored statistics may come from population training or from a moving
-    average, and both are right.
-
-    Args:
-        moving: whether the noise of a moving average counts as chance; its size is in ``noise``.
+    The nearer one counts: both are right. With ``moving`` the noise of a moving average counts as
+    chance; its size is in ``noise``.
     """
     assert layer.stored is not None
     errors = sampling_error(layer, record, moving=moving)
@@ -221,9 +209,6 @@ class Scatter:
     It is asked in forwards in which no BN-like layer mixes a batch: all normalise by constants.
     The comparison is with the same images dealt to batches at random, so that neither the
     correlation of channels nor the shape of their distribution matters.
-
-    Args:
-        layer: whose ``record`` this is meanwhile.
     """
 
     def __init__(self, layer: DiagnosedLayer) -> None:
@@ -270,11 +255,8 @@ def scattering(
     """Return how far the batch means scatter beyond independent images', the F, and of which use.
 
     The effect is the excess in standard deviations of the values. F is the mean over channels of
-    N · Var(batch means) / Var(image means within batches), 1 for independent images.
-
-    Args:
-        record: of the same layer, by mini-batches.
-        ranks: every rank's :meth:`Scatter.summary`.
+    N · Var(batch means) / Var(image means within batches), 1 for independent images. ``ranks``
+    are their :meth:`Scatter.summary`.
     """
     best = Verdict(0.0, torch.zeros(0, dtype=torch.long), 0.0), 1.0, 0
     for use in range(min([record.uses, *map(len, ranks)])):
@@ -284,7 +266,7 @@ def scattering(
         if not known or df1 < 1 or df2 < 1:
             continue
         between, within, z = between / df1, within / df2, z / math.sqrt(known)
-        var = record.exact().variance()[use] + layer.eps
+        var = record["exact"].variance()[use] + layer.eps
         sound = within > 1e-12 * var  # rounding of a constant says nothing
         f = float((between / within.clamp(min=1e-30))[sound].mean()) if sound.any() else 1.0
         excess = (((between - within).clamp(min=0) / (images / known)) / var).sqrt()
@@ -301,28 +283,27 @@ def _against_chance(batches: list[Tensor]) -> float:
 
     Of large batches and layers some rows and channels, evenly spaced, are enough.
     """
-    some = [b[:: -(-len(b) // _ROWS)] for b in batches]
+    rows = max(2, min(_ROWS, _MOST_ROWS // len(batches)))
+    some = [b[:: -(-len(b) // rows)] for b in batches]
     x = torch.cat(some)
     x = x[:, :: -(-x.shape[1] // _CHANNELS)]
     x = x - x.mean(0)
     total = x.square().sum(0)
     x, total = x[:, total > 0], total[total > 0]
-    owner = torch.repeat_interleave(torch.tensor([len(b) for b in some]))
-    sizes = torch.tensor([[float(len(b))] for b in some], dtype=x.dtype)
-    freedom = (len(x) - len(some)) / (len(some) - 1)
     if not len(total):
         return 0.0
-
-    def log_ratio(rows: Tensor) -> float:
-        sums = x.new_zeros(len(some), x.shape[1]).index_add_(0, owner, rows)
-        between = (sums.square() / sizes).sum(0)
-        return math.log(float((between / (total - between).clamp(min=1e-30)).mean()) * freedom)
-
+    sizes = torch.tensor([float(len(b)) for b in some])
+    owner = torch.repeat_interleave(torch.arange(len(some)), sizes.long())
+    # as they came, and dealt at random; all at once
     g = torch.Generator().manual_seed(0)
-    chance = torch.tensor(
-        [log_ratio(x[torch.randperm(len(x), generator=g)]) for _ in range(_TRIALS)]
-    )
-    return (log_ratio(x) - float(chance.mean())) / max(float(chance.std()), 1e-6)
+    dealt = owner[torch.rand(_TRIALS, len(x), generator=g).argsort(1)]
+    to = torch.cat([owner[None], dealt]) + len(some) * torch.arange(1 + _TRIALS)[:, None]
+    x = (x / total.sqrt()).float()
+    sums = x.new_zeros((1 + _TRIALS) * len(some), x.shape[1])
+    sums.index_add_(0, to.flatten(), x.repeat(1 + _TRIALS, 1))
+    between = (sums.view(1 + _TRIALS, len(some), -1).square() / sizes[:, None]).sum(1)
+    logs = (between / (1 - between).clamp(min=1e-30)).mean(1).log()
+    return float((logs[0] - logs[1:].mean()) / logs[1:].std().clamp(min=1e-6))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,29 +47,15 @@ class Effects:
 
     The output of one of torchvision's or detectron2's detectors is what its heads return before
     boxes are decoded, for the region proposals of the first choice throughout: then rows of two
-    choices are the same regions.
-
-    Args:
-        model: in the modes and state that every forward starts from.
-        layers: of the model.
-        batches: of this rank.
-        run: runs the model on the i-th batch, always with the same random numbers.
-        restore: puts the model's state back, but for modes of ``layers``.
-        output: turns what the model returns into tensors; None: the tensors in it, or a
-            detector's raw outputs.
-        group: ranks that run the model.
+    choices are the same regions. ``run`` takes the i-th batch always with the same random numbers;
+    ``restore`` puts the model's state back.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[DiagnosedLayer],
-        batches: Sequence[Any],
-        run: Callable[[int, Any], Any],
-        restore: Callable[[], None],
-        output: Output | None,
+        self, model: nn.Module, layers: Sequence[DiagnosedLayer], batches: Sequence[Any],
+        run: Callable[[int, Any], Any], restore: Callable[[], None], output: Output | None,
         group: ProcessGroup | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model, self.layers, self.batches = model, layers, batches
         self.run, self.restore, self.output, self.group = run, restore, output, group
         self.heads: list[nn.Module] = []
@@ -84,9 +70,8 @@ class Effects:
     def outputs(self, choice: Choice, count: int) -> Outputs:
         """Return the output tensors of each of the first batches, on the CPU in float64.
 
-        None where the model raised a FloatingPointError, as detectron2's proposal generator does
-        for boxes that are not finite. What else a rank raises fails all of them; where ranks wait
-        for each other within the forward, only this one can.
+        None where the model raised a FloatingPointError, as detectron2's does for boxes that are
+        not finite. Other errors fail all ranks, but where these wait within the forward.
         """
         result: list[list[Tensor] | None] = []
         error: Exception | None = None
@@ -127,23 +112,20 @@ class Effects:
             kept = self._proposals.setdefault(index, copy.deepcopy(out))
             return copy.deepcopy(kept)
 
-        handles = [
-            head.register_forward_hook(lambda m, args, out: seen.append(out)) for head in self.heads
-        ]
-        if self.proposer is not None:
-            handles.append(self.proposer.register_forward_hook(same))
-        try:
+        with ExitStack() as stack:
+            for head in self.heads:
+                stack.enter_context(
+                    head.register_forward_hook(lambda m, args, out: seen.append(out))
+                )
+            if self.proposer is not None:
+                stack.enter_context(self.proposer.register_forward_hook(same))
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def change(self, one: Outputs, other: Outputs) -> float | None:
         """Return the change of the output in units of the reference's spread, over all ranks.
 
-        The root mean square over output tensors; infinite where one is not finite or the model
-        refused; None where nothing could be compared. Tensors whose shapes differ are left out:
-        they are not about the same things. A single number, such as a loss, is its own spread.
+        The root mean square over output tensors of equal shapes; infinite where one is not finite
+        or the model refused; None for none. A single number, such as a loss, is its own spread.
         """
         sums: dict[int, tuple[float, float]] = {}
         for before, after, normal in zip(one, other, self.reference, strict=False):
@@ -169,10 +151,7 @@ class Effects:
 
     def all_finite(self, outputs: Outputs) -> bool:
         """Return whether every rank's outputs are finite."""
-        finite = all(
-            batch is not None and all(bool(tensor.isfinite().all()) for tensor in batch)
-            for batch in outputs
-        )
+        finite = all(b is not None and all(bool(t.isfinite().all()) for t in b) for b in outputs)
         return all(all_gather_object(finite, self.group))
 
 
@@ -185,16 +164,16 @@ def waiting_ranks(model: nn.Module, group: ProcessGroup | None) -> bool:
 
 @contextmanager
 def _using(layer: DiagnosedLayer, chosen: Statistics | str | None) -> Iterator[None]:
-    with ExitStack() as stack:
-        if chosen == "batch":
-            layer.normalise_by_batch()
-            if layer.mean_square:  # its training state is more than buffers
-                stack.enter_context(layer.state_untouched())
-        else:
-            layer.normalise_by_population()
-            if isinstance(chosen, tuple) and not layer.by_batch:
-                layer.about.write_statistics(*chosen)
-        yield
+    if chosen == "batch":
+        layer.normalise_by_batch()
+        # MABN's training state is more than buffers
+        with layer.state_untouched() if layer.mean_square else nullcontext():
+            yield
+        return
+    layer.normalise_by_population()
+    if isinstance(chosen, tuple) and not layer.by_batch:
+        layer.about.write_statistics(*chosen)
+    yield
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -208,16 +187,10 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def output_effects(
-    effects: Effects,
-    records: dict[str, Record],
-    targets: dict[str, Record],
+    effects: Effects, records: dict[str, Record], targets: dict[str, Record],
     findings: list[Finding],
-) -> list[Finding]:
-    """Measure what the statistics do to the output, of all layers and of the worst ones alone.
-
-    Returns:
-        the findings, more and gated: what changes the output too little to matter is less severe.
-    """
+) -> list[Finding]:  # fmt: skip
+    """Return the findings and those about the output; what hardly changes it is less severe."""
     layers = {layer.name: layer for layer in effects.layers}
     used = [n for n, x in layers.items() if x.stored is not None and not x.by_batch]
     used = [n for n in used if records[n].uses]
@@ -253,25 +226,19 @@ def output_effects(
         if finding.severity == "ok" or not name or name in singles or len(singles) == _WORST:
             continue
         found = [f for f in findings if f.layer == name and f.severity != "ok"]
-        asked = {_felt(f.kind) for f in found} & (
-            {"exact_to_batch", "stored_to_exact", "stored_to_target"}
-            if name in exact
-            else {"exact_to_batch"}
-        )
+        asked = {_felt(f.kind) for f in found}
+        asked &= asked if name in exact else {"exact_to_batch"}
         others = {} if sound else {n: s for n, s in exact.items() if n != name}
         before = as_stored[:each] if sound else effects.outputs(others, each)
-        alone: dict[str, float | None] = {}
-        if "stored_to_exact" in asked:
-            after = effects.outputs({**others, name: exact[name]}, each)
-            alone["stored_to_exact"] = effects.change(before, after)
-        if "exact_to_batch" in asked:
-            base = after if "stored_to_exact" in asked else before
-            after = effects.outputs({**others, name: "batch"}, each)
-            alone["exact_to_batch"] = effects.change(base, after)
-        if "stored_to_target" in asked:
-            shifted = exact_statistics(layers[name], targets[name])
-            after = effects.outputs({**others, name: shifted}, each)
-            alone["stored_to_target"] = effects.change(before, after)
+        base, alone = before, {}
+        for key in sorted(asked, reverse=True):  # to the target, to exact, from exact to batch
+            chosen: Statistics | str = "batch"
+            if key != "exact_to_batch":
+                seen = targets if key == "stored_to_target" else records
+                chosen = exact_statistics(layers[name], seen[name])
+            after = effects.outputs({**others, name: chosen}, each)
+            alone[key] = effects.change(base, after)
+            base = after if key == "stored_to_exact" else before
         singles[name] = {key: value for key, value in alone.items() if value is not None}
     bounds = {"stored_to_exact": to_exact, "exact_to_batch": max(to_exact, to_batch)}
     findings = [_gated(f, singles.get(f.layer, {}), bounds) for f in findings]
@@ -283,8 +250,9 @@ def _together(to_exact: float, to_batch: float, chance: float, batches: int) -> 
     severity = severity_of(to_exact, _TO_EXACT) if certain else "ok"
     by_batch = severity_of(to_batch, _TO_BATCH)
     what = (
-        f"all layers: the output changes by {to_exact:.2f} of its spread from stored to exact "
-        f"statistics (chance: {chance:.2f}), by {to_batch:.2f} from exact to mini-batch ones"
+        f"with all layers on exact statistics in place of the stored ones, the output changes by "
+        f"{to_exact:.2f} of its spread (chance: {chance:.2f}); from there to mini-batch ones, by "
+        f"{to_batch:.2f}"
     )
     return make(
         "output-effect", "", by_batch if worse(by_batch, severity) else severity, what, to_exact,
@@ -308,11 +276,7 @@ def _single(name: str, changes: dict[str, float], batches: int) -> Finding:
 
 
 def _gated(finding: Finding, alone: dict[str, float], bounds: dict[str, float]) -> Finding:
-    """Add the output's change to a finding; what changes the output too little is less severe.
-
-    Severe takes a tenth of the output's spread, a warning a fiftieth; a tenth is a warning at
-    least where it is the stored statistics'.
-    """
+    """Add the output's change to a finding; what changes the output too little is less severe."""
     if finding.kind in _UNGATED or finding.severity == "ok":
         return finding
     key = _felt(finding.kind)

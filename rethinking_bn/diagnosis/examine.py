@@ -20,18 +20,14 @@ from rethinking_bn.diagnosis.judge import domain_shift, judge_layer, mixed_block
 from rethinking_bn.diagnosis.record import DiagnosedLayer, Record, find_layers
 from rethinking_bn.diagnosis.result import Diagnosis, Finding
 from rethinking_bn.distributed import all_gather_object, get_rank, get_world_size
-from rethinking_bn.population.forwards import (
-    Forward,
-    PopulationRun,
-    call_model,
-    throwaway_event_storage,
-)
+from rethinking_bn.population import forwards
+from rethinking_bn.population.forwards import Forward, PopulationRun
 from rethinking_bn.population.model_state import ModelState, exclusive, unwrap
 from rethinking_bn.randomness import announce_iteration, isolated_random_state
 
 logger = logging.getLogger(__name__)
 
-_FIRST = 4  # batches that give the constants by which every second later one runs again
+_FIRST = 4  # batches that give the constants by which every third later one runs again
 
 
 def diagnose(
@@ -54,7 +50,7 @@ def diagnose(
     by mini-batches as in training; frozen ones (constant ones of any project, those frozen by name,
     those in eval mode within a model in training mode) use what they store. So ``batches`` should
     be training batches, of training's size, and the model in training mode if its forwards differ
-    there (dropout, a detector's sampling of regions). Half of the batches run once more with all
+    there (dropout, a detector's sampling of regions). A third of the batches run once more with all
     BN-like layers on constants: whether the samples of a batch depend on each other is judged
     where no layer mixes them.
 
@@ -100,33 +96,26 @@ def diagnose(
         what = f": {'; '.join(left)}" if left else " (scripted ones cannot be seen)"
         logger.warning("diagnosis: the model has no BN-like layer that can be judged%s", what)
         return Diagnosis((), (), 0, world, 0.0, left=left)
-    session = _Session(model, layers, forward or call_model, group, seed, progress)
+    session = _Session(model, layers, forward or forwards.call_model, group, seed, progress)
     random = isolated_random_state(seed + get_rank(group), session.devices)
     with exclusive(model), random, torch.no_grad():
         try:
             records, scatters, kept = session.observe(
                 batches, num_batches, labelled, output_batches, again=True
             )
-            findings = [
-                finding
-                for layer in layers
-                for finding in judge_layer(
-                    layer,
-                    records[layer.name],
-                    [ranks[layer.name][1] for ranks in scatters],
-                    idle=session.ran_again and not any(r[layer.name][0] for r in scatters),
-                )
-            ]
-            findings += mixed_blocks(layers)
+            findings = list(mixed_blocks(layers))
+            for layer in layers:
+                calls, summaries = zip(*(r[layer.name] for r in scatters), strict=True)
+                idle = session.ran_again and not any(calls)
+                findings += judge_layer(layer, records[layer.name], summaries, idle=idle)
             targets: dict[str, Record] = {}
             if target_batches is not None:
                 targets, _, _ = session.observe(target_batches, num_batches, labelled, 0)
                 for layer in layers:
                     findings += domain_shift(layer, targets[layer.name])
             if kept:
-                effects = Effects(
-                    model, layers, kept, session.run_again, session.restore, output, group
-                )
+                run, restore = session.run_again, session.restore
+                effects = Effects(model, layers, kept, run, restore, output, group)
                 findings = output_effects(effects, records, targets, findings)
         finally:
             session.state.restore()
@@ -146,14 +135,9 @@ class _Session:
     """The state that every forward of a diagnosis starts from, and how it is run."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: list[DiagnosedLayer],
-        forward: Forward,
-        group: ProcessGroup | None,
-        seed: int,
-        progress: bool,
-    ) -> None:
+        self, model: nn.Module, layers: list[DiagnosedLayer], forward: Forward,
+        group: ProcessGroup | None, seed: int, progress: bool,
+    ) -> None:  # fmt: skip
         self.model, self.layers, self.forward = model, layers, forward
         self.group, self.seed, self.progress = group, seed, progress
         self.state = ModelState(model)
@@ -161,18 +145,13 @@ class _Session:
         self.ran_again = self._eval_only = False
 
     def observe(
-        self,
-        batches: Iterable[Any],
-        num_batches: int | None,
-        labelled: bool | None,
-        keep: int,
+        self, batches: Iterable[Any], num_batches: int | None, labelled: bool | None, keep: int,
         again: bool = False,
-    ) -> tuple[dict[str, Record], list[dict[str, Any]], list[Any]]:
-        """Run every batch with mini-batch statistics, and half of them with constant ones.
+    ) -> tuple[dict[str, Record], list[dict[str, Any]], list[Any]]:  # fmt: skip
+        """Run every batch with mini-batch statistics, and a third of them with constant ones.
 
-        Returns:
-            by layer the record of all ranks; of each rank, by layer, how often it was called by
-            constants and how its batch means scatter there; the first batches.
+        Return by layer the record of all ranks; of each rank, by layer, how often it was called
+        by constants and how its batch means scatter there; the first batches.
         """
         records = {layer.name: Record(layer) for layer in self.layers}
         scatters = {layer.name: Scatter(layer) for layer in self.layers}
@@ -184,7 +163,7 @@ class _Session:
             if len(kept) < keep:
                 kept.append(batch)
             self._run(records, batch)
-            if again and index >= _FIRST and (index - _FIRST) % 2 == 0:
+            if again and index >= _FIRST and (index - _FIRST) % 3 == 0:
                 self._run_by_constants(records, scatters, batch)
             index += 1
 
@@ -194,16 +173,10 @@ class _Session:
                     layer.normalise_by_batch()
                     stack.enter_context(layer.watching())
                 run = PopulationRun(
-                    self.model,
-                    [layer.layer for layer in self.layers],
-                    num_batches,
-                    group=self.group,
-                    autocast=nullcontext,
-                    forward=forward,
-                    seed=self.seed,
-                    progress=self.progress,
-                    title="diagnosis",
-                )
+                    self.model, [layer.layer for layer in self.layers], num_batches,
+                    group=self.group, autocast=nullcontext, forward=forward, seed=self.seed,
+                    progress=self.progress, title="diagnosis",
+                )  # fmt: skip
                 self._eval_only = not run(batches, labelled)
         finally:
             self.state.restore()
@@ -218,9 +191,11 @@ class _Session:
     def _run(self, records: dict[str, Any], batch: Any) -> None:
         for layer in self.layers:
             layer.record = records[layer.name]
-        self.forward(self.model, batch)
-        for record in records.values():
-            record.end_of_forward()
+        try:
+            self.forward(self.model, batch)
+        finally:
+            for record in records.values():
+                record.end_of_forward()
 
     def _run_by_constants(
         self, records: dict[str, Record], scatters: dict[str, Scatter], batch: Any
@@ -245,6 +220,8 @@ class _Session:
             except FloatingPointError:  # of a model that refuses what is not finite
                 if waiting_ranks(self.model, self.group):
                     raise
+                for scatter in scatters.values():  # nobody knows whom it would have called
+                    scatter.forwards += 1
 
     def restore(self) -> None:
         """Put the model back to what its forwards start from."""
@@ -256,9 +233,28 @@ class _Session:
     def run_again(self, index: int, batch: Any) -> Any:
         """Run one batch outside the observation, with the random numbers of its number."""
         seed = self.seed + get_rank(self.group)
-        with isolated_random_state(seed + index, self.devices), throwaway_event_storage():
+        with isolated_random_state(seed + index, self.devices), forwards.throwaway_event_storage():
             announce_iteration(self.model, self.seed, index)
             return self.forward(self.model, batch)
+
+
+_REMEDIES = {
+    "block": "freeze or thaw the layers of a block alike: `freeze_batch_norm(model)`",
+    "momentum": "train with momentum 0.01, or {estimate}",
+    "stale-statistics": "{estimate}",
+    "mixed-modes": "freeze these layers only after this: {estimate}",
+    "identity-statistics": "load the statistics that belong to these weights, or {estimate}",
+    "impossible-variance": "load the statistics again, or {estimate}",
+    "non-finite": "find what makes the first such layer's input infinite (learning rate, overflow "
+    "in half precision); then {estimate}",
+    "dead-channels": "look at what feeds these channels (zero filters, dead ReLUs), prune them, or "
+    "{estimate}",
+    "small-batch": "more images in a normalisation batch, on several GPUs `convert_norms(model, "
+    '"SyncBN")`; or `freeze_batch_norm(model)` near the end of training; or GN, MABN, mini-batch '
+    "statistics at inference",
+    "dependent-samples": "shuffle the loader: the images of a batch should have nothing in common",
+    "output-effect": "mend the layers above first, or {estimate}",
+}
 
 
 class Remedies:
@@ -284,7 +280,12 @@ class Remedies:
             return finding
         layer = self.layers.get(finding.layer)
         if finding.kind == "repeated-use":
-            return dataclasses.replace(finding, remedy=self._repeated_use(finding, layer))
+            assert layer is not None
+            own_affine = getattr(layer.layer, "affine", "") == "domain_specific"
+            row = "row 2" if not layer.apart else "row 5" if own_affine else "row 3"
+            name = f"{row} of the paper's Table 5: " * self.retinanet
+            remedy = self._repeated_use(finding, layer)
+            return dataclasses.replace(finding, what=name + finding.what, remedy=remedy)
         return dataclasses.replace(finding, remedy=self._remedy(finding, layer))
 
     def _estimate(self, more: str = "", batches: str = "batches", model: str = "") -> str:
@@ -313,25 +314,7 @@ class Remedies:
             return "shuffle RoIs over ranks (ShuffleBNBoxHead, ShuffleBNMaskHead)"
         if kind == "output-effect" and self.noisy:
             cause = "momentum"
-        return {
-            "block": "freeze or thaw the layers of a block alike: `freeze_batch_norm(model)`",
-            "momentum": f"train with momentum 0.01, or estimate the statistics: {estimate}",
-            "stale-statistics": f"estimate the statistics: {estimate}",
-            "mixed-modes": f"estimate the statistics, and freeze them then: {estimate}",
-            "identity-statistics": "load the statistics that belong to these weights, or estimate "
-            f"them: {estimate}",
-            "impossible-variance": f"load the statistics again, or estimate them: {estimate}",
-            "non-finite": "find what makes the first such layer's input infinite (learning rate, "
-            f"overflow in half precision); then estimate the statistics: {estimate}",
-            "dead-channels": "look at what feeds these channels (zero filters, dead ReLUs), prune "
-            f"them, or estimate the statistics: {estimate}",
-            "small-batch": "more images in a normalisation batch, on several GPUs "
-            '`convert_norms(model, "SyncBN")`; or `freeze_batch_norm(model)` near the end of '
-            "training; or GN, MABN, mini-batch statistics at inference",
-            "dependent-samples": "shuffle the loader: what a batch holds should have nothing in "
-            "common",
-            "output-effect": f"mend the layers above first, or estimate the statistics: {estimate}",
-        }[cause or kind]
+        return _REMEDIES[cause or kind].format(estimate=f"estimate the statistics: {estimate}")
 
     def _repeated_use(self, finding: Finding, layer: Any) -> str:
         size = f"{layer.channels}, {finding.evidence['uses']}"

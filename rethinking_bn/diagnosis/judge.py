@@ -32,7 +32,7 @@ _USUAL = 0.1  # momentum of nn.BatchNorm2d
 def judge_layer(
     layer: DiagnosedLayer, record: Record, scatter: Sequence[Any], *, idle: bool = False
 ) -> Iterator[Finding]:
-    """Yield what is found at one layer, but for what other layers or data are needed for.
+    """Yield what is found at one layer alone.
 
     Args:
         scatter: every rank's summary of the forwards by constants.
@@ -40,7 +40,7 @@ def judge_layer(
     """
     yield from _non_finite(layer, record)
     yield from _impossible(layer)
-    if record.uses == 0 or record.exact().count.sum() == 0:
+    if record.uses == 0 or record["exact"].count.sum() == 0:
         return
     yield from _dead_channels(layer, record)
     if layer.stored is not None and not layer.by_batch and not idle:
@@ -55,12 +55,9 @@ def judge_layer(
 
 def _off(layer: DiagnosedLayer, verdict: Verdict) -> dict[str, Any]:
     return {
-        "z": verdict.z,
-        "channels": len(verdict.channels),
-        "of": layer.channels,
-        "which": verdict.channels[:16].tolist(),
-        "together": verdict.together,
-    }
+        "z": verdict.z, "channels": len(verdict.channels), "of": layer.channels,
+        "which": verdict.channels[:16].tolist(), "together": verdict.together,
+    }  # fmt: skip
 
 
 def _stored_against(layer: DiagnosedLayer, record: Record) -> Finding:
@@ -76,10 +73,10 @@ def _stored_against(layer: DiagnosedLayer, record: Record) -> Finding:
     row, worst = max(enumerate(verdicts), key=lambda pair: max(pair[1].effect, pair[1].noise))
     severity = severity_of(worst.effect, LIMITS[kind])
     evidence = {"distance": worst.effect, **_off(layer, worst)}
-    evidence |= {"row": row} if layer.rows > 1 else {}
     steps, momentum = layer.steps, layer.momentum
-    evidence |= {} if steps is None else {"steps": steps}
-    evidence |= {"constant": True} if layer.about.frozen == "constant" else {}
+    more = {"row": row if layer.rows > 1 else None, "steps": steps}
+    more["constant"] = True if layer.about.frozen == "constant" else None
+    evidence |= {name: value for name, value in more.items() if value is not None}
     far = f"{worst.effect:.2f} standard deviations from the data's"
     where = f" in {len(worst.channels)} of {layer.channels} channels (z {worst.z:.0f})"
     if identity and layer.frozen and severity != "ok" and _is_folded(layer, record):
@@ -97,14 +94,12 @@ def _stored_against(layer: DiagnosedLayer, record: Record) -> Finding:
             f"statistics {worst.noise:.2f} standard deviations from the data's"
         )
         return make(kind, layer.name, by_noise, what, worst.noise, **evidence)
-    what = {
-        "identity-statistics": f"mean 0 and variance 1, as created, are {far}{where}: inference "
-        "does not normalise",
-        "mixed-modes": f"frozen statistics are {far}{where}: training and inference get features "
-        "that are not normalised",
-        "stale-statistics": f"stored statistics are {far}{where}: inference sees other features "
-        "than training",
+    whose, so = {
+        "identity-statistics": ("mean 0 and variance 1, as created,", "does not normalise"),
+        "mixed-modes": ("frozen statistics", "and training get features that are not normalised"),
+        "stale-statistics": ("stored statistics", "sees other features than training"),
     }[kind]
+    what = f"{whose} are {far}{where}: inference {so}"
     if kind == "stale-statistics" and steps and momentum and (1 - momentum) ** steps > 0.01:
         what += f", after only {steps} updates"
     if severity == "ok":
@@ -113,10 +108,7 @@ def _stored_against(layer: DiagnosedLayer, record: Record) -> Finding:
 
 
 def _is_folded(layer: DiagnosedLayer, record: Record) -> bool:
-    """Return whether an affine makes up for identity statistics, as in converted Caffe2 weights.
-
-    There the weight is γ / σ: large where the data's deviation is small.
-    """
+    """Return whether the weight is γ / σ, as in converted Caffe2 weights: large for small σ."""
     weight = getattr(layer.layer, "weight", None)
     if weight is None or layer.channels < 8:
         return False
@@ -128,23 +120,22 @@ def _is_folded(layer: DiagnosedLayer, record: Record) -> bool:
 def _dead_channels(layer: DiagnosedLayer, record: Record) -> Iterator[Finding]:
     kind = "dead-channels"
     mean, var = exact_statistics(layer, record)
-    dead = (var < DEAD * layer.eps) & (by_row(layer, record, record.exact()).count > 1)[:, None]
+    dead = (var < DEAD * layer.eps) & (by_row(layer, record, record["exact"]).count > 1)[:, None]
     count = int(dead.any(0).sum())
     if not count:
         yield make(kind, layer.name, "ok", "every channel varies", 0.0, channels=0)
         return
-    shift = torch.zeros_like(mean)
+    harm = 0.0
     if layer.stored is not None and not layer.by_batch:
         sd = (layer.stored[1].clamp(min=0) + layer.eps).sqrt()
-        shift = ((mean - layer.stored[0]) / sd).abs().nan_to_num(0.0)
-    harm = float(shift[dead].max())
+        harm = float(((mean - layer.stored[0]) / sd).abs().nan_to_num(0.0)[dead].max())
     share = count / layer.channels
     severity = severity_of(harm, LIMITS[kind])
     if severity == "severe" and share < 0.05 or severity in ("ok", "note") and share >= 0.25:
         severity = "warning"
     what = (
-        f"{count} of {layer.channels} channels do not vary; inference makes them a constant "
-        f"{harm:.2f} from training's"
+        f"{count} of {layer.channels} channels do not vary; their constant at inference is up to "
+        f"{harm:.2f} standard deviations from training's"
     )
     yield make(
         kind, layer.name, severity, what, max(share, harm),
@@ -164,9 +155,8 @@ def _non_finite(layer: DiagnosedLayer, record: Record) -> Iterator[Finding]:
         return
     batches = int(record.not_finite.max())
     what = (
-        f"{int(stored.sum())} channels have stored statistics that are not finite; "
-        f"{int(given.sum())} of {layer.channels} channels were given values that are not, in "
-        f"{batches} of {record.forwards} batches: all that follows is lost"
+        f"of {layer.channels} channels, {int(stored.sum())} store statistics that are not finite, "
+        f"and {int(given.sum())} were given such values, in {batches} of {record.forwards} batches"
     )
     yield make(
         "non-finite", layer.name, "severe", what, float(len(channels)),
@@ -183,19 +173,18 @@ def _impossible(layer: DiagnosedLayer) -> Iterator[Finding]:
         yield make("impossible-variance", layer.name, "ok", "variances are possible", 0.0)
         return
     lowest = float(layer.stored[1].nan_to_num(0.0).min())
-    what = (
-        f"{len(bad)} of {layer.channels} channels store a negative variance, down to {lowest:.3g}"
-    )
+    what = f"{len(bad)} of {layer.channels} channels store a variance below 0, down to {lowest:.3g}"
+    evidence = {"channels": len(bad), "of": layer.channels, "lowest": lowest}
     yield make(
-        "impossible-variance", layer.name, "severe", what, float(len(bad)),
-        channels=len(bad), of=layer.channels, lowest=lowest, which=bad[:16].tolist(),
+        "impossible-variance", layer.name, "severe", what, len(bad), **evidence,
+        which=bad[:16].tolist(),
     )  # fmt: skip
 
 
 def _repeated_use(layer: DiagnosedLayer, record: Record) -> Finding:
     """Do uses that training normalises apart share stored statistics, or the other way round?"""
     kind = "repeated-use"
-    seen, exact = record["mean"].count, record.exact()
+    seen, exact = record["mean"].count, record["exact"]
     df = max(float(seen.max()) - 1, 1)
     pooled = merge_moments(exact.count, exact.mean, exact.m2)
     mean, var, each = pooled.mean, pooled.variance(), exact.variance()
@@ -215,19 +204,16 @@ def _repeated_use(layer: DiagnosedLayer, record: Record) -> Finding:
     at_odds = at_odds and not (layer.frozen or layer.by_batch)
     severity = severity_of(verdict.effect, LIMITS[kind]) if at_odds else "ok"
     evidence = {"uses": record.uses, "apart": verdict.effect, **_off(layer, verdict)}
-    what = f"its {record.uses} uses per forward lie {verdict.effect:.2f} standard deviations apart"
+    what = (
+        f"one BatchNorm is used {record.uses} times a forward, on inputs that lie "
+        f"{verdict.effect:.2f} standard deviations apart"
+    )
     if severity == "ok":
         what += "" if at_odds else ", but training and inference treat them alike"
-    elif layer.apart:
-        what += (
-            f" (z {verdict.z:.0f}): training normalises each by itself, inference all by one set "
-            "of statistics"
-        )
     else:
-        what += (
-            f" (z {verdict.z:.0f}): training normalises them together, inference each by its own "
-            "statistics"
-        )
+        train, infer = "each by its own statistics", "all by one set of statistics"
+        train, infer = (train, infer) if layer.apart else (infer, train)
+        what += f" (z {verdict.z:.0f}): training normalises {train}, inference {infer}"
     return make(kind, layer.name, severity, what, verdict.effect, **evidence)
 
 
@@ -239,9 +225,9 @@ def _dependent_samples(layer: DiagnosedLayer, record: Record, scatter: Sequence[
     evidence = {"excess": verdict.effect, "variance_ratio": f, "z": verdict.z}
     evidence |= {"use": use} if record.uses > 1 else {}
     what = (
-        f"batch means scatter {verdict.effect:.2f} standard deviations more than independent "
-        f"samples' (F {f:.1f}, z {verdict.z:.0f}): the batch tells what a sample is, and inference "
-        "has no such batch"
+        f"the samples of a batch are alike: batch means scatter {verdict.effect:.2f} standard "
+        f"deviations more than those of independent samples (F {f:.1f}, z {verdict.z:.0f}), so "
+        "training sees what they have in common and inference does not"
     )
     if severity == "ok":
         what = f"batch means scatter no more than independent samples' (z {verdict.z:.1f})"
@@ -252,7 +238,9 @@ def _small_batch(layer: DiagnosedLayer, record: Record) -> Finding:
     """How many independent samples does a normalisation batch amount to, per channel?"""
     uses = list(range(record.uses))
     parts = [[use] for use in uses] if layer.apart else [uses]
-    samples = min(float(_samples(layer, record, part).median()) for part in parts)
+    each = [float(_samples(layer, record, part).median()) for part in parts]
+    # the harmonic mean: a coarse level of few positions is not the whole layer
+    samples = len(each) / max(sum(1 / max(n, 1e-9) for n in each), 1e-30)
     severity = severity_of(-samples, LIMITS["small-batch"])
     images = float(record["images"].mean.mean()) * layer.ranks / record.groups
     noise = samples**-0.5 if samples > 0 else float("inf")
@@ -271,10 +259,9 @@ def _small_batch(layer: DiagnosedLayer, record: Record) -> Finding:
 def _samples(layer: DiagnosedLayer, record: Record, uses: Sequence[int]) -> Tensor:
     """Return (C,): variance of the values over variance of the normalisation batch's mean.
 
-    Pixels of an image are correlated, so a batch of N is worth something from N to N·H·W. Levels
-    of one image are taken as one.
+    Pixels are correlated: a batch of N is worth N to N·H·W. Levels of an image are taken as one.
     """
-    exact = record.exact()
+    exact = record["exact"]
     chosen = [use for use in uses if record["mean"].count[use] > 0]
     if not chosen:
         return torch.full((layer.channels,), float("inf"), dtype=torch.float64)
@@ -295,28 +282,23 @@ def _samples(layer: DiagnosedLayer, record: Record, uses: Sequence[int]) -> Tens
 def mixed_blocks(layers: Sequence[DiagnosedLayer]) -> Iterator[Finding]:
     """Yield a finding per block that is frozen in part.
 
-    The block of a layer is the smallest module that holds another norm layer too, if it is no
-    more than two modules up and holds no more than eight.
+    A block is the smallest module, at most two up, that holds two to eight norm layers.
     """
-    by_prefix: dict[str, list[DiagnosedLayer]] = {}
-    for layer in layers:
-        parts = layer.name.split(".")
-        for up in range(1, len(parts)):
-            by_prefix.setdefault(".".join(parts[:-up]), []).append(layer)
     seen: set[str] = set()
     for layer in layers:
         parts = layer.name.split(".")
         prefixes = [".".join(parts[:-up]) for up in range(1, min(3, len(parts)))]
-        block = next((p for p in prefixes if len(by_prefix[p]) > 1), None)
-        if block is None or block in seen or len(by_prefix[block]) > _LARGEST_BLOCK:
+        within = {p: [m for m in layers if m.name.startswith(p + ".")] for p in prefixes}
+        block = next((p for p in prefixes if len(within[p]) > 1), None)
+        if block is None or block in seen or len(within[block]) > _LARGEST_BLOCK:
             continue
         seen.add(block)
-        frozen = [member.name for member in by_prefix[block] if member.frozen]
-        thawed = [member.name for member in by_prefix[block] if not member.frozen]
+        frozen = [member.name for member in within[block] if member.frozen]
+        thawed = [member.name for member in within[block] if not member.frozen]
         if frozen and thawed:
             what = (
-                f"{len(frozen)} of {len(frozen) + len(thawed)} layers of the block {block} are "
-                f"frozen ({', '.join(frozen)}): their statistics stay while those beside them move"
+                f"{len(frozen)} of {len(within[block])} layers of the block {block} are frozen "
+                f"({', '.join(frozen)}): their statistics stay while those beside them move"
             )
             yield make(
                 "mixed-modes", frozen[0], "note", what, len(frozen) / len(thawed),

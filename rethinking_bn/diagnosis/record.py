@@ -24,14 +24,11 @@ class DiagnosedLayer:
     """One BN-like layer of a model, watched.
 
     A *use* is one tensor that the layer normalises in a forward of the model: the k-th call, or
-    the level of a list. Uses share a set of stored statistics (D sets) or have one each.
-
-    Args:
-        about: what the layer is.
-        frozen: whether it normalises by stored statistics in training, too.
-        depth: the order in which the layers were found.
+    the level of a list. Uses share one of D sets of stored statistics, or have one each.
 
     Attributes:
+        about: what the layer is.
+        frozen: whether it normalises by stored statistics in training, too.
         apart: whether training normalises each use by statistics of its own.
         from_buffers: whether what a training forward leaves in the buffers is what it normalised
             by, so that the moments of its input need not be computed again.
@@ -40,7 +37,6 @@ class DiagnosedLayer:
         stored: the statistics at construction, None where there are none; D rows.
         by_batch: whether inference uses no stored statistics.
         unbiased: whether the stored variance is the unbiased one of the values.
-        channels: C.
         record: what is told of the layer's calls, within :meth:`watching`.
     """
 
@@ -105,10 +101,8 @@ class DiagnosedLayer:
     def watching(self) -> Iterator[None]:
         """Tell ``record`` what the layer is given and what it leaves, call by call.
 
-        ``record.see(tensors)`` is called before each call with the list of (N, C, *) that it is
-        given: rows that belong to domains (a layer of ours that is told which) come as one tensor
-        per domain. ``record.left(mean, var)`` is called after it with the batch's statistics, if
-        the layer is one that leaves them.
+        ``record.see`` gets the list of (N, C, *), one per domain where rows belong to domains;
+        then ``record.left`` the batch's mean and variance, of a layer that leaves them.
         """
         layer, own = self.layer, dict(self.layer._buffers)
 
@@ -130,11 +124,8 @@ class DiagnosedLayer:
                 stack.callback(layer._buffers.update, own)
                 stack.callback(setattr, layer, "momentum", layer.momentum)
                 layer.momentum = 1.0
-            for handle in (
-                layer.register_forward_pre_hook(before, with_kwargs=True),
-                layer.register_forward_hook(after, with_kwargs=True),
-            ):
-                stack.callback(handle.remove)
+            stack.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
+            stack.enter_context(layer.register_forward_hook(after, with_kwargs=True))
             yield
 
     def _tensors(self, x: Any) -> list[Tensor]:
@@ -150,8 +141,7 @@ class DiagnosedLayer:
 def find_layers(model: nn.Module) -> tuple[list[DiagnosedLayer], tuple[str, ...]]:
     """Return every BN-like layer of a model, and in words the modules that are left alone.
 
-    Frozen is what always is (constant layers, ``freeze_batch_norm``), and what is in eval mode in a
-    model that is in training mode.
+    Eval mode counts as frozen in a model that is in training mode.
 
     Raises:
         ValueError: for a lazy layer that has no size yet.
@@ -172,10 +162,7 @@ def image_means(x: Tensor) -> Tensor:
 
 @dataclass
 class _Call:
-    """One use: values per channel, images, the variance of their means, and (mean, M2), each (C,).
-
-    The last is None until the layer's forward has left it.
-    """
+    """One use: ``of`` is (mean, M2), each (C,), None until the layer's forward has left it."""
 
     count: int
     images: int
@@ -186,16 +173,13 @@ class _Call:
 class Record:
     """The moments of a layer's inputs over activations, over images and over forwards.
 
-    The unit of independence is the image: what a statistic's error is follows from the scatter of
-    whole batches, and of image means within them, so that the correlation of pixels is included.
-
-    Args:
-        layer: whose inputs are recorded, as its ``record``.
+    The unit of independence is the image, so that the correlation of pixels is included: errors
+    follow from the scatter of whole batches, and of image means within them.
 
     Attributes:
-        sums: by name, U rows, known after :meth:`merge`. In "even", "odd" (forwards)
-            and "exact" (all of them) the samples are activations, images in "within", and
-            forwards in "mean", "var", "apart_mean", "apart_var" and "images".
+        sums: by name, U rows, known after :meth:`merge`. In "even" (every second forward) and
+            "exact" (all) the samples are activations, images in "within", and forwards in
+            "mean", "var", "apart_mean", "apart_var" and "images".
         not_finite: (C,) forwards with such values.
         groups: of rows that are normalised apart.
         forwards: of the model in which the layer was called.
@@ -262,9 +246,12 @@ class Record:
         if not known:
             return self
         uses = max(tensors[0].shape[1] for tensors in known)
+
+        def whole(x: Tensor) -> Tensor:  # zeros for uses that a rank did not have
+            return torch.cat([x, x.new_zeros(len(x), uses - x.shape[1], *x.shape[2:])], 1).double()
+
         count, images, mean, m2, within = (
-            torch.cat([_with_uses(x.double(), uses) for x in of_ranks])
-            for of_ranks in zip(*known, strict=True)
+            torch.cat([whole(x) for x in of_ranks]) for of_ranks in zip(*known, strict=True)
         )
         bad = ~(mean.isfinite() & m2.isfinite()) & (count > 0)[..., None]
         self.not_finite = bad.any(1).sum(0).double()
@@ -279,7 +266,6 @@ class Record:
         apart = var - pooled.variance(unbiased=self.layer.unbiased)[:, None]
         blocks = {
             "even": (count[::2], mean[::2], m2[::2]),
-            "odd": (count[1::2], mean[1::2], m2[1::2]),
             "exact": (count, mean, m2),
             "mean": (seen, mean, nothing),
             "var": (seen, var, nothing),
@@ -300,18 +286,9 @@ class Record:
         """Return the sums called so, U rows."""
         return self.sums[name]
 
-    def exact(self) -> Moments:
-        """Return the moments of all activations, U rows."""
-        return self.sums["exact"]
-
     def scatter(self, name: str) -> Tensor:
         """Return the variance over forwards of what is summed up under a name, (U, C)."""
         return self.sums[name].variance(unbiased=True)
-
-
-def _with_uses(x: Tensor, uses: int) -> Tensor:
-    """Return (K, U, ...) for (K, fewer, ...), with zeros for uses that a rank did not have."""
-    return torch.cat([x, x.new_zeros(len(x), uses - x.shape[1], *x.shape[2:])], 1)
 
 
 def variance(means: Tensor) -> Tensor:

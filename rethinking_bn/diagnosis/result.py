@@ -59,11 +59,12 @@ class Finding:
         return f"{self.what}; do: {self.remedy}" if self.remedy else self.what
 
     @property
-    def rank(self) -> tuple[int, float, int]:
-        """Sort key: the worst first, by the output's change where that was measured."""
+    def rank(self) -> tuple[int, bool, float, int]:
+        """Sort key: the worst first, causes before effects, by the output's change if measured."""
         size = self.evidence.get("output_change", self.effect)
         size = math.inf if math.isnan(size) else size
-        return -SEVERITIES.index(self.severity), -size, KINDS.index(self.kind)
+        effect = self.kind == "output-effect"
+        return -SEVERITIES.index(self.severity), effect, -size, KINDS.index(self.kind)
 
     @property
     def cause(self) -> tuple[str, str]:
@@ -186,12 +187,9 @@ class Diagnosis:
         """Return everything as plain values; numbers that are not finite become strings."""
         names = ("kind", "layer", "severity", "what", "remedy")
         return {
-            "batches": self.batches,
-            "world": self.world,
+            **{name: getattr(self, name) for name in ("batches", "world")},
             "seconds": round(self.seconds, 3),
-            "layers": list(self.layers),
-            "unreached": list(self.unreached),
-            "left": list(self.left),
+            **{name: list(getattr(self, name)) for name in ("layers", "unreached", "left")},
             "findings": [
                 {name: getattr(f, name) for name in names}
                 | {"evidence": {key: _plain(value) for key, value in f.evidence.items()}}
@@ -217,10 +215,7 @@ class Diagnosis:
         yield from ((kind.replace("-", "_"), value) for kind, value in largest.items())
 
     def plot(self, path: str | Path) -> None:
-        """Draw the layers along the depth: what was measured, what was found. Needs Matplotlib.
-
-        Args:
-            path: its suffix is the format.
+        """Draw what was measured and found along the depth; the path's suffix is the format.
 
         Raises:
             ImportError: without matplotlib.
@@ -240,12 +235,12 @@ class Diagnosis:
                     for f in self.of(kind)
                     if f.layer in depth and math.isfinite(f.evidence.get(key, math.nan))
                 )
-                for severity, style in _STYLES.items():
-                    chosen = [p[:2] for p in points if severity in ("", p[2])]
-                    label = None if severity else f"{kind} {key}".replace("_", " ")
-                    if chosen:
-                        style = {"color": f"C{colour}", "label": label, **style}
-                        ax.plot(*zip(*chosen, strict=True), **style)
+                if points:
+                    x, y, severities = zip(*points, strict=True)
+                    label = f"{kind} {key}".replace("_", " ")
+                    ax.plot(x, y, ".-", linewidth=0.8, color=f"C{colour}", label=label)
+                    ax.scatter(x, y, [40 * (s in _LOUD) for s in severities],
+                               [_LOUD.get(s, "none") for s in severities], marker="X")  # fmt: skip
             ax.axhline(severe, color="grey", linewidth=0.6, linestyle=":")
             ax.set_ylim(bottom=0)
             ax.set_title(title, fontsize=9, loc="left")
@@ -263,29 +258,16 @@ class Diagnosis:
 
 
 _STORED = ("stale-statistics", "identity-statistics", "mixed-modes", "domain-shift")
+_WITHIN = (("small-batch", "noise"), ("dependent-samples", "excess"), ("repeated-use", "apart"))
 # title, severe from, (kind, number in its evidence)
 _PANELS: tuple[tuple[str, float, list[tuple[str, str]]], ...] = (
-    (
-        "stored statistics, standard deviations from the data's",
-        0.5,
-        [(kind, "distance") for kind in _STORED],
-    ),
-    (
-        "within a batch, standard deviations",
-        0.4,
-        [("small-batch", "noise"), ("dependent-samples", "excess"), ("repeated-use", "apart")],
-    ),
-    (
-        "change of the output by one layer",
-        0.3,
-        [("output-effect", "stored_to_exact"), ("output-effect", "exact_to_batch")],
-    ),
-)
-_STYLES: dict[str, dict[str, Any]] = {
-    "": {"marker": ".", "linewidth": 0.8, "markersize": 4},
-    "warning": {"marker": "^", "linestyle": "", "color": "darkorange"},
-    "severe": {"marker": "X", "linestyle": "", "color": "crimson"},
-}
+    ("stored statistics, standard deviations from the data's", 0.5,
+     [(kind, "distance") for kind in _STORED]),
+    ("within a batch, standard deviations", 0.4, list(_WITHIN)),
+    ("change of the output by one layer", 0.3,
+     [("output-effect", key) for key in ("stored_to_exact", "exact_to_batch")]),
+)  # fmt: skip
+_LOUD = {"warning": "darkorange", "severe": "crimson"}
 
 
 def _plain(value: Any) -> Any:

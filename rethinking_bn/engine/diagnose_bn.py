@@ -40,11 +40,8 @@ def with_config_keys(diagnosis: Diagnosis, cfg: CfgNode | None, target: str = ""
     """Return the diagnosis with the remedies as config keys, too, where there are any.
 
     They stand between backticks, key and value by turns, as the tools take them behind their
-    options; keys that ``cfg`` has as they should be are left out.
-
-    Args:
-        cfg: the run's; None: there is none.
-        target: the data set that "domain-shift" is about.
+    options; keys that ``cfg`` has as they should be are left out. ``target`` is the data set that
+    "domain-shift" is about.
     """
     if cfg is None:
         return diagnosis
@@ -98,23 +95,18 @@ def _value(cfg: CfgNode, key: str) -> str:
 
 
 def run_diagnosis(
-    cfg: CfgNode,
-    model: nn.Module,
-    num_batches: int,
-    *,
-    target: str = "",
+    cfg: CfgNode, model: nn.Module, num_batches: int, *, target: str = "",
     data_loader: Iterable[Any] | None = None,
-) -> Diagnosis:
+) -> Diagnosis:  # fmt: skip
     """Diagnose a loaded model on the batches of its training, in training mode; modes come back.
 
     Args:
-        cfg: the loader is that of population training, :func:`build_population_loader`.
         num_batches: per rank.
         target: a registered data set of another domain; "": none.
-        data_loader: takes the place of the config's.
+        data_loader: takes the place of the config's loader for population training.
 
     Raises:
-        ValueError: as ``build_population_loader`` and ``diagnose``.
+        ValueError: as the loaders and ``diagnose``.
     """
     loader = build_together(cfg) if data_loader is None else data_loader
     target_batches = None
@@ -134,20 +126,16 @@ class DiagnoseBN(HookBase):
 
     Scalars ``diagnose/severe``, ``diagnose/warning``, ``diagnose/note`` (how many) and
     ``diagnose/<kind>`` (the largest effect of each kind, "_" for "-"); what is severe is logged.
-    Runs on every rank, before the hooks that write. Costs about as much as population training
-    with ``num_batches``, twice with the output's effects.
+    Runs on every rank, before the hooks that write. Costs about twice population training with
+    ``num_batches``.
 
     State read: the model. State changed: none but the trainer's storage.
     """
 
     def __init__(
-        self,
-        period: int,
-        model: nn.Module,
-        data_loader: Iterable[Any],
-        num_batches: int,
+        self, period: int, model: nn.Module, data_loader: Iterable[Any], num_batches: int,
         cfg: CfgNode | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """
         Args:
             period: in iterations.

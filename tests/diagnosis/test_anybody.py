@@ -24,13 +24,12 @@ def run_remedies(diagnosis: Diagnosis, **names: Any) -> set[str]:
         for module in (rethinking_bn.layers, rethinking_bn.population)
         for name in module.__all__
     }
-    text = diagnosis.as_text(verbose=True)
-    code = {c for f in diagnosis.findings for c in re.findall("`([^`]*)`", f.remedy)}
-    for finding in diagnosis.findings:
-        for line in re.findall("`([^`]*)`", finding.remedy):
-            eval(line, {**public, **names})
-    assert all("".join(line.split()) in "".join(text.split()) for line in code)
-    return code
+    text = "".join(diagnosis.as_text(verbose=True).split())
+    code = [c for f in diagnosis.findings for c in re.findall("`([^`]*)`", f.remedy)]
+    for line in code:
+        eval(line, {**public, **names})
+        assert "".join(line.split()) in text
+    return set(code)
 
 
 def severities(diagnosis: Diagnosis, kind: str) -> set[str]:

@@ -62,7 +62,7 @@ def test_sums_equal_a_reference(
         inputs = [calls[use].double() for calls in seen if len(calls) > use]
         inputs = [x.reshape(*x.shape[:2], -1) for x in inputs]
         values = torch.cat([x.transpose(0, 1).flatten(1) for x in inputs], 1)
-        exact = record.exact()
+        exact = record["exact"]
         assert exact.count[use] == values.shape[1]
         torch.testing.assert_close(exact.mean[use], values.mean(1), rtol=1e-6, atol=0)
         torch.testing.assert_close(

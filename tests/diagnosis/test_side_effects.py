@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -131,40 +132,34 @@ def test_layers_without_stored_statistics_are_judged_by_their_batches() -> None:
         assert diagnosis.of("small-batch", "1")[0].severity == "ok"
 
 
-def test_user_errors_are_named() -> None:
-    with pytest.raises(ValueError, match="at least two batches"):
-        diagnose(healthy(), batches(1))
-    with pytest.raises(ValueError, match="ended after 3 of 4"):
-        diagnose(healthy(), batches(3), num_batches=4)
-    for bad in (1, 0, True):
-        with pytest.raises(ValueError, match="num_batches"):
-            diagnose(healthy(), batches(3), num_batches=bad)
-    with pytest.raises(ValueError, match="lazy"):
-        diagnose(nn.Sequential(nn.LazyBatchNorm2d()), batches(3))
-
-
-def test_loaders_are_taken_as_they_are_or_refused_with_advice() -> None:
-    with pytest.raises(ValueError, match="forward="):
-        diagnose(healthy(), [{"image": x} for x in batches(2)])
-    with pytest.raises(ValueError, match="generator.* has no length"):
-        diagnose(healthy(), (x for x in batches(2)))
-    assert diagnose(healthy(), (x for x in batches(3)), num_batches=3).batches == 3
-
-
-def test_a_diagnosis_within_another_is_refused_and_nothing_has_changed() -> None:
+@pytest.mark.parametrize(
+    ("data", "options", "said"),
+    [
+        (batches(1), {}, "at least two batches"),
+        (batches(3), {"num_batches": 4}, "ended after 3 of 4"),
+        *((batches(3), {"num_batches": bad}, "num_batches") for bad in (1, 0, True)),
+        ([{"image": x} for x in batches(2)], {}, "forward="),
+        ((x for x in batches(2)), {}, "generator.* has no length"),
+        (batches(3), {"forward": lambda model, x: diagnose(model, batches(3))}, "running"),
+    ],
+)
+def test_user_errors_are_named(data: Any, options: dict[str, Any], said: str) -> None:
     net = healthy()
     before = Snapshot(net)
-    with pytest.raises(RuntimeError, match="running"):
-        diagnose(net, batches(3), forward=lambda model, x: diagnose(model, batches(3)))
+    with pytest.raises((ValueError, RuntimeError), match=said):
+        diagnose(net, data, **options)
     before.assert_unchanged()
 
 
-def test_a_model_without_batch_norm_has_an_empty_diagnosis(caplog) -> None:
+def test_a_lazy_layer_is_refused_and_a_generator_taken() -> None:
+    with pytest.raises(ValueError, match="lazy"):
+        diagnose(nn.Sequential(nn.LazyBatchNorm2d()), batches(3))
+    assert diagnose(healthy(), (x for x in batches(3)), num_batches=3).batches == 3
+
+
+def test_a_model_without_batch_norm_or_a_layer_without_values_is_named(caplog) -> None:
     diagnosis = diagnose(nn.Sequential(nn.Conv2d(3, 2, 1), nn.GroupNorm(1, 2)), batches(2))
     assert not diagnosis.findings and "no BN-like layer" in caplog.text
-
-
-def test_layers_that_are_not_called_are_named() -> None:
     net = healthy()
     net.spare = nn.BatchNorm2d(3)
     diagnosis = diagnose(net, batches(3))
@@ -187,13 +182,9 @@ def _rank(rank: int, world: int, uneven: bool) -> tuple[str, int, float]:
     net = healthy()
     net.layer2.bn1.running_mean += 2
     data = batches(8)[rank::world]
-    diagnosis = diagnose(net, data[:3] if uneven and rank == 1 else data)
-    (finding,) = diagnosis.of("stale-statistics", "layer2.bn1")
-    return (
-        str(diagnosis.to_dict()["findings"]),
-        diagnosis.batches,
-        finding.evidence["distance"],
-    )
+    found = diagnose(net, data[:3] if uneven and rank == 1 else data)
+    (finding,) = found.of("stale-statistics", "layer2.bn1")
+    return str(found.to_dict()["findings"]), found.batches, finding.evidence["distance"]
 
 
 @pytest.mark.parametrize("uneven", [False, True])

@@ -130,6 +130,7 @@ def test_row_3_is_told_by_name_and_remedy(row: int, data: str, tmp_path: Path) -
         if row == 3:
             assert finding.severity in ("warning", "severe")
             assert "rows 1, 4 or 6" in finding.remedy and "HEAD_NAME" in finding.remedy
+            assert finding.what.startswith("row 3 of") and "5 times a forward" in finding.what
         else:
             assert finding.severity == "ok" and finding.remedy == ""
 

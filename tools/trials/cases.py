@@ -33,12 +33,9 @@ class Case:
 
     Attributes:
         model: its statistics fit ``samples``.
-        samples: of the training set.
         target: samples of the same distribution, for a healthy target domain; () for none.
-        collate: makes a batch of samples.
         size: images in a batch.
         count, many: batches of a diagnosis, and of one for dependent samples.
-        forward: as ``diagnose`` takes it.
     """
 
     model: nn.Module
