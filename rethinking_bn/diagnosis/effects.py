@@ -227,7 +227,8 @@ def output_effects(
             continue
         found = [f for f in findings if f.layer == name and f.severity != "ok"]
         asked = {_felt(f.kind) for f in found}
-        asked &= asked if name in exact else {"exact_to_batch"}
+        if name not in exact:
+            asked &= {"exact_to_batch"}
         others = {} if sound else {n: s for n, s in exact.items() if n != name}
         before = as_stored[:each] if sound else effects.outputs(others, each)
         base, alone = before, {}
