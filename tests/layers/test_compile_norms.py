@@ -246,5 +246,5 @@ def _on_two_ranks(rank: int) -> list[Any]:
 
 
 def test_data_parallel_and_synchronised_on_two_processes() -> None:
-    for compiled, plain in run_distributed(_on_two_ranks, 2):
+    for compiled, plain in run_distributed(_on_two_ranks, 2, timeout=240):  # two compilers
         assert_same(compiled, plain)
