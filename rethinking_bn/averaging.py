@@ -164,10 +164,9 @@ class AveragedWeights:
 
         With the buffers of BN-like layers go their plain attributes (the clock of a ring of MABN).
         """
+        self._check(model)
         named, targets = list(model.named_modules()), list(self.module.modules())
         pairs = [(name, s, t) for (name, s), t in zip(named, targets, strict=False)]
-        if len(named) != len(targets) or any(_shapes(s) != _shapes(t) for _, s, t in pairs):
-            self._check(model)
         tensors: dict[str, tuple[Tensor, Tensor]] = {}
         buffers: list[tuple[Tensor, Tensor]] = []
         for _, source, target in pairs:
@@ -176,7 +175,7 @@ class AveragedWeights:
             elif is_frozen(target):
                 thaw_layer(target)
                 target.requires_grad_(False)  # what unfreezing gives back is the trained layer's
-        if any(type(source) is not type(target) for _, source, target in pairs):
+        if [type(source) for _, source in named] != [type(target) for target in targets]:
             raise ValueError("the model's modules are not those it had; begin anew with restart()")
         seen: set[Tensor] = set()  # a parameter in several places is averaged once
         for prefix, source, target in pairs:
@@ -311,10 +310,6 @@ def _copy(model: nn.Module) -> nn.Module:
                 what = f"{name or 'the model'} ({type(module).__name__}) cannot be copied"
                 raise ValueError(f"{what}, so there is no average of it: {of_part}") from error
         raise
-
-
-def _shapes(module: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, None if p is None else p.shape) for name, p in module._parameters.items()]
 
 
 def _adopt(target: nn.Module, source: nn.Module, device: torch.device | str | None) -> None:

@@ -14,6 +14,8 @@ from rethinking_bn.layers.ring import is_official
 
 logger = logging.getLogger(__name__)
 
+_KEPT = ("stride", "padding", "dilation", "groups", "padding_mode")
+
 
 def centred_convolutions(
     module: nn.Module, replaced: Mapping[nn.Module, nn.Module]
@@ -91,12 +93,8 @@ def _centre(name: str, old: nn.Conv2d) -> CenConv2d:
             old.in_channels,
             old.out_channels,
             old.kernel_size,  # type: ignore[arg-type]
-            stride=old.stride,
-            padding=old.padding,
-            dilation=old.dilation,
-            groups=old.groups,
+            **{name: getattr(old, name) for name in _KEPT},
             bias=False,
-            padding_mode=old.padding_mode,
             norm=getattr(old, "norm", None),
             activation=getattr(old, "activation", None),
             device="meta",  # the weight is the old one: nothing is drawn

@@ -81,7 +81,7 @@ def thaw_layer(layer: nn.Module) -> None:
     assert isinstance(layer, nn.Module)  # for the type checker
     before = vars(layer).pop("_affine_required_grad") or {}
     mode = vars(layer).pop("_asked_training")
-    layer.__class__ = layer._class
+    layer.__class__ = layer._class  # type: ignore[assignment]
     layer.training = mode
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(before.get(name, parameter.requires_grad))

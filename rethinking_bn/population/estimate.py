@@ -6,6 +6,7 @@ Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (arXiv 2105.07576), section 3 
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import textwrap
 import time
@@ -29,7 +30,7 @@ from rethinking_bn.numerics.moments import Moments, merge_moments
 from rethinking_bn.population.forwards import Autocast, Forward, PopulationRun, call_model
 from rethinking_bn.population.model_state import ModelState, exclusive, unwrap
 from rethinking_bn.population.observe import ObservedLayer, observe
-from rethinking_bn.population.report import LayerReport, PopulationReport, compare, shorten
+from rethinking_bn.population.report import LayerReport, PopulationReport, shorten
 from rethinking_bn.randomness import isolated_random_state
 
 __all__ = ["LayerReport", "PopulationReport", "estimate_population_statistics"]
@@ -282,12 +283,17 @@ def _write(layers: list[ObservedLayer], moments: list[Moments]) -> None:
 
 
 def _compare(observed: ObservedLayer, moments: Moments) -> Iterator[LayerReport]:
-    layer, old, new = observed.layer, observed.old, observed.layer.read()
-    for row, domain in enumerate(layer.domains):
-        yield compare(
-            *(layer.name, domain, round(moments.count[row].item())),
-            (old[0][row], old[1][row]),
-            (new[0][row], new[1][row]),
-            eps=layer.eps,
-            mean_square=layer.mean_square,
-        )
+    """Measure how far each set of statistics moved."""
+    layer = observed.layer
+    rows = zip(layer.domains, moments.count, *observed.old, *layer.read(), strict=True)
+    for domain, count, old_mean, old_var, new_mean, new_var in rows:
+        if count == 0:
+            yield LayerReport(layer.name, domain, 0, 0.0, 0.0, 1.0)
+            continue
+        square = layer.mean_square
+        moved = old_var.sqrt() - new_var.sqrt() if square else old_mean - new_mean
+        drift = moved.abs() / (new_var + layer.eps).sqrt()
+        drift = torch.nan_to_num(drift, nan=math.inf, posinf=math.inf)
+        ratio = ((old_var + layer.eps) / (new_var + layer.eps)).log().mean().exp()
+        measured = (drift.mean().item(), drift.max().item(), ratio.item())
+        yield LayerReport(layer.name, domain, round(count.item()), *measured)

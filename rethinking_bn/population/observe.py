@@ -120,52 +120,33 @@ class TorchLayer(_Hooked):
     """An nn.BatchNorm*d, read through the buffers it writes: no second pass over its input.
 
     With momentum 1 its forward leaves the batch's mean and unbiased variance in the running
-    statistics. During a forward those are rows of a scratch tensor, so the layer's own buffers are
-    not touched and a NaN in them does not spread.
+    statistics. During a forward those are scratch tensors, so the layer's own buffers are not
+    touched and a NaN in them does not spread.
     """
 
     @contextmanager
     def observing(self) -> Iterator[None]:
         self._own = dict(self.module._buffers)
-        with self._moving_at_once():
-            self._new_block()
-            with super().observing():
-                try:
-                    yield
-                finally:
-                    self._take_block()
-
-    def _new_block(self) -> None:
-        mean = self._own["running_mean"]
-        self._scratch = torch.zeros(2, _BLOCK, len(mean), dtype=mean.dtype, device=mean.device)
-        self._counts: list[int] = []
-
-    def _take_block(self) -> None:
-        seen = len(self._counts)
-        if seen:
-            device = self.moments.device
-            mean, var = self._scratch[:, :seen].to(device, torch.float64).unsqueeze(2)
-            count = torch.tensor(self._counts, dtype=torch.float64).to(device)[:, None]
-            # back from the unbiased variance; a count of 1 never gets past the layer's forward
-            self.moments.merge(Moments(count, mean, var * (count - 1)[..., None]))
-        self._counts = []
+        with self._moving_at_once(), super().observing():
+            yield
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not module.training:
-            return
-        if len(self._counts) == _BLOCK:
-            self._take_block()
-            self._new_block()
-        row = len(self._counts)
-        module._buffers["running_mean"] = self._scratch[0, row]
-        module._buffers["running_var"] = self._scratch[1, row]
+        if module.training:
+            scratch = torch.zeros_like(self._own["running_mean"]).repeat(2, 1)
+            module._buffers["running_mean"], module._buffers["running_var"] = scratch
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        left: dict[str, Any] = dict(module._buffers)
         module._buffers.update(self._own)
         if module.training and output is not None:  # None: the forward failed
-            x = _input(args, kwargs)
-            # of a count of 0, merging ignores the mean and variance, whatever they are
-            self._counts.append(x.numel() // x.shape[1])
+            x, device = _input(args, kwargs), self.moments.device
+            mean, var = (
+                left[name].to(device, torch.float64) for name in ("running_mean", "running_var")
+            )
+            # back from the unbiased variance; a count of 1 never gets past the layer's forward, and
+            # of a count of 0 merging ignores the mean and variance, whatever they are
+            count = x.numel() // x.shape[1]
+            self.moments.add(_rows(Moments(mean.new_tensor(count), mean, var * (count - 1))))
 
 
 class _InputLayer(_Hooked):

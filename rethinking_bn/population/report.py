@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 # one name for all of population training
 logger = logging.getLogger("rethinking_bn.population")
@@ -134,27 +130,3 @@ def shorten(parts: Sequence[str], separator: str = ", ", most: int = 5) -> str:
     """Return the first parts in one line, and how many more there are."""
     more = f" and {len(parts) - most} more" if len(parts) > most else ""
     return separator.join(parts[:most]) + more
-
-
-def compare(
-    name: str,
-    domain: str,
-    samples: int,
-    old: tuple[Tensor, Tensor],
-    new: tuple[Tensor, Tensor],
-    *,
-    eps: float,
-    mean_square: bool = False,
-) -> LayerReport:
-    """Measure how far one set of statistics moved: (mean (C,), variance (C,)) in float64.
-
-    With ``mean_square`` the variance is the mean square that the layer normalises by alone.
-    """
-    if samples == 0:
-        return LayerReport(name, domain, 0, 0.0, 0.0, 1.0)
-    (old_mean, old_var), (new_mean, new_var) = old, new
-    scale = (new_var + eps).sqrt()
-    moved = old_var.sqrt() - new_var.sqrt() if mean_square else old_mean - new_mean
-    drift = torch.nan_to_num(moved.abs() / scale, nan=math.inf, posinf=math.inf)
-    ratio = ((old_var + eps) / (new_var + eps)).log().mean().exp()
-    return LayerReport(name, domain, samples, drift.mean().item(), drift.max().item(), ratio.item())

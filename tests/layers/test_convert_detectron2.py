@@ -14,7 +14,6 @@ from detectron2.layers import get_norm as detectron2_norm
 from detectron2.modeling import FPN, build_resnet_backbone
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsampleHead
 from torch import Tensor, nn
-from torchvision.models import resnet18
 
 from rethinking_bn.config import add_rethinking_bn_config
 from rethinking_bn.layers import CenConv2d, MABN2d, get_norm
@@ -122,15 +121,6 @@ def test_fpn_runs_the_layers_that_were_put_in() -> None:
     sum(y.sum() for y in outputs.values()).backward()
     norms = [m for m in fpn.modules() if isinstance(m, MABN2d)]
     assert all(norm.iterations == 1 for norm in norms)
-
-
-def test_torchvision_networks_have_the_norm_beside_the_convolution() -> None:
-    network = resnet18(num_classes=3)
-    keys = {name for name, p in network.named_parameters() if p.dim() == 4}
-    convert_norms(network, "MABN", **MABN)
-    assert sum(isinstance(m, CenConv2d) for m in network.modules()) == 20
-    assert {name for name, p in network.named_parameters() if p.dim() == 4} == keys
-    network(torch.randn(2, 3, 64, 64)).sum().backward()
 
 
 def test_a_shared_convolution_stays_shared() -> None:

@@ -191,81 +191,77 @@ def test_wrapped_model_and_a_rank_without_labels(two_ranks: list[Any]) -> None:
 # --- failures: none may hang, all ranks must hear of it, every model must be as before -----------
 
 
-def short_loader(rank: int) -> Any:
-    return Detector(), [images(rank, i) for i in range(1 if rank == 1 else 3)], 3
+def raising_loader(rank: int) -> Iterator[Tensor]:
+    yield from [images(rank, 0), images(rank, 1)]
+    if rank == 1:
+        raise OSError("disk gone")
+    yield images(rank, 2)
 
 
-def raising_loader(rank: int) -> Any:
-    def load() -> Iterator[Tensor]:
-        yield from [images(rank, 0), images(rank, 1)]
-        if rank == 1:
-            raise OSError("disk gone")
-        yield images(rank, 2)
+def failing(fail_at: int, error: BaseException) -> Callable[[int], Any]:
+    """Let the forward of batch ``fail_at`` fail on rank 1."""
 
-    return Detector(), load(), 3
+    def case(rank: int) -> Any:
+        return Detector(fail_at if rank == 1 else -1, error), data(rank), 3
 
-
-def raising_forward(rank: int) -> Any:
-    model = Detector(0, KeyError("gt_boxes")) if rank == 1 else Detector()
-    return model, [images(rank, i) for i in range(3)], 3
+    return case
 
 
-def raising_last_forward(rank: int) -> Any:
-    model = Detector(2, KeyError("gt_boxes")) if rank == 1 else Detector()
-    return model, [images(rank, i) for i in range(3)], 3
-
-
-def interrupted_forward(rank: int) -> Any:
-    model = Detector(1, KeyboardInterrupt("ctrl-c")) if rank == 1 else Detector()
-    return model, [images(rank, i) for i in range(3)], 3
+def data(rank: int, number: int = 3) -> list[Tensor]:
+    return [images(rank, index) for index in range(number)]
 
 
 def non_finite(rank: int) -> Any:
-    batches = [images(rank, i) for i in range(3)]
+    batches = data(rank)
     batches[1][0, 2] *= float("inf") if rank == 1 else 1.0
     return Detector(), batches, 3
-
-
-def other_number(rank: int) -> Any:
-    return Detector(), [images(rank, i) for i in range(5)], 2 + rank
-
-
-def bad_number(rank: int) -> Any:
-    return Detector(), [images(rank, i) for i in range(5)], 2 - 3 * rank
 
 
 def other_layers(rank: int) -> Any:
     model = Detector()
     model.net[2].train(rank == 0)  # type: ignore[index]
-    return model, [images(rank, i) for i in range(3)], 3
+    return model, data(rank), 3
 
 
-CASES: dict[Callable[[int], Any], tuple[str, str]] = {
-    short_loader: (
+# (model, batches, number) of a rank, what rank 0 raises, what rank 1 raises
+CASES: list[tuple[Any, ...]] = [
+    (
+        lambda rank: (Detector(), data(rank, 1 if rank == 1 else 3), 3),
         "RuntimeError: another rank failed.*rank 1: .*ended after 1 of 3 batches",
         "ValueError: rank 1: the loader ended after 1 of 3 batches",
     ),
-    raising_loader: (
+    (
+        lambda rank: (Detector(), raising_loader(rank), 3),
         "RuntimeError: another.*rank 1: the loader failed after 2 of 3 batches: OSError: disk gone",
         "RuntimeError: rank 1: the loader failed after 2 of 3 batches: OSError: disk gone",
     ),
-    raising_forward: ("RuntimeError: another.*rank 1: KeyError: 'gt_boxes'", "KeyError"),
-    raising_last_forward: ("RuntimeError: another.*rank 1: KeyError: 'gt_boxes'", "KeyError"),
-    interrupted_forward: ("RuntimeError: another.*rank 1: KeyboardInterrupt", "KeyboardInterrupt"),
-    non_finite: ("FloatingPointError: net.0: 1 of 3", "FloatingPointError: net.0: 1 of 3"),
-    other_number: ("ValueError: ranks disagree about num_batches: rank 0: 2; rank 1: 3",) * 2,
-    bad_number: (
+    *(
+        (failing(at, KeyError("gt_boxes")), "RuntimeError: another.*rank 1: KeyError: ", "KeyError")
+        for at in (0, 2)
+    ),
+    (
+        failing(1, KeyboardInterrupt("ctrl-c")),
+        "RuntimeError: another.*rank 1: KeyboardInterrupt",
+        "KeyboardInterrupt",
+    ),
+    (non_finite, *["FloatingPointError: net.0: 1 of 3"] * 2),
+    (
+        lambda rank: (Detector(), data(rank, 5), 2 + rank),
+        *["ValueError: ranks disagree about num_batches: rank 0: 2; rank 1: 3"] * 2,
+    ),
+    (
+        lambda rank: (Detector(), data(rank, 5), 2 - 3 * rank),
         "ValueError: .*rank 1: ValueError: num_batches must be a positive integer, got -1",
         "ValueError: num_batches must be a positive integer, got -1",
     ),
-    other_layers: ("ValueError: ranks disagree about layers in training mode",) * 2,
-}
+    (other_layers, *["ValueError: ranks disagree about layers in training mode"] * 2),
+]
 
 
 def fail(rank: int) -> list[str]:
     """Run all cases and return what each raised on this rank, once the model proved unchanged."""
     raised = []
-    for case in CASES:
+    for case, *_ in CASES:
         model, batches, num_batches = case(rank)
         before = copy.deepcopy(model.state_dict())
         modes = [m.training for m in model.modules()]
@@ -293,7 +289,7 @@ def two_ranks() -> list[tuple[Any, list[str]]]:
 
 def test_a_failure_on_one_rank_fails_all(two_ranks: list[Any]) -> None:
     first, second = (raised for _, raised in two_ranks)
-    for case, (elsewhere, where_it_happened) in enumerate(CASES.values()):
+    for case, (_, elsewhere, where_it_happened) in enumerate(CASES):
         assert re.match(elsewhere, first[case]), (elsewhere, first[case])
         assert re.match(where_it_happened, second[case]), (where_it_happened, second[case])
 

@@ -14,7 +14,7 @@ from torch import nn
 from rethinking_bn.layers import (
     MultiDomainBatchNorm2d,
 )
-from rethinking_bn.population import PopulationReport, estimate_population_statistics
+from rethinking_bn.population import estimate_population_statistics
 from tests.population.cases import (
     images,
     seen_statistics,
@@ -45,11 +45,6 @@ def test_report() -> None:
     assert lines[-1].endswith("norm[0], norm[1]")
     again = estimate_population_statistics(model, [x], 1, forward=lambda m, b: m[0](b))
     assert again.drift < 1e-5 and again.layers[0].variance_ratio == pytest.approx(1, rel=1e-5)
-
-
-def test_empty_report_has_a_text_and_no_drift() -> None:
-    report = PopulationReport((), (), 0, 1, True, 0.0)
-    assert report.drift == report.drift_mean == 0 and len(str(report).splitlines()) == 1
 
 
 def test_progress_is_logged(

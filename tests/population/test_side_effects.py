@@ -180,11 +180,6 @@ def test_autocast_must_be_a_factory() -> None:
         )
 
 
-def test_lazy_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match="0: a lazy layer"):
-        estimate_population_statistics(nn.Sequential(nn.LazyBatchNorm2d()), images(2), 1)
-
-
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_failing_loader_leaves_the_model_as_it_was(labelled: bool) -> None:
     model: Any = Stateful()
@@ -256,6 +251,3 @@ def test_an_error_while_writing_brings_the_first_layers_back(
     with pytest.raises(KeyboardInterrupt):
         estimate_population_statistics(model, images(2), 1)
     before.assert_unchanged()
-
-
-# --- report ---------------------------------------------------------------------------------------
