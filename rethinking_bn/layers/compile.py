@@ -94,6 +94,8 @@ def _call(plain: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> A
 
 def _try_compiler(devices: set[torch.device], options: dict[str, Any]) -> None:
     """Compile a trifle on each device; a ValueError in one line where that fails."""
+    if not hasattr(shapes, "use_duck_shape"):
+        raise ValueError(f"torch {torch.__version__} is too old for compiled norm layers")
     chosen = {key: options[key] for key in ("backend", "mode", "options") if key in options}
     for device in devices:
         x = torch.zeros(2, device=device)

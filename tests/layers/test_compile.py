@@ -7,10 +7,13 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental import _config as shapes
 
-from rethinking_bn.layers import MABN2d, MultiDomainBatchNorm2d, SyncBatchNorm2d
+from rethinking_bn.layers import MABN2d, MultiDomainBatchNorm2d, SyncBatchNorm2d, compile_norms
 from tests import reference
 from tests.reference import CHANNELS
+
+OLD = not hasattr(shapes, "use_duck_shape")
 
 
 class Head(nn.Module):
@@ -75,6 +78,7 @@ def test_sync_batch_norm_in_one_process() -> None:
     torch.testing.assert_close(run(x), nn.BatchNorm2d(CHANNELS)(x))
 
 
+@pytest.mark.skipif(OLD, reason="torch is too old")
 def test_moving_averages_in_one_graph() -> None:
     """Over the warm-up, the full ring and the correction, whose turns the device takes."""
     torch._dynamo.reset()
@@ -91,3 +95,9 @@ def test_moving_averages_in_one_graph() -> None:
         torch.testing.assert_close((y, a.grad), (z, b.grad))
         torch.testing.assert_close(compiled.state_dict(), eager.state_dict())
     assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(not OLD, reason="torch is new enough")
+def test_an_old_torch_is_refused_before_anything_is_compiled() -> None:
+    with pytest.raises(ValueError, match="too old"):
+        compile_norms(MABN2d(4))

@@ -12,6 +12,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.fx.experimental import _config as shapes
 from torch.utils.checkpoint import checkpoint
 
 from rethinking_bn.distributed import data_parallel
@@ -30,6 +31,8 @@ from rethinking_bn.layers import (
 )
 from rethinking_bn.population import batch_statistics, estimate_population_statistics
 from tests.helpers import run_distributed
+
+pytestmark = pytest.mark.skipif(not hasattr(shapes, "use_duck_shape"), reason="torch is too old")
 
 C = 4
 CHOICES = list(itertools.product(("shared", "domain_specific"), repeat=3))
