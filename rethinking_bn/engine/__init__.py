@@ -20,7 +20,6 @@ from rethinking_bn.engine.loaders import (  # noqa: E402
     build_population_loader,
     build_train_loader,
 )
-from rethinking_bn.engine.optimizer import build_optimizer  # noqa: E402
 from rethinking_bn.engine.precise_bn import (  # noqa: E402
     PreciseBN,
     inference_statistics,
@@ -28,7 +27,11 @@ from rethinking_bn.engine.precise_bn import (  # noqa: E402
 )
 from rethinking_bn.engine.rank_state import MergeStatistics, merge_statistics  # noqa: E402
 from rethinking_bn.engine.trainer import Trainer  # noqa: E402
-from rethinking_bn.engine.trainer_mixin import TrainerMixin  # noqa: E402
+from rethinking_bn.engine.trainer_mixin import (  # noqa: E402
+    TrainerMixin,
+    build_optimizer,
+    decay_norms,
+)
 from rethinking_bn.engine.weight_average import WeightAverage  # noqa: E402
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "build_optimizer",
     "build_population_loader",
     "build_train_loader",
+    "decay_norms",
     "inference_statistics",
     "load_config",
     "merge_statistics",

@@ -6,8 +6,8 @@ What ends a run (docs/training.md has the table):
   :func:`rethinking_bn.command_line.end_with`).
 - SIGINT to the launcher ends all ranks at once, also where a background shell has set it to be
   ignored. SIGHUP is left as it is: a closed terminal ends the launcher, ``nohup`` prevents that.
-- SIGTERM is passed on to the ranks, which save and end (:mod:`rethinking_bn.engine.preemption`);
-  a second one ends all at once.
+- SIGTERM is passed on to the ranks, which save and end (:class:`Preemption`); a second one ends
+  all at once.
 - A rank that fails ends all ranks.
 """
 
@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,22 +29,28 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
+from detectron2.engine import HookBase, default_setup
 from detectron2.engine import launch as detectron2_launch
+from detectron2.engine.hooks import EvalHook
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from rethinking_bn.command_line import LAUNCHER, argument_parser, end_with
 from rethinking_bn.engine.check_config import warnings_of
 from rethinking_bn.engine.checks import check_run, hold_output_dir
 from rethinking_bn.engine.load_config import load_config, use_available_device
-from rethinking_bn.engine.preemption import GRACE, PREEMPTED
+from rethinking_bn.engine.rank_state import merge_statistics
+
+logger = logging.getLogger(__name__)
 
 Main = Callable[[argparse.Namespace], Any]
 
-INTERRUPTED = 130  # exit status, as the shell's for SIGINT
+INTERRUPTED, PREEMPTED = 130, 143  # exit statuses, as the shell's for SIGINT and SIGTERM
+GRACE = 30.0  # seconds from SIGTERM to the end, with a checkpoint or without
+_SAME_SIGNAL = 1.0  # seconds in which a launcher's SIGTERM and a scheduler's count as one
 
 _until_the_end = ExitStack()  # what this process holds for as long as it lives
 
@@ -182,9 +189,7 @@ def launch(main: Main, args: argparse.Namespace, on_gpu: bool) -> None:
         if asked:
             _say("second SIGTERM: all ranks are ended without a checkpoint")
             _end(PREEMPTED)
-        asked.append(threading.Timer(GRACE + 1, _end, [PREEMPTED]))  # ranks keep to GRACE, too
-        asked[0].daemon = True
-        asked[0].start()
+        asked.append(_after(GRACE + 1, lambda: _end(PREEMPTED)))  # ranks keep to GRACE, too
         for rank in multiprocessing.active_children():
             rank.terminate()
 
@@ -234,6 +239,110 @@ def _share_cores(main: Main, args: argparse.Namespace, on_gpu: bool) -> Any:
     result = main(args)
     dist.destroy_process_group()
     return result
+
+
+class Preempted(SystemExit):
+    """Ends a run that has saved after SIGTERM; the exit status is 143."""
+
+    def __init__(self) -> None:
+        super().__init__(PREEMPTED)
+
+
+class Preemption(HookBase):
+    """Let a SIGTERM to any rank end training on all, in the same iteration, with a checkpoint.
+
+    The checkpoint holds the statistics merged over the ranks, as every checkpoint does, but each
+    rank's own for resuming: the resumed run is the one that was not ended, bit for bit. Population
+    training is not run for it; evaluation that is due in the same iteration is left out, that of
+    the last iteration too. A second SIGTERM ends the process at once, and so does the end of 30
+    seconds.
+
+    State read: the trainer's iteration. State changed: none, unless it saves; SIGTERM's handler
+    while training. All ranks must have it. Must come after the hooks that merge and checkpoint.
+    """
+
+    _trainings = 0  # in this process, and so of this process group
+
+    def before_train(self) -> None:
+        """Take over SIGTERM."""
+        Preemption._trainings += 1
+        self._key = f"rethinking_bn/stop_at/{Preemption._trainings}"
+        self._asked: float | None = None
+        self._told = False
+        self._timer: threading.Timer | None = None
+        # in the last iterations every rank is at most this far ahead of another: gradients are
+        # summed in each, but on a GPU that is only queued
+        self._lead = 0
+        if comm.get_world_size() > 1:
+            self._lead = 3 if dist.get_backend() == "nccl" else 1
+        self._handler: Any = None
+        self._handles = threading.current_thread() is threading.main_thread()
+        if self._handles:
+            self._handler = signal.signal(signal.SIGTERM, self._ask)
+
+    def after_train(self) -> None:
+        """Give SIGTERM back."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._handles:
+            signal.signal(signal.SIGTERM, self._handler or signal.SIG_DFL)
+
+    def after_step(self) -> None:
+        """Save and raise :class:`Preempted`, if all ranks are to stop here."""
+        following = self.trainer.iter + 1
+        ends = following >= self.trainer.max_iter
+        if self._stop_at(following, ends) != following:
+            return
+        name = "model_final" if ends else f"model_{self.trainer.iter:07d}"
+        if not ends:  # what ends is saved already
+            # before merging: each rank goes on with its own
+            self.trainer.gather_rank_states()
+            merge_statistics(self.trainer.model)
+            if comm.is_main_process():
+                self.trainer.checkpointer.save(name, iteration=self.trainer.iter)
+        logger.warning("SIGTERM: saved as %s.pth; --resume goes on from there.", name)
+        comm.synchronize()  # nobody ends before it is saved
+        # which run once more at the end of the last iteration
+        hooks = [hook for hook in self.trainer._hooks if not isinstance(hook, EvalHook)]
+        self.trainer._hooks[:] = hooks
+        raise Preempted
+
+    def _stop_at(self, following: int, ends: bool) -> int | None:
+        """Return the number of iterations after which all ranks stop, None if nobody asked."""
+        if comm.get_world_size() == 1:
+            return None if self._asked is None else following
+        store = _get_default_store()
+        if self._asked is not None and not self._told:
+            last = following if ends else min(following + self._lead, self.trainer.max_iter)
+            store.compare_set(self._key, "", str(last))  # the first one decides
+            self._told = True
+        if ends:
+            comm.synchronize()  # who has not been asked by now is not asked any more
+        return int(store.get(self._key)) if store.check([self._key]) else None
+
+    def _ask(self, *_: Any) -> None:
+        """Handle SIGTERM; called between two of the process's instructions, so it does little."""
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+            self._timer = _after(GRACE, _end_unsaved)
+            return
+        # a launcher passes on what the scheduler may also send here
+        passes_on = multiprocessing.parent_process() or "TORCHELASTIC_RUN_ID" in os.environ
+        if not passes_on or now - self._asked > _SAME_SIGNAL:
+            _end_unsaved()
+
+
+def _end_unsaved() -> None:
+    os.write(2, b"SIGTERM: ended without a checkpoint\n")
+    os._exit(PREEMPTED)
+
+
+def _after(seconds: float, end: Callable[[], Any]) -> threading.Timer:
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _say(text: str) -> None:

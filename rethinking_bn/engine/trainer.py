@@ -16,8 +16,8 @@ from detectron2.utils.env import seed_all_rng
 
 from rethinking_bn.checkpointer import later_checkpoints
 from rethinking_bn.engine.checks import check_required_weights, hold_output_dir
+from rethinking_bn.engine.launch import Preemption
 from rethinking_bn.engine.loaders import build_train_loader
-from rethinking_bn.engine.preemption import Preemption
 from rethinking_bn.engine.rank_state import (
     MergeStatistics,
     RankState,
@@ -42,7 +42,7 @@ class Trainer(TrainerMixin, DefaultTrainer):
       evaluation or population training drew does not matter. ``cfg.SEED`` < 0 stands for a random
       run seed, which the checkpoint keeps;
     - SIGTERM to any rank ends all of them after the iteration, with a checkpoint
-      (:class:`~rethinking_bn.engine.preemption.Preemption`), and a second training in OUTPUT_DIR is
+      (:class:`~rethinking_bn.engine.launch.Preemption`), and a second training in OUTPUT_DIR is
       refused;
     - before each step, modules with a method ``set_iteration`` are told the run seed and the
       iteration (see rethinking_bn.randomness).

@@ -13,6 +13,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
+from detectron2.layers import CycleBatchNormList
+from detectron2.solver import build_optimizer as detectron2_build_optimizer
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -28,16 +30,17 @@ from rethinking_bn.engine.accumulation import (
 )
 from rethinking_bn.engine.checks import apply_train_only
 from rethinking_bn.engine.hooks import with_rethinking_bn
-from rethinking_bn.engine.optimizer import decay_norms
 from rethinking_bn.engine.precise_bn import inference_statistics
-from rethinking_bn.engine.rank_state import (
-    wrap_data_parallel,
-)
-from rethinking_bn.engine.unread_keys import check_keys_are_read
-from rethinking_bn.layers import compile_norms
+from rethinking_bn.engine.rank_state import wrap_data_parallel
+from rethinking_bn.engine.unread_keys import check_keys_are_read, warn_of_unread_keys
+from rethinking_bn.layers import PopulationLayer, compile_norms
 from rethinking_bn.layers.bn_like import communicates
 
 logger = logging.getLogger(__name__)
+
+# detectron2 recognises norm layers by a closed list of torch's classes. Its own CycleBatchNormList
+# is not on it, and neither are these layers of ours that subclass none of torch's.
+_NORM_LAYERS = (PopulationLayer, CycleBatchNormList)
 
 # a DefaultTrainer by the time that a class is made of it
 _Base: Any = DefaultTrainer if TYPE_CHECKING else object
@@ -97,13 +100,24 @@ class TrainerMixin(_Base):
         finally:
             del self.__dict__["build_model"]
         log_passes(self.cfg, self.model)
+        optimizer = self._trainer.optimizer
+        others = _decayed_otherwise(cfg, optimizer, self.model)
+        if others:
+            logger.warning(
+                "SOLVER.WEIGHT_DECAY_NORM is %s, but %s.build_optimizer decays %d parameters of "
+                "norm layers otherwise: give what it builds to rethinking_bn.engine.decay_norms.",
+                *(cfg.SOLVER.WEIGHT_DECAY_NORM, type(self).__name__, len(others)),
+            )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        test: Any = vars(cls).get("test")
+        owner = next(kind for kind in cls.__mro__ if "test" in vars(kind))
+        if owner is not cls and issubclass(owner, TrainerMixin):
+            return  # this one, or done already; else a class of its own or one before this mixin
+        test: Any = vars(owner)["test"]
         if isinstance(test, classmethod):
             cls.test = classmethod(_by_chosen_statistics(test.__func__))  # type: ignore
-        elif test is not None:
+        else:
             cls.test = _by_chosen_statistics(test)  # type: ignore[method-assign]
 
     def _build(self, cfg: CfgNode) -> None:
@@ -179,6 +193,59 @@ class TrainerMixin(_Base):
         cfg = with_our_keys(cfg)
         with inference_statistics(cfg, model):
             return super().test(cfg, model, evaluators)
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Build detectron2's optimizer; every norm layer gets ``SOLVER.WEIGHT_DECAY_NORM``.
+
+    Learning rates, the settings for biases and gradient clipping are detectron2's. A model whose
+    norm layers detectron2 knows gets exactly detectron2's parameter groups; any other model gets
+    the groups detectron2 would have built had it known the layers. It warns of keys of ours in
+    ``cfg`` that the model has not read. For a project with its own trainer.
+    """
+    warn_of_unread_keys(cfg)
+    return decay_norms(cfg, detectron2_build_optimizer(cfg, model), model)
+
+
+def decay_norms(
+    cfg: CfgNode, optimizer: torch.optim.Optimizer, model: nn.Module
+) -> torch.optim.Optimizer:
+    """Give SOLVER.WEIGHT_DECAY_NORM to the norms that a fresh optimizer's builder did not know."""
+    decay = cfg.SOLVER.WEIGHT_DECAY_NORM
+    others = {id(p) for p in _decayed_otherwise(cfg, optimizer, model)}
+    if not others:
+        return optimizer
+    settings: dict[nn.Parameter, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        shared = {key: value for key, value in group.items() if key != "params"}
+        for p in group["params"]:
+            settings[p] = {**shared, "weight_decay": decay} if id(p) in others else shared
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for parameter in model.parameters():  # in the model's order
+        if parameter in settings:
+            shared = settings[parameter]
+            group = groups.setdefault(tuple(shared.items()), {"params": [], **shared})
+            group["params"].append(parameter)
+    optimizer.param_groups[:] = groups.values()
+    return optimizer
+
+
+def _decayed_otherwise(
+    cfg: CfgNode, optimizer: torch.optim.Optimizer, model: nn.Module
+) -> list[nn.Parameter]:
+    """Return the parameters of norms of ours that decay by another number than the key's."""
+    decay = cfg.SOLVER.WEIGHT_DECAY_NORM
+    # as in detectron2, a setting for all biases goes before the one for norms
+    bias_is_set = cfg.SOLVER.WEIGHT_DECAY_BIAS is not None
+    norms = {
+        parameter
+        for layer in model.modules()
+        if isinstance(layer, _NORM_LAYERS) and decay is not None
+        for name, parameter in layer.named_parameters()
+        if not (bias_is_set and name.rpartition(".")[2] == "bias")
+    }
+    groups = [g for g in optimizer.param_groups if g.get("weight_decay", decay) != decay]
+    return [p for group in groups for p in group["params"] if p in norms]
 
 
 def _by_chosen_statistics(test: Callable[..., Any]) -> Callable[..., Any]:

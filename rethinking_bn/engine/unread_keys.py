@@ -249,13 +249,14 @@ def _of_trainers(cfg: Any) -> list[tuple[str, Any, Callable[[Any], bool]]]:
         return not (compiled and ours) or any(vars(m).get(k) for m in ours for k in marks)
 
     def tests(trainer: Any) -> bool:
-        kinds = trainer.__class__.__mro__
-        functions = [vars(kind)["test"] for kind in kinds if "test" in vars(kind)]
-        codes = [getattr(getattr(f, "__func__", f), "__code__", None) for f in functions]
-        named = {name for code in codes if code is not None for name in code.co_names}
-        return statistics == "population" or bool(
-            named & {"inference_statistics", "batch_statistics"}
-        )
+        for kind in trainer.__class__.__mro__ if statistics != "population" else ():
+            function = vars(kind).get("test")
+            code = getattr(getattr(function, "__func__", function), "__code__", None)
+            if code is not None and {"inference_statistics", "batch_statistics"} & {*code.co_names}:
+                return True
+            if code is not None and "test" not in code.co_names:
+                return False  # it does not call the next class's
+        return statistics == "population"
 
     return [
         ("SOLVER.ACCUMULATION_STEPS", passes, steps),

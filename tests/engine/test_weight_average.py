@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from rethinking_bn.engine import PreciseBN, Trainer, WeightAverage, with_rethinking_bn
-from rethinking_bn.engine.preemption import Preempted
+from rethinking_bn.engine.launch import Preempted
 from rethinking_bn.engine.rank_state import MergeStatistics
 from rethinking_bn.engine.weight_average import average_options
 from tests.engine.test_resume import Interruption, RecordingTrainer, digest
