@@ -60,11 +60,12 @@ class AccumulatingTrainer(SimpleTrainer):
 
         if self.zero_grad_before_forward:
             self.optimizer.zero_grad()
+        no_sync = getattr(self.model, "no_sync", nullcontext)
         means: dict[str, Tensor] = {}
         for index, part in enumerate(parts):
             is_last = index == len(parts) - 1
             with (
-                nullcontext() if is_last else self._no_sync(),
+                nullcontext() if is_last else no_sync(),  # of a data-parallel wrapper
                 normalizers_of_pass(self.model, index, len(parts)),
             ):
                 with self._autocast():
@@ -85,11 +86,6 @@ class AccumulatingTrainer(SimpleTrainer):
         else:
             self._write_metrics(means, data_time)
         self._step_optimizer()
-
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        """Return the context in which a data-parallel wrapper leaves gradients on their rank."""
-        no_sync = getattr(self.model, "no_sync", nullcontext)
-        return no_sync()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()

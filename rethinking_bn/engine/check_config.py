@@ -32,25 +32,16 @@ from rethinking_bn.engine.weight_average import average_options
 
 
 def check_values(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:
-    """Raise a ValueError for a value that its key cannot have, by itself or beside others.
-
-    Args:
-        cfg: with our keys.
-        ranks: processes of the run.
-        training: whether the run trains.
-    """
+    """Raise a ValueError for a value that its key cannot have, by itself or beside others."""
     estimates = needs_population_loader(cfg, training=training)
-    solver, test = cfg.SOLVER, cfg.TEST.PRECISE_BN
-    least = {"SOLVER.CHECKPOINT_PERIOD": (solver.CHECKPOINT_PERIOD, 1)}
-    least["DATALOADER.NUM_WORKERS"] = (cfg.DATALOADER.NUM_WORKERS, 0)
-    least["TEST.PRECISE_BN.NUM_WORKERS"] = (test.NUM_WORKERS, 0)
+    least = {"SOLVER.CHECKPOINT_PERIOD": 1, "DATALOADER.NUM_WORKERS": 0}
+    least["TEST.PRECISE_BN.NUM_WORKERS"] = 0
     if estimates:
-        least["TEST.PRECISE_BN.NUM_ITER"] = (test.NUM_ITER, 1)
+        least["TEST.PRECISE_BN.NUM_ITER"] = 1
     if training:
-        least["SOLVER.MAX_ITER"] = (solver.MAX_ITER, 1)  # --eval-only evaluates without training
-        least["SOLVER.BASE_LR"] = (solver.BASE_LR, 0)
-        least["TEST.DIAGNOSE.PERIOD"] = (cfg.TEST.DIAGNOSE.PERIOD, 0)
-    for key, (value, bound) in least.items():
+        least |= {"SOLVER.MAX_ITER": 1, "SOLVER.BASE_LR": 0, "TEST.DIAGNOSE.PERIOD": 0}
+    for key, bound in least.items():
+        value = _leaf(cfg, key)
         if not bound <= value < math.inf:
             more = "; --eval-only evaluates without training" if "MAX_ITER" in key else ""
             raise ValueError(f"{key} must be at least {bound}, got {value}{more}")
@@ -74,10 +65,11 @@ def check_values(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:
     check_transforms(cfg)
     check_batch_size(cfg, ranks, training=training)
     if training:
-        if cfg.TEST.DIAGNOSE.PERIOD and test.NUM_ITER < 2:
+        number = cfg.TEST.PRECISE_BN.NUM_ITER
+        if cfg.TEST.DIAGNOSE.PERIOD and number < 2:
             raise ValueError(
                 f"TEST.DIAGNOSE.PERIOD {cfg.TEST.DIAGNOSE.PERIOD} needs at least 2 batches, but "
-                f"TEST.PRECISE_BN.NUM_ITER is {test.NUM_ITER}"
+                f"TEST.PRECISE_BN.NUM_ITER is {number}"
             )
         check_thaw(cfg)
         check_freezing(cfg, ranks)
@@ -139,9 +131,8 @@ def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
     """Check that the data sets of a run are registered, and on disk unless they are generated.
 
     Raises:
-        ValueError: for a name that is not registered, in a group of MODEL.DOMAIN_BN.DATASETS,
-            too (close names are listed); for a data set that is in no group where there are some;
-            for one that has more classes than the model.
+        ValueError: for a name that is not registered, or that is in no group of
+            MODEL.DOMAIN_BN.DATASETS where there are some; for more classes than the model has.
         FileNotFoundError: saying where the data set was looked for, and what moves that place.
     """
     names = list(cfg.DATASETS.TEST)

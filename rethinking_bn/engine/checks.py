@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -36,11 +36,9 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
     OUTPUT_DIR is made and probed when everything else is right; before, nothing is written.
 
     Args:
-        args: as :func:`rethinking_bn.engine.launch.argument_parser` reads them. ``diagnosing``
-            True: the run reads the images of population training and of the data set ``target``
-            ("": none), and no test set.
-        local_ranks: processes on this machine.
-        ranks: processes on all machines.
+        args: of a tool. ``diagnosing`` True: the run reads the images of population training and
+            of the data set ``target`` ("": none), and no test set.
+        local_ranks, ranks: processes on this machine and on all.
 
     Returns:
         the config, not frozen, with ``MODEL.DEVICE`` cpu if no GPU is visible.
@@ -109,11 +107,6 @@ def check_model(cfg: CfgNode, ranks: int = 1, *, training: bool = True) -> nn.Mo
 
     The model is built for that, on torch's meta device: without memory or initialisation.
 
-    Args:
-        cfg: not modified.
-        ranks: processes of the run, for norm layers that must know the images of each.
-        training: whether the run trains.
-
     Returns:
         that model; None for one that cannot be built there.
     """
@@ -130,8 +123,18 @@ def check_model(cfg: CfgNode, ranks: int = 1, *, training: bool = True) -> nn.Mo
     except (NotImplementedError, RuntimeError):
         # a model that computes with values while it is built cannot be checked this way
         return None
-    if training and any(isinstance(module, MABN2d) for module in model.modules()):
-        _check_mabn_batch(cfg, ranks)
+    keys = cfg.MODEL.MABN  # building has checked BATCH_SIZE
+    has_mabn = any(isinstance(module, MABN2d) for module in model.modules())
+    if training and has_mabn and not keys.BATCH_SIZE:
+        cfg = scale_to_ranks(cfg, ranks)
+        images = images_per_pass(cfg, ranks)
+        if keys.SIMULATED_BATCH_SIZE < 1 or keys.SIMULATED_BATCH_SIZE % images:
+            raise ValueError(
+                f"MODEL.MABN.SIMULATED_BATCH_SIZE {keys.SIMULATED_BATCH_SIZE} is not a multiple of "
+                f"the {images} images per process and pass (SOLVER.IMS_PER_BATCH "
+                f"{cfg.SOLVER.IMS_PER_BATCH}, {ranks} process(es), SOLVER.ACCUMULATION_STEPS "
+                f"{cfg.SOLVER.ACCUMULATION_STEPS})"
+            )
     return model
 
 
@@ -144,18 +147,16 @@ def _explained(cfg: CfgNode, name: str) -> str:
     ]
     if not places:
         return name
-    if all(".NORM " in place for place in places):
-        there = (
-            "detectron2's parts know BN, SyncBN, FrozenBN, GN and LN; for another norm set "
-            "MODEL.RETINANET.HEAD_NAME, MODEL.ROI_BOX_HEAD.NAME, MODEL.ROI_MASK_HEAD.NAME or "
-            "MODEL.BACKBONE.NAME to a part of this package"
-        )
-    else:
-        try:
-            with torch.random.fork_rng(devices=[]), torch.device("meta"):
-                features = ", ".join(build_backbone(cfg).output_shape())
-        except Exception:  # it is the backbone itself that does not find the name
-            features = "others"
+    there = (
+        "detectron2's parts know BN, SyncBN, FrozenBN, GN and LN; for another norm set "
+        "MODEL.RETINANET.HEAD_NAME, MODEL.ROI_BOX_HEAD.NAME, MODEL.ROI_MASK_HEAD.NAME or "
+        "MODEL.BACKBONE.NAME to a part of this package"
+    )
+    if not all(".NORM " in place for place in places):
+        features = "others"
+        # otherwise the backbone itself does not find the name
+        with suppress(Exception), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            features = ", ".join(build_backbone(cfg).output_shape())
         there = f"{cfg.MODEL.BACKBONE.NAME} has {features}"
     return f"there is no {name!r}, which {' and '.join(places)} ask for; {there}"
 
@@ -168,25 +169,8 @@ def _leaves(cfg: CfgNode, prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def _check_mabn_batch(cfg: CfgNode, ranks: int) -> None:
-    if cfg.MODEL.MABN.BATCH_SIZE:
-        return  # building has checked it
-    simulated = cfg.MODEL.MABN.SIMULATED_BATCH_SIZE
-    cfg = scale_to_ranks(cfg, ranks)
-    images = images_per_pass(cfg, ranks)
-    if simulated < 1 or simulated % images:
-        raise ValueError(
-            f"MODEL.MABN.SIMULATED_BATCH_SIZE {simulated} is not a multiple of the {images} images "
-            f"per process and pass (SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}, {ranks} "
-            f"process(es), SOLVER.ACCUMULATION_STEPS {cfg.SOLVER.ACCUMULATION_STEPS})"
-        )
-
-
 def check_weights(cfg: CfgNode, *, resume: bool = False, training: bool = True) -> str:
-    """Check that what the run starts from is there; weights behind a URL are fetched.
-
-    Returns:
-        its path; "" without one.
+    """Return the path of what the run starts from, "" without one; fetch weights behind a URL.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -238,10 +222,8 @@ def check_loading(cfg: CfgNode, model: nn.Module, path: str, *, training: bool =
     except NotImplementedError:  # a layer that looks at values which the meta device does not have
         return
     except RuntimeError as error:  # of load_state_dict, one message per line
-        first, *messages = str(error).splitlines()
-        said = (
-            "; ".join(message.strip() for message in (*messages[:1], *messages[1:][-1:])) or first
-        )
+        first, *messages = (line.strip() for line in str(error).splitlines())
+        said = "; ".join(dict.fromkeys(messages[:1] + messages[-1:])) or first
         more = f"; {len(messages) - 2} more like these" if len(messages) > 2 else ""
         raise ValueError(f"MODEL.WEIGHTS {path!r} does not load: {said}{more}") from error
     misfit = checkpointer.misfit
@@ -267,25 +249,18 @@ def without_statistics(cfg: CfgNode, layers: Iterable[BatchNormLike]) -> list[st
     except ValueError as error:
         raise ValueError(f"MODEL.WEIGHTS: {error}") from error
 
+    start = {"running_mean": 0.0, "running_mean_square": 1.0}
+
     def is_known(layer: BatchNormLike) -> bool:
-        own = {k: v for k, v in state.items() if k.startswith(f"{layer.name}.")}
-        start = {"running_mean": 0.0, "running_mean_square": 1.0}
-        return any(
-            isinstance(value, Tensor) and bool((value != start[key.rpartition(".")[2]]).any())
-            for key, value in own.items()
-            if key.rpartition(".")[2] in start
-        )
+        own = ((k, v) for k, v in state.items() if k.startswith(f"{layer.name}."))
+        values = ((start.get(k.rpartition(".")[2]), v) for k, v in own if isinstance(v, Tensor))
+        return any(first is not None and bool((v != first).any()) for first, v in values)
 
     return [layer.name for layer in layers if layer.keeps_statistics and not is_known(layer)]
 
 
 def check_teacher(cfg: CfgNode) -> None:
-    """Check that a model to be distilled has a teacher.
-
-    Raises:
-        FileNotFoundError: if its weights, where they are a file, are missing.
-        ValueError: if its config is missing, or one of the two keys is empty.
-    """
+    """Raise a ValueError or FileNotFoundError if a model to be distilled has no teacher."""
     if cfg.MODEL.META_ARCHITECTURE != "DistilledRetinaNet":
         return
     keys = cfg.MODEL.DISTILL

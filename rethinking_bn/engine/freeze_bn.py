@@ -29,8 +29,7 @@ class FreezeBN(HookBase):
 
     State read: the model, the trainer's precision and optimizer. State changed: the population
     statistics, once, and the layers' mode. State kept in a checkpoint: that the layers are frozen,
-    so that a resumed run neither estimates again nor forgets to freeze, at whatever ``start``, as
-    long as it has this hook (detectron2 warns of the state of a hook that is gone).
+    so that a resumed run with this hook neither estimates again nor forgets to freeze.
     """
 
     def __init__(
@@ -77,30 +76,27 @@ class FreezeBN(HookBase):
 
     def before_step(self) -> None:
         """Estimate and freeze when it is time to; freeze when resumed after that."""
-        if self._is_frozen or (self.trainer.iter < self._start and not self._was_frozen):
+        now = self.trainer.iter
+        if self._is_frozen or (now < self._start and not self._was_frozen):
             return
-        if self._was_frozen:
-            if self.trainer.iter < self._start:
-                logger.warning(
-                    "FreezeBN: this run was frozen before iteration %d and stays so; start is %d.",
-                    *(self.trainer.iter, self._start),
-                )
-        else:
-            if self.trainer.iter > self._start:
+        if self._was_frozen and now < self._start:
+            logger.warning(
+                "FreezeBN: this run was frozen before iteration %d and stays so; start is %d.",
+                *(now, self._start),
+            )
+        if not self._was_frozen:
+            if now > self._start:
                 logger.warning(
                     "FreezeBN: this run came to iteration %d unfrozen; frozen now, not at %d.",
-                    *(self.trainer.iter, self._start),
+                    *(now, self._start),
                 )
-            self._set_statistics()
+            if self._estimator is None:
+                merge_statistics(self._model)
+            else:
+                self._estimator.trainer = self.trainer
+                self._estimator.update_stats()
         self._freeze()
         self._is_frozen = True
-
-    def _set_statistics(self) -> None:
-        if self._estimator is None:
-            merge_statistics(self._model)
-        else:
-            self._estimator.trainer = self.trainer
-            self._estimator.update_stats()
 
     def _freeze(self) -> None:
         wrapped = isinstance(self._model, DistributedDataParallel)
@@ -124,17 +120,13 @@ class FreezeBN(HookBase):
 
 
 def _discard_gradients(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer see no gradient of some parameters, though a backward computes one.
-
-    Zeros for whoever looks at all gradients before the optimizer (clipping by their norm), None
-    for the optimizer itself, which then applies neither weight decay nor momentum.
-    """
+    """Let an optimizer see no gradient of some parameters, though a backward computes one."""
     for parameter in parameters:
-        if parameter.requires_grad:
+        if parameter.requires_grad:  # zeros for who clips all gradients by their norm before that
             parameter.register_hook(torch.zeros_like)
 
     def forget(*_: Any) -> None:
         for parameter in parameters:
-            parameter.grad = None
+            parameter.grad = None  # so neither weight decay nor momentum applies
 
     optimizer.register_step_pre_hook(forget)

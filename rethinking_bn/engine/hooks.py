@@ -59,20 +59,18 @@ def with_rethinking_bn(
             return with_rethinking_bn(super().build_hooks(), self.cfg, self.model)
 
     and for the list in the middle of tools/lazyconfig_train_net.py, before ``register_hooks``.
-    Ours run one after another (population training, then what freezes, averages or measures its
-    result, then the merge over ranks) before the first hook that checkpoints, evaluates or writes,
-    or where detectron2's PreciseBN was, which ours replaces. A hook of ours that is in the list
-    already stays as it is and where it is. One hook refuses to train where a key of ours is set
-    that hooks cannot follow and the trainer does not.
+    Ours run one after another before the first hook that checkpoints, evaluates or writes, or where
+    detectron2's PreciseBN was, which ours replaces. A hook of ours that is in the list already
+    stays where it is. One hook refuses to train where a key of ours is set that hooks cannot follow
+    and the trainer does not.
 
     Args:
         hooks: in their order, None allowed; not modified.
         cfg: read are our keys of SOLVER and TEST, SOLVER.CHECKPOINT_PERIOD and TEST.EVAL_PERIOD,
             and what :func:`rethinking_bn.engine.build_population_loader` reads.
         model: the trainer's, data-parallel wrapper included.
-        data_loader: batches for population training, for projects (such as LazyConfig's) whose data
-            ``cfg`` does not describe; every ``iter()`` must start over. None: the one that
-            TEST.PRECISE_BN describes.
+        data_loader: batches for population training, where ``cfg`` does not describe the data (as
+            LazyConfig's); every ``iter()`` must start over. None: what TEST.PRECISE_BN describes.
 
     Returns:
         a new list, of the same hooks on every rank.

@@ -22,8 +22,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import torch
@@ -35,7 +35,6 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from rethinking_bn.command_line import LAUNCHER, argument_parser, end_with
@@ -81,13 +80,19 @@ def run(
     if add_options is not None:
         add_options(parser)
     args = parser.parse_args(argv)
+    disabled = logging.root.manager.disable
     try:
-        with _silence():
+        # what is worth a warning is said again when the run is set up
+        logging.disable(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             cfg = check_arguments(args)
     except (ValueError, OSError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             _say(f"error: {error}")
         sys.exit(1)
+    finally:
+        logging.disable(disabled)
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     if _under_torchrun():
         return _run_under_torchrun(main, args, on_gpu)
@@ -104,10 +109,7 @@ def run(
 
 
 def check_arguments(args: argparse.Namespace) -> CfgNode:
-    """Check the command line in the process that will start the others.
-
-    Returns:
-        the config, not frozen.
+    """Check the command line before processes start; return the config, not frozen.
 
     Raises:
         ValueError, OSError: one line that says what is wrong.
@@ -152,19 +154,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Hold back logs and warnings: what is worth them comes again when the run is set up."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 def _under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
@@ -196,14 +185,8 @@ def launch(main: Main, args: argparse.Namespace, on_gpu: bool) -> None:
     before = signal.signal(signal.SIGTERM, pass_on)
     os.environ[LAUNCHER] = str(os.getpid())
     try:
-        detectron2_launch(
-            _run_rank,
-            args.num_gpus,
-            args.num_machines,
-            args.machine_rank,
-            args.dist_url,
-            (os.getpid(), main, args, on_gpu),
-        )
+        places = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+        detectron2_launch(_run_rank, *places, (os.getpid(), main, args, on_gpu))
     except KeyboardInterrupt:
         _say("interrupted: all ranks are ended")
         _end(INTERRUPTED)
@@ -241,13 +224,6 @@ def _share_cores(main: Main, args: argparse.Namespace, on_gpu: bool) -> Any:
     return result
 
 
-class Preempted(SystemExit):
-    """Ends a run that has saved after SIGTERM; the exit status is 143."""
-
-    def __init__(self) -> None:
-        super().__init__(PREEMPTED)
-
-
 class Preemption(HookBase):
     """Let a SIGTERM to any rank end training on all, in the same iteration, with a checkpoint.
 
@@ -261,20 +237,10 @@ class Preemption(HookBase):
     while training. All ranks must have it. Must come after the hooks that merge and checkpoint.
     """
 
-    _trainings = 0  # in this process, and so of this process group
-
     def before_train(self) -> None:
         """Take over SIGTERM."""
-        Preemption._trainings += 1
-        self._key = f"rethinking_bn/stop_at/{Preemption._trainings}"
         self._asked: float | None = None
-        self._told = False
         self._timer: threading.Timer | None = None
-        # in the last iterations every rank is at most this far ahead of another: gradients are
-        # summed in each, but on a GPU that is only queued
-        self._lead = 0
-        if comm.get_world_size() > 1:
-            self._lead = 3 if dist.get_backend() == "nccl" else 1
         self._handler: Any = None
         self._handles = threading.current_thread() is threading.main_thread()
         if self._handles:
@@ -288,11 +254,10 @@ class Preemption(HookBase):
             signal.signal(signal.SIGTERM, self._handler or signal.SIG_DFL)
 
     def after_step(self) -> None:
-        """Save and raise :class:`Preempted`, if all ranks are to stop here."""
-        following = self.trainer.iter + 1
-        ends = following >= self.trainer.max_iter
-        if self._stop_at(following, ends) != following:
+        """Save and raise SystemExit with status 143, if all ranks are to stop here."""
+        if not any(comm.all_gather(self._asked is not None)):  # so all stop in the same iteration
             return
+        ends = self.trainer.iter + 1 >= self.trainer.max_iter
         name = "model_final" if ends else f"model_{self.trainer.iter:07d}"
         if not ends:  # what ends is saved already
             # before merging: each rank goes on with its own
@@ -305,20 +270,7 @@ class Preemption(HookBase):
         # which run once more at the end of the last iteration
         hooks = [hook for hook in self.trainer._hooks if not isinstance(hook, EvalHook)]
         self.trainer._hooks[:] = hooks
-        raise Preempted
-
-    def _stop_at(self, following: int, ends: bool) -> int | None:
-        """Return the number of iterations after which all ranks stop, None if nobody asked."""
-        if comm.get_world_size() == 1:
-            return None if self._asked is None else following
-        store = _get_default_store()
-        if self._asked is not None and not self._told:
-            last = following if ends else min(following + self._lead, self.trainer.max_iter)
-            store.compare_set(self._key, "", str(last))  # the first one decides
-            self._told = True
-        if ends:
-            comm.synchronize()  # who has not been asked by now is not asked any more
-        return int(store.get(self._key)) if store.check([self._key]) else None
+        sys.exit(PREEMPTED)
 
     def _ask(self, *_: Any) -> None:
         """Handle SIGTERM; called between two of the process's instructions, so it does little."""

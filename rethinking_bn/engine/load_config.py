@@ -43,8 +43,14 @@ def load_config(
         ValueError: for a tag, other bad YAML, an unknown key (close keys are named), a value of
             the wrong type, or a module that cannot be imported. The message is one line.
     """
+    if imports and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a script's own folder is there, the current one is not
     for module in imports:
-        _import(module)
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # it is somebody else's code
+            said = f"{type(error).__name__}: {_one_line(error)}"
+            raise ValueError(f"--import {module}: {said}") from error
     cfg = get_cfg()
     add_rethinking_bn_config(cfg)
     if config_file:
@@ -54,7 +60,8 @@ def load_config(
     if len(opts) % 2:
         raise ValueError(f"overrides must be KEY VALUE pairs, but got {' '.join(opts)!r}")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
-        _check_key(cfg, key)
+        if key not in _keys(cfg):
+            raise ValueError(_unknown_key(cfg, key))
         try:
             cfg.merge_from_list([key, value])
         except (AssertionError, ValueError) as error:
@@ -79,40 +86,27 @@ def scale_to_ranks(cfg: CfgNode, ranks: int) -> CfgNode:
 
 
 def use_available_device(cfg: CfgNode) -> bool:
-    """Set ``MODEL.DEVICE`` to the CPU, in place, if it is CUDA and there is no GPU.
-
-    Returns:
-        whether that happened, for the caller to log.
-    """
+    """Set ``MODEL.DEVICE`` to the CPU if it is CUDA without a GPU; return whether that is so."""
     falls_back = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
     if falls_back:
         cfg.MODEL.DEVICE = "cpu"
     return falls_back
 
 
-def _import(module: str) -> None:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a script's own folder is there, the current one is not
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # it is somebody else's code
-        said = f"{type(error).__name__}: {_one_line(error)}"
-        raise ValueError(f"--import {module}: {said}") from error
-
-
 def _merge_file(cfg: CfgNode, config_file: str) -> None:
     try:
         cfg.merge_from_file(config_file, allow_unsafe=False)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{config_file}: its _BASE_ {error.filename!r} does not exist"
-        ) from error
+        said = f"{config_file}: its _BASE_ {error.filename!r} does not exist"
+        raise FileNotFoundError(said) from error
     except yaml.constructor.ConstructorError as error:
         where = error.problem_mark
-        place = f"{where.name}, line {where.line + 1}" if where else config_file
+        place, key = config_file, ""
+        if where:
+            place, key = f"{where.name}, line {where.line + 1}", _key_at(where)
         raise ValueError(
             f"{place}: {error.problem}; YAML tags are not loaded because they can execute code: "
-            f"write the value itself{_key_at(where) if where else ''}"
+            f"write the value itself{key}"
         ) from error
     except RecursionError as error:
         raise ValueError(f"{config_file}: its _BASE_ files lead back to themselves") from error
@@ -138,14 +132,6 @@ def _key_at(where: yaml.Mark) -> str:
     sizes = [[round(x * 2 ** (i / 3), 1) for i in range(3)] for x in (32, 64, 128, 256, 512)]
     known = f", such as RetinaNet's {sizes}" if key == "MODEL.ANCHOR_GENERATOR.SIZES" else ""
     return f" under {key}{known}"
-
-
-def _check_key(cfg: CfgNode, key: str) -> None:
-    node = cfg
-    for name in key.split("."):
-        if not isinstance(node, CfgNode) or name not in node:
-            raise ValueError(_unknown_key(cfg, key))
-        node = node[name]
 
 
 def _unknown_key(cfg: CfgNode, key: str) -> str:

@@ -25,12 +25,7 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from rethinking_bn.config import (
-    check_divides,
-    check_has_keys,
-    check_transforms,
-    images_per_pass,
-)
+from rethinking_bn.config import check_divides, check_has_keys, check_transforms, images_per_pass
 from rethinking_bn.data.domains import domain_groups, mark, marked_training_dicts
 from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.load_config import scale_to_ranks
@@ -67,8 +62,8 @@ class ResumableTrainLoader(Iterable[list[Sample]]):
         """
         Args:
             dataset: detectron2's dataset dicts, with "width" and "height" if grouping is on.
-            mapper: turns a dataset dict into the model's input, or into None to skip it (another
-                image takes its place). Any randomness must come from the global generators.
+            mapper: makes a dataset dict the model's input, or None to skip it (another image takes
+                its place). Any randomness must come from the global generators.
             sampler: this rank's endless stream of indices; starts over at every ``iter()``.
             batch_size: images per rank.
             seed: of the run, equal on all ranks.
@@ -132,23 +127,22 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[l
     # samplers that take no seed draw one from numpy's generator
     with isolated_random_state(derive_seed(cfg.SEED)):
         parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset)
-    if not isinstance(parts["dataset"], list):
+    images, grouping = parts["dataset"], parts["aspect_ratio_grouping"]
+    if not isinstance(images, list):
         logger.warning(
             "%s are not lists of dicts but %s: a resumed run starts over with the data.",
-            cfg.DATASETS.TRAIN,
-            type(parts["dataset"]).__name__,
+            *(cfg.DATASETS.TRAIN, type(images).__name__),
         )
         return build_detection_train_loader(**parts)
     world = comm.get_world_size()
     check_divides("SOLVER.IMS_PER_BATCH", parts["total_batch_size"], world)
-    grouping = parts["aspect_ratio_grouping"]
-    if grouping and not all("width" in d and "height" in d for d in parts["dataset"]):
+    if grouping and not all("width" in d and "height" in d for d in images):
         raise ValueError(
             f"{cfg.DATASETS.TRAIN} hold dicts without width or height; set "
             "DATALOADER.ASPECT_RATIO_GROUPING False"
         )
     return ResumableTrainLoader(
-        parts["dataset"],
+        images,
         parts["mapper"],
         parts["sampler"],
         parts["total_batch_size"] // world,
@@ -211,7 +205,6 @@ def build_together(cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
     For as many processes as there are: SOLVER.REFERENCE_WORLD_SIZE scales it, as in training.
     """
     error: Exception | None = None
-    loader: Iterable[list[dict[str, Any]]] = ()
     try:
         loader = build_population_loader(scale_to_ranks(cfg, comm.get_world_size()))
     except Exception as raised:
@@ -241,31 +234,23 @@ def _load(cfg: CfgNode, names: Sequence[str], *, labelled: bool) -> list[Sample]
             )
         sets[name] = mark(cfg, name, samples)
     unlabelled = [name for name, samples in sets.items() if not _has_labels(samples)]
-    if labelled and not unlabelled:
-        return _filtered(cfg, itertools.chain.from_iterable(sets.values()))
-    if labelled:
-        logger.info("population training without labels: %s has none", ", ".join(unlabelled))
-    return [
-        {key: value for key, value in sample.items() if key not in _ANNOTATION_KEYS}
-        for sample in itertools.chain.from_iterable(sets.values())
-    ]
+    found = list(itertools.chain.from_iterable(sets.values()))
+    if unlabelled or not labelled:
+        if labelled:
+            logger.info("population training without labels: %s has none", ", ".join(unlabelled))
+        return [{k: v for k, v in d.items() if k not in _ANNOTATION_KEYS} for d in found]
+    if "annotations" in found[0]:  # leave out what training leaves out
+        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            found = filter_images_with_only_crowd_annotations(found)
+        least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        found = filter_images_with_few_keypoints(found, least) if least > 0 else found
+    return found
 
 
 def _has_labels(samples: list[Sample]) -> bool:
     """Return whether some image has ground truth, and every one at least an empty list of it."""
     everywhere = all(any(key in sample for key in _ANNOTATION_KEYS) for sample in samples)
     return everywhere and any(sample.get(key) for sample in samples for key in _ANNOTATION_KEYS)
-
-
-def _filtered(cfg: CfgNode, samples: Iterable[Sample]) -> list[Sample]:
-    """Leave out the images that training leaves out."""
-    kept = list(samples)
-    if "annotations" not in kept[0]:
-        return kept
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        kept = filter_images_with_only_crowd_annotations(kept)
-    least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    return filter_images_with_few_keypoints(kept, least) if least > 0 else kept
 
 
 class _SeededSamples(Dataset[Sample]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -88,21 +88,20 @@ def make_plan(cfg: CfgNode, ranks: int = 1) -> Plan:
         raise ValueError(f"{cfg.MODEL.META_ARCHITECTURE} cannot be built without data")
     modules = dict(model.train().named_modules())
     layers = {layer.name: layer for layer in find_bn_like(model).layers}
-    names = [
-        name
+    norms = {
+        name: type(module).__name__
         for name, module in modules.items()
         if name in layers
         or isinstance(module, _OTHER_NORMS)
         or type(module).__name__.startswith("LayerNorm")
-    ]
-    kinds = {name: type(modules[name]).__name__ for name in names}
+    }
     shuffled = tuple(f"{n}." for n, module in modules.items() if isinstance(module, ShuffledLayers))
-    calls = _count_calls(cfg, model, names)
+    calls = _count_calls(cfg, model, norms)
     plans = [
         _plan(cfg, layers[name], calls.get(name), ranks, name.startswith(shuffled))
         if name in layers
-        else NormPlan(name, kinds[name], False, calls.get(name), None, "", "each sample's own")
-        for name in names
+        else NormPlan(name, kind, False, calls.get(name), None, "", "each sample's own")
+        for name, kind in norms.items()
     ]
     return Plan(tuple(plans), tuple(_warnings(cfg, plans, layers, ranks)))
 
@@ -111,6 +110,10 @@ def _plan(
     cfg: CfgNode, layer: BatchNormLike, calls: int | None, ranks: int, shuffled: bool
 ) -> NormPlan:
     module, several = layer.module, len(layer.domains) > 1
+    kind = type(module).__name__
+    if layer.frozen:
+        inference = f"{'mini-batch' if layer.by_batch else 'frozen'} statistics"
+        return NormPlan(layer.name, kind, True, calls, None, "", inference)
     levels = isinstance(module, MultiDomainBatchNorm2d) and module.train_stats == "shared"
     images = images_per_pass(cfg, ranks) * (ranks if shuffled else 1)
     for part, key in (("roi_heads", "ROI_HEADS"), ("backbone", "BACKBONE")):
@@ -120,24 +123,17 @@ def _plan(
         images = cfg.MODEL.MABN.SIMULATED_BATCH_SIZE
     images *= ranks if layer.pools_ranks else 1
     pools = "+".join(["levels"] * levels + ["ranks"] * layer.pools_ranks)
-    inference = "population statistics"
+    inference = "running mean square" if layer.mean_square else "population statistics"
     if layer.by_batch or cfg.TEST.STATISTICS == "batch":
         inference = "mini-batch statistics"
-    elif layer.frozen:
-        inference = "frozen statistics"
-    elif layer.mean_square:
-        inference = "running mean square"
     elif several:
         inference += f" of each of {len(layer.domains)} domains"
-    kind = type(module).__name__
-    if layer.frozen:
-        return NormPlan(layer.name, kind, True, calls, None, "", inference)
     mixed_up = (calls or 1) > 1 and levels == several and not (layer.mean_square or layer.by_batch)
     pools = "shuffled rows" if shuffled else pools
     return NormPlan(layer.name, kind, False, calls, images, pools, inference, mixed_up)
 
 
-def _count_calls(cfg: CfgNode, model: Any, norms: Sequence[str]) -> dict[str, int]:
+def _count_calls(cfg: CfgNode, model: Any, norms: Iterable[str]) -> dict[str, int]:
     """Run backbone and heads on the meta device; return the tensors each norm layer is given.
 
     The model is of no use afterwards: its norm layers only count.
@@ -180,43 +176,47 @@ def _run_parts(cfg: CfgNode, model: Any) -> None:
 def _warnings(
     cfg: CfgNode, plans: list[NormPlan], layers: dict[str, BatchNormLike], ranks: int
 ) -> Iterator[str]:
-    mixed_up = [plan for plan in plans if plan.mixed_up]
-    if mixed_up:
-        yield (
-            f"{_names(mixed_up)} normalise {mixed_up[0].calls} domains per forward in training by "
-            "other statistics than at inference (row 3's mistake, or rows 2 and 5): set "
-            "MODEL.RETINANET.BN.TRAIN_STATS and POPULATION_STATS alike (rows 1, 4 or 6 of Table 5)"
-        )
-    small = [plan for plan in plans if plan.nbs is not None and plan.nbs < _LEAST]
-    small = [plan for plan in small if not layers[plan.name].mean_square]
-    if small:
-        yield (
-            f"{_names(small)} have a normalisation batch of {min(p.nbs or 0 for p in small)} "
-            f"image(s), below {_LEAST}: SyncBN, GN or MABN, more images per process, or "
-            "TEST.STATISTICS batch"
-        )
-    frozen = [plan for plan in plans if plan.frozen]
-    if frozen and not cfg.MODEL.WEIGHTS:
-        yield (
-            f"{_names(frozen)} are frozen and MODEL.WEIGHTS is empty: mean 0, variance 1 for good; "
-            "set MODEL.WEIGHTS, or MODEL.RESNETS.NORM GN or BN"
-        )
+    small = [
+        plan
+        for plan in plans
+        if plan.nbs is not None and plan.nbs < _LEAST and not layers[plan.name].mean_square
+    ]
     unknown = without_statistics(cfg, layers.values())
-    if unknown:
-        yield (
-            f"{_names([plan for plan in plans if plan.name in unknown])} have no statistics in "
-            f"{cfg.MODEL.WEIGHTS}, or mean 0 and variance 1: set TEST.PRECISE_BN.ENABLED True, or "
-            "load weights with statistics"
-        )
     decay = cfg.SOLVER.WEIGHT_DECAY_NORM
     decay = cfg.SOLVER.WEIGHT_DECAY if decay is None else decay
-    if decay and any(not plan.frozen for plan in plans):
-        yield f"the affines of norm layers decay by {decay}: set SOLVER.WEIGHT_DECAY_NORM 0.0"
-    synced = [plan for plan in plans if "ranks" in plan.pools]
-    if synced and ranks == 1:
-        yield f"{_names(synced)} are SyncBN, but there is one process: they are plain BN"
-
-
-def _names(plans: list[NormPlan]) -> str:
-    first = plans[0].name
-    return first if len(plans) == 1 else f"{first} and {len(plans) - 1} more layers"
+    found: list[tuple[list[NormPlan], str]] = [
+        (
+            [plan for plan in plans if plan.mixed_up],
+            "normalise several domains per forward in training by other statistics than at "
+            "inference (row 3's mistake, or rows 2 and 5): set MODEL.RETINANET.BN.TRAIN_STATS and "
+            "POPULATION_STATS alike (rows 1, 4 or 6 of Table 5)",
+        ),
+        (
+            small,
+            f"have a normalisation batch of {min((p.nbs or 0 for p in small), default=0)} image(s),"
+            f" below {_LEAST}: SyncBN, GN or MABN, more images per process, or TEST.STATISTICS "
+            "batch",
+        ),
+        (
+            [plan for plan in plans if plan.frozen and not cfg.MODEL.WEIGHTS],
+            "are frozen and MODEL.WEIGHTS is empty: mean 0, variance 1 for good; set "
+            "MODEL.WEIGHTS, or MODEL.RESNETS.NORM GN or BN",
+        ),
+        (
+            [plan for plan in plans if plan.name in unknown],
+            f"have no statistics in {cfg.MODEL.WEIGHTS}, or mean 0 and variance 1: set "
+            "TEST.PRECISE_BN.ENABLED True, or load weights with statistics",
+        ),
+        (
+            [plan for plan in plans if decay and not plan.frozen],
+            f"have affines that decay by {decay}: set SOLVER.WEIGHT_DECAY_NORM 0.0",
+        ),
+        (
+            [plan for plan in plans if "ranks" in plan.pools and ranks == 1],
+            "are SyncBN, but there is one process: they are plain BN",
+        ),
+    ]
+    for named, said in found:
+        if named:
+            more = f" and {len(named) - 1} more layers" if len(named) > 1 else ""
+            yield f"{named[0].name}{more} {said}"

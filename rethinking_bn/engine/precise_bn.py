@@ -112,12 +112,9 @@ class PreciseBN(HookBase):
         self.last_report = report
         storage = getattr(self.trainer, "storage", None)
         if storage is not None:
-            for name, value in {
-                "seconds": report.seconds,
-                "drift_mean": report.drift_mean,
-                "drift_max": report.drift,
-                "unreached": len(report.unreached),
-            }.items():
+            values = {"seconds": report.seconds, "drift_mean": report.drift_mean}
+            values |= {"drift_max": report.drift, "unreached": len(report.unreached)}
+            for name, value in values.items():
                 storage.put_scalar(f"precise_bn/{name}", value, smoothing_hint=False)
         return report
 

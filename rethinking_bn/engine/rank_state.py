@@ -20,12 +20,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.distributed import GradBucket, ProcessGroup
 
-from rethinking_bn.distributed import (
-    all_gather,
-    collective_device,
-    data_parallel,
-    get_world_size,
-)
+from rethinking_bn.distributed import all_gather, collective_device, data_parallel, get_world_size
 from rethinking_bn.layers import PopulationLayer, mix_statistics
 from rethinking_bn.layers.bn_like import find_bn_like
 from rethinking_bn.population.model_state import unwrap
@@ -55,24 +50,17 @@ def merge_statistics(model: nn.Module, group: ProcessGroup | None = None) -> Non
         model: its BN-like layers are found by :func:`~rethinking_bn.layers.bn_like.find_bn_like`.
     """
     world = get_world_size(group)
-    layers = [
-        layer
-        for layer in (find_bn_like(model).layers if world > 1 else ())
-        if layer.keeps_statistics and not layer.frozen
-    ]
+    found = find_bn_like(model).layers if world > 1 else ()
+    layers = [layer for layer in found if layer.keeps_statistics and not layer.frozen]
     if not layers:
         return
     # float64: the mean of W equal float32 values is then that value
     own = [torch.stack(layer.read()) for layer in layers]  # each (2, D, C)
     packed = torch.cat([statistics.flatten() for statistics in own]).to(collective_device(group))
     ranks = all_gather(packed, group).cpu()
-    for layer, shape, gathered in zip(
-        layers,
-        [statistics.shape for statistics in own],
-        ranks.split([statistics.numel() for statistics in own], dim=1),
-        strict=True,
-    ):
-        layer.write_statistics(*mix_statistics(*gathered.view(world, *shape).unbind(1)))
+    parts = ranks.split([statistics.numel() for statistics in own], dim=1)
+    for layer, statistics, part in zip(layers, own, parts, strict=True):
+        layer.write_statistics(*mix_statistics(*part.view(world, *statistics.shape).unbind(1)))
 
 
 class MergeStatistics(HookBase):
@@ -90,16 +78,13 @@ class MergeStatistics(HookBase):
         """
         Args:
             model: what :func:`merge_statistics` takes.
-            periods: of checkpoints and of evaluations, in iterations; 0 stands for none. The end
-                of training is always a time to merge.
+            periods: of checkpoints and of evaluations, in iterations; 0: at the end alone.
         """
         self._model = model
         self._periods = [period for period in periods if period > 0]
 
     @classmethod
-    def from_config(
-        cls, cfg: Any, model: nn.Module, loader: Any = None
-    ) -> "MergeStatistics | None":
+    def from_config(cls, cfg: Any, model: nn.Module, loader: Any) -> "MergeStatistics | None":
         """Return the hook; None for one process, which has nothing to merge."""
         if comm.get_world_size() == 1:
             return None
@@ -124,12 +109,8 @@ def normalizers_of_pass(model: nn.Module, index: int, passes: int) -> Iterator[N
     """Let detectron2's dense detectors use the moving loss normaliser of one pass, and move it.
 
     So each of the ``passes`` of an iteration keeps its own, as each process does. They are kept
-    beside detectron2's, and all start where that one is. With one pass nothing happens.
-
-    Args:
-        model: may be wrapped in DistributedDataParallel.
-        index: of the pass, from 0.
-        passes: of an iteration.
+    beside detectron2's, and all start where that one is. With one pass nothing happens. ``index``
+    counts passes from 0; ``model`` may be wrapped in DistributedDataParallel.
     """
     if passes == 1:
         yield
@@ -159,10 +140,19 @@ def gather_rank_state(model: nn.Module) -> list[RankState]:
     """
     model = unwrap(model)
     buffers = dict(model.named_buffers())
-    names = set(_unsaved_buffers(model)) | _differing(buffers)
+    ours = (n for n, m in model.named_modules() if isinstance(m, PopulationLayer))
+    layers = tuple(f"{name}." if name else "" for name in ours)
+    saved = model.state_dict().keys()
+    unsaved = {name for name in buffers if name.startswith(layers) and name not in saved}
+    names = unsaved | _differing(buffers)
     own: RankState = {
         "normalizers": {
-            name: _normalizer(module)
+            # one number, or one for each pass
+            name: [
+                float(module.loss_normalizer if n is None else n)
+                for n in vars(module).get(_OF_PASSES, ())
+            ]
+            or float(module.loss_normalizer)
             for name, module in _dense_detectors(model)
             if "loss_normalizer" in vars(module)
         },
@@ -175,10 +165,7 @@ def load_rank_state(model: nn.Module, states: list[RankState], passes: int = 1) 
     """Give this rank its own part of :func:`gather_rank_state`'s result.
 
     For another number of ranks there is no own part: every rank then takes the mean over the
-    ranks there were, and the log says so. The same goes for the passes of an iteration.
-
-    Args:
-        passes: of an iteration from now on.
+    ranks there were, and the log says so. The same goes for the ``passes`` of an iteration.
     """
     world = comm.get_world_size()
     if len(states) == world:
@@ -187,8 +174,7 @@ def load_rank_state(model: nn.Module, states: list[RankState], passes: int = 1) 
         logger.warning(
             "The checkpoint was saved by %d process(es) and is resumed by %d: loss normalisers and "
             "rank-local buffers are set to their mean, so this continues another run.",
-            len(states),
-            world,
+            *(len(states), world),
         )
         state = _mean(states)
     model = unwrap(model)
@@ -210,37 +196,19 @@ def _dense_detectors(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _normalizer(module: Any) -> float | list[float]:
-    """Return what a detector normalises its loss by: one number, or one for each pass."""
-    own = float(module.loss_normalizer)
-    return [
-        own if value is None else float(value) for value in vars(module).get(_OF_PASSES, ())
-    ] or own
-
-
 def _set_normalizer(module: Any, value: float | list[float], passes: int) -> None:
     values = value if isinstance(value, list) else [value]
     if len(values) != passes:
         logger.warning(
             "The checkpoint was saved with %d pass(es) per iteration and is resumed with %d: the "
             "loss normalisers are set to their mean, so this continues another run.",
-            len(values),
-            passes,
+            *(len(values), passes),
         )
         values = [sum(values) / len(values)] * passes
     module.loss_normalizer = values[-1]
     vars(module).pop(_OF_PASSES, None)
     if passes > 1:
         setattr(module, _OF_PASSES, values)
-
-
-def _unsaved_buffers(model: nn.Module) -> Iterator[str]:
-    """Yield the names of buffers that layers of ours keep out of the state dict."""
-    saved = model.state_dict().keys()
-    for name, layer in model.named_modules():
-        if isinstance(layer, PopulationLayer):
-            own = model.get_submodule(name).named_buffers(prefix=name)
-            yield from (buffer for buffer, _ in own if buffer not in saved)
 
 
 def _differing(buffers: dict[str, Tensor]) -> set[str]:

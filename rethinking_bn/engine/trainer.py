@@ -61,7 +61,8 @@ class Trainer(TrainerMixin, DefaultTrainer):
             ValueError: as TrainerMixin.
         """
         self._seed_is_given = cfg.SEED >= 0
-        seed = cfg.SEED if self._seed_is_given else _random_seed()
+        drawn = comm.all_gather(int.from_bytes(os.urandom(4), "big") >> 1)[0]  # the ranks agree
+        seed = cfg.SEED if self._seed_is_given else drawn
         self._rank_states: tuple[int, list[RankState]] | None = None
         seed_all_rng(seed)
         super().__init__(changed(cfg, "SEED", seed))
@@ -126,11 +127,8 @@ class Trainer(TrainerMixin, DefaultTrainer):
             logger.warning(
                 "%s holds checkpoints of an earlier run (%s%s), which this one, starting at "
                 "iteration %d, will overwrite as it comes to them.%s",
-                self.cfg.OUTPUT_DIR,
-                ", ".join(later[:3]),
-                ", ..." if len(later) > 3 else "",
-                self.start_iter,
-                "" if found else " --resume would go on from the last one.",
+                *(self.cfg.OUTPUT_DIR, ", ".join(later[:3]), ", ..." if len(later) > 3 else ""),
+                *(self.start_iter, "" if found else " --resume would go on from the last one."),
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,8 +187,3 @@ class Trainer(TrainerMixin, DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """Return COCO's evaluation; results also go to ``OUTPUT_DIR/inference``."""
         return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
-
-
-def _random_seed() -> int:
-    """Return a random seed that the ranks agree on."""
-    return comm.all_gather(int.from_bytes(os.urandom(4), "big") >> 1)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable
-from functools import partial, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,7 @@ from rethinking_bn.engine.accumulation import (
 )
 from rethinking_bn.engine.checks import apply_train_only
 from rethinking_bn.engine.hooks import with_rethinking_bn
+from rethinking_bn.engine.load_config import scale_to_ranks
 from rethinking_bn.engine.precise_bn import inference_statistics
 from rethinking_bn.engine.rank_state import wrap_data_parallel
 from rethinking_bn.engine.unread_keys import check_keys_are_read, warn_of_unread_keys
@@ -72,11 +73,10 @@ class TrainerMixin(_Base):
             cfg: as for DefaultTrainer.
 
         Raises:
-            ValueError: if a key of ours is set that nothing reads, ``SOLVER.IMS_PER_BATCH`` cannot
-                be divided among the ranks, or a rank's images among the passes of
-                ``SOLVER.ACCUMULATION_STEPS``; if a pattern of ``SOLVER.TRAIN_ONLY`` names no
-                module; in several processes on the CPU, for a class between this one and
-                DefaultTrainer that has an ``__init__``.
+            ValueError: for a key of ours that nothing reads, images that cannot be divided among
+                ranks and passes, or a pattern of ``SOLVER.TRAIN_ONLY`` that names no module; in
+                several processes on the CPU, for a class between this one and DefaultTrainer that
+                has an ``__init__``.
         """
         for name in ("detectron2", "rethinking_bn"):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
@@ -84,21 +84,30 @@ class TrainerMixin(_Base):
         cfg = with_our_keys(cfg)
         register_coco_format(cfg)
         check_keys_are_read(cfg)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scale_to_ranks(cfg, comm.get_world_size())
         images_per_pass(cfg, comm.get_world_size())  # raises before anything is built
-        build_model = self.build_model
+        build_model, build_hooks = self.build_model, self.build_hooks
 
         def build_prepared(cfg: CfgNode) -> nn.Module:
-            return _prepared(cfg, build_model(cfg))
+            model = build_model(cfg)
+            apply_train_only(cfg, model)
+            if cfg.MODEL.COMPILE_NORMS:
+                logger.info("Compiled norm layers: %d", len(compile_norms(model)))
+            return model
 
-        self.__dict__["build_model"] = build_prepared  # whoever overrides it
+        def build_after_our_parts() -> list[HookBase | None]:
+            self._take_our_parts()
+            return build_hooks()
+
+        # whoever overrides them
+        self.__dict__.update(build_model=build_prepared, build_hooks=build_after_our_parts)
         try:
             if comm.get_world_size() > 1 and not on_gpu(cfg):
                 self._build(cfg)
             else:
                 super().__init__(cfg)
         finally:
-            del self.__dict__["build_model"]
+            del self.__dict__["build_model"], self.__dict__["build_hooks"]
         log_passes(self.cfg, self.model)
         optimizer = self._trainer.optimizer
         others = _decayed_otherwise(cfg, optimizer, self.model)
@@ -142,16 +151,24 @@ class TrainerMixin(_Base):
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
 
-    def build_hooks(self) -> list[HookBase | None]:
-        """Return the hooks of the class after this one; ours come when they are registered."""
+    def _take_our_parts(self) -> None:
+        """Replace detectron2's step trainer and checkpointer, before hooks are built on them."""
         step, cfg = self._trainer, self.cfg
-        if type(step) in (SimpleTrainer, AMPTrainer):  # else somebody has chosen another
-            kind = _step_trainer(cfg)
-            if kind is not None:
-                self._trainer = kind(step.model, step.data_loader, step.optimizer)
+        passes, mixed = cfg.SOLVER.ACCUMULATION_STEPS, cfg.SOLVER.AMP.ENABLED
+        on_cpu = mixed and not on_gpu(cfg)
+        # others than these have been chosen by somebody
+        if type(step) in (SimpleTrainer, AMPTrainer) and (passes > 1 or on_cpu):
+            kind = AccumulatingAMPTrainer if mixed else AccumulatingTrainer
+            kind = CPUAutocastTrainer if on_cpu else kind
+            parts = (step.model, step.data_loader, step.optimizer)
+            self._trainer = kind(*parts, accumulation_steps=passes)
         if type(self.checkpointer) is DetectionCheckpointer:
             me = weakref.proxy(self)
             self.checkpointer = Checkpointer(step.model, cfg.OUTPUT_DIR, trainer=me)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Return the hooks of the class after this one; ours come when they are registered."""
+        cfg = self.cfg
         self.cfg = changed(cfg, "TEST.PRECISE_BN.ENABLED", False)  # detectron2's hook is not used
         try:
             return super().build_hooks()
@@ -257,25 +274,6 @@ def _by_chosen_statistics(test: Callable[..., Any]) -> Callable[..., Any]:
             return test(cls, cfg, model, *args, **kwargs)
 
     return chosen
-
-
-def _prepared(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """Return a new model as TRAIN_ONLY and COMPILE_NORMS want it."""
-    apply_train_only(cfg, model)
-    if cfg.MODEL.COMPILE_NORMS:
-        logger.info("Compiled norm layers: %d", len(compile_norms(model)))
-    return model
-
-
-def _step_trainer(cfg: CfgNode) -> Callable[..., SimpleTrainer] | None:
-    """Return what makes the trainer of single steps; None where detectron2's does it."""
-    passes, mixed = cfg.SOLVER.ACCUMULATION_STEPS, cfg.SOLVER.AMP.ENABLED
-    if mixed and not on_gpu(cfg):
-        return partial(CPUAutocastTrainer, accumulation_steps=passes)
-    if passes == 1:
-        return None
-    kind = AccumulatingAMPTrainer if mixed else AccumulatingTrainer
-    return partial(kind, accumulation_steps=passes)
 
 
 def log_passes(cfg: CfgNode, model: nn.Module) -> None:

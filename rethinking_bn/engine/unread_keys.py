@@ -54,8 +54,7 @@ _ELSEWHERE = ("MODEL.COMPILE_NORMS", "MODEL.MABN.REQUIRE_WEIGHTS")
 
 def check_keys_are_read(cfg: CfgNode) -> None:
     """Raise a ValueError, in one line, for keys of ours that nothing in the model will read."""
-    unread = unread_keys(cfg)
-    if unread:
+    if unread := unread_keys(cfg):
         raise ValueError("; ".join(unread))
 
 
@@ -67,20 +66,11 @@ def warn_of_unread_keys(cfg: Any) -> None:
 
 
 def unread_keys(cfg: CfgNode) -> list[str]:
-    """Name the keys of ours that were changed, less what the chosen components read.
-
-    Args:
-        cfg: may lack keys.
-
-    Returns:
-        one line per key, with what would read it.
-    """
+    """Return a line for each key of ours that was changed and that no chosen component reads."""
     if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
         return []  # building the model says so
     parts = _chosen(cfg)
-    read = list(_ELSEWHERE)
-    for place, part in parts.items():
-        read += _reads(cfg, place, part)
+    read = [*_ELSEWHERE, *(key for place in parts for key in _reads(cfg, place, parts[place]))]
     if not cfg.MODEL.get("DOMAIN_BN", {}).get("DATASETS", ()):
         read = [key for key in read if key != "MODEL.DOMAIN_BN"]  # there are no domains
     found = [
@@ -182,18 +172,17 @@ def _value(cfg: CfgNode, key: str) -> Any:
     return node
 
 
-def _is_foreign(component: Any) -> bool:
-    """Return whether it is neither detectron2's nor ours that reads a component's keys."""
-    return not _reader(component).startswith(("detectron2.", "rethinking_bn."))
+def _reader(component: Any) -> str:
+    reader = getattr(component, "from_config", component)
+    return str(getattr(reader, "__func__", reader).__module__)
 
 
 def _is_detectron2s(component: Any) -> bool:
     return _reader(component).startswith("detectron2.")
 
 
-def _reader(component: Any) -> str:
-    reader = getattr(component, "from_config", component)
-    return str(getattr(reader, "__func__", reader).__module__)
+def _is_foreign(component: Any) -> bool:
+    return not _reader(component).startswith(("detectron2.", "rethinking_bn."))
 
 
 class FollowKeys(HookBase):

@@ -27,7 +27,7 @@ FILE_NAME = "model_averaged"
 
 
 class WeightAverage(HookBase):
-    """Keep an EMA or SWA of the weights beside a training that it does not touch.
+    """Keep an EMA or SWA of the weights, a model of its own, beside a training that it lets be.
 
     After an iteration the average is updated; before a checkpoint, an evaluation and the end, it
     gets its statistics: with "estimate" by population training (with PreciseBN's data, so the same
@@ -36,18 +36,14 @@ class WeightAverage(HookBase):
     detectron2 loads. Checkpoints of our Trainer hold what resuming needs; those of another trainer
     do too if it calls :meth:`gather_rank_states` on every rank before it saves.
 
-    The average starts from the weights before iteration ``start``. Its weights are the same on
-    every rank, and so are its statistics after a merge. From then on, ``rates`` may replace the
-    learning rate of the trainer's own schedule, for SWA's (Izmailov et al., arXiv 1803.05407): a
-    constant one, or one that falls linearly from the first to the second within each period, with
-    an update at the end of each.
-    Nothing is ever swapped: it is a model of its own, and so may be evaluated, or interrupted, at
-    any time.
+    The average starts from the weights before iteration ``start``. From then on, ``rates`` may
+    replace the learning rate of the trainer's own schedule, for SWA's (Izmailov et al., arXiv
+    1803.05407): a constant one, or one that falls linearly from the first to the second within each
+    period, with an update at the end of each.
 
     State read: the trained model, the trainer's precision. State changed: its own average and, with
-    ``rates``, the optimizer's learning rates.
-    Comes after PreciseBN (a "copy" then has its statistics, at the iterations that have them) and
-    before the hooks that merge, checkpoint and evaluate; on every rank.
+    ``rates``, the optimizer's learning rates. Comes after PreciseBN (a "copy" then has its
+    statistics) and before the hooks that merge, checkpoint and evaluate; on every rank.
 
     Attributes:
         averaged: the :class:`rethinking_bn.averaging.AveragedWeights`.
@@ -153,16 +149,14 @@ class WeightAverage(HookBase):
                 Checkpointer(self.averaged.module, self._output_dir).save_untagged(FILE_NAME)
 
     def _give_statistics(self) -> None:
-        if self.averaged.statistics == "estimate" and not self.averaged.estimated:
-            if layers_to_estimate(self.averaged.module):
-                assert self._data_loader is not None  # checked in the constructor
-                self.averaged.estimate_statistics(
-                    self._data_loader,
-                    self._num_iter,
-                    autocast=autocast_of(self.trainer, self.averaged.module),
-                    seed=0,
-                )
-        merge_statistics(self.averaged.module)
+        module, due = self.averaged.module, not self.averaged.estimated
+        if self.averaged.statistics == "estimate" and due and layers_to_estimate(module):
+            assert self._data_loader is not None  # checked in the constructor
+            autocast = autocast_of(self.trainer, module)
+            self.averaged.estimate_statistics(
+                self._data_loader, self._num_iter, autocast=autocast, seed=0
+            )
+        merge_statistics(module)
 
     def evaluate(self, test: Callable[[nn.Module], Any]) -> dict[str, Any] | None:
         """Return {"averaged": what ``test`` finds for the averaged model}; None before any update.
@@ -214,26 +208,27 @@ def average_options(cfg: CfgNode) -> dict[str, Any] | None:
         if keys.LR:
             raise ValueError(f"SOLVER.AVERAGE.LR is {keys.LR}, but SOLVER.AVERAGE.KIND is empty")
         return None
-    for name, choices in (("KIND", KINDS), ("STATISTICS", STATISTICS)):
-        if keys[name] not in choices:
-            said = ", ".join(choices)
-            raise ValueError(f"SOLVER.AVERAGE.{name} must be one of {said}; got {keys[name]!r}")
-    if not 0 <= keys.DECAY <= 1:
-        raise ValueError(f"SOLVER.AVERAGE.DECAY must be in [0, 1], got {keys.DECAY}")
-    for name, least in (("START", 0), ("PERIOD", 1)):
-        if keys[name] < least:
-            raise ValueError(f"SOLVER.AVERAGE.{name} must be at least {least}, got {keys[name]}")
     rates = [*keys.LR, cfg.SOLVER.BASE_LR] if keys.LR else []
-    if len(rates) > 3 or any(not rate > 0 for rate in rates):
-        raise ValueError(
-            "SOLVER.AVERAGE.LR must be (), (rate,) or (first, last), each above 0 as "
-            f"SOLVER.BASE_LR {cfg.SOLVER.BASE_LR}; got {keys.LR}"
-        )
-    if keys.STATISTICS == "estimate" and cfg.TEST.PRECISE_BN.NUM_ITER < 1:
-        raise ValueError(
-            'SOLVER.AVERAGE.STATISTICS "estimate" takes TEST.PRECISE_BN.NUM_ITER batches, '
-            f"got {cfg.TEST.PRECISE_BN.NUM_ITER}"
-        )
+    number = cfg.TEST.PRECISE_BN.NUM_ITER
+    for name, good, may_be in (
+        ("KIND", keys.KIND in KINDS, f"one of {', '.join(KINDS)}"),
+        ("STATISTICS", keys.STATISTICS in STATISTICS, f"one of {', '.join(STATISTICS)}"),
+        ("DECAY", 0 <= keys.DECAY <= 1, "in [0, 1]"),
+        ("START", keys.START >= 0, "at least 0"),
+        ("PERIOD", keys.PERIOD >= 1, "at least 1"),
+        (
+            "LR",
+            len(rates) <= 3 and all(rate > 0 for rate in rates),
+            f"(), (rate,) or (first, last), each above 0 as SOLVER.BASE_LR {cfg.SOLVER.BASE_LR}",
+        ),
+        (
+            "STATISTICS",
+            keys.STATISTICS != "estimate" or number >= 1,
+            f"average or copy where TEST.PRECISE_BN.NUM_ITER is {number}",
+        ),
+    ):
+        if not good:
+            raise ValueError(f"SOLVER.AVERAGE.{name} must be {may_be}; got {keys[name]!r}")
     options = {name.lower(): keys[name] for name in keys}
     options["rates"] = options.pop("lr")
     return options

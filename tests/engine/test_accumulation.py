@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.engine import SimpleTrainer, hooks
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.modeling.meta_arch import retinanet
@@ -26,7 +26,6 @@ from rethinking_bn.engine.check_config import check_batch_size
 from rethinking_bn.engine.rank_state import gather_rank_state, load_rank_state, wrap_data_parallel
 from rethinking_bn.engine.trainer_mixin import log_passes
 from rethinking_bn.layers import SyncBatchNorm2d, get_norm
-from rethinking_bn.randomness import announce_iteration
 from tests.engine.tiny import register_data, tiny_config, write_data
 from tests.helpers import run_distributed
 
@@ -321,14 +320,6 @@ def test_normalizers_of_another_number_of_passes_are_averaged_and_it_is_said(
     assert resumed(states([2.0, 4.0], [4.0, 8.0]), 2) == [3.0, 6.0]  # of another number of ranks
 
 
-class Recorder(HookBase):
-    def __init__(self) -> None:
-        self.iterations: list[int] = []
-
-    def after_step(self) -> None:
-        self.iterations.append(self.trainer.iter)
-
-
 @pytest.fixture
 def cfg(tmp_path: Path) -> CfgNode:
     write_data(tmp_path)
@@ -345,28 +336,14 @@ def test_the_trainer_counts_iterations_and_estimates_at_the_batch_of_a_pass(
         trainer = Trainer(cfg)
     assert "2 passes over 2 image(s) on each of 1 process(es)" in caplog.text
     assert isinstance(trainer._trainer, AccumulatingTrainer)
-    recorder, sizes = Recorder(), []
-    trainer.register_hooks([recorder])
+    iterations, sizes = [], []
+    note = hooks.CallbackHook(after_step=lambda t: iterations.append(t.iter))
+    trainer.register_hooks([note])
     trainer.model.register_forward_pre_hook(lambda m, inputs: sizes.append(len(inputs[0])))
     trainer.train()
-    assert recorder.iterations == [0, 1] and sizes == [2] * (2 * 2 + 2)
+    assert iterations == [0, 1] and sizes == [2] * (2 * 2 + 2)
     assert len(trainer.scheduler.get_last_lr()) > 0 and trainer.scheduler.last_epoch == 2
     assert len(trainer.state_dict()["rank_states"][0]["normalizers"][""]) == 2
-
-
-def test_the_images_of_an_iteration_do_not_depend_on_the_passes(cfg: CfgNode) -> None:
-    batches = []
-    for passes in (1, 2):
-        cfg.SOLVER.ACCUMULATION_STEPS = passes
-        seen: list[Tensor] = []
-        trainer = Trainer(cfg)
-        trainer.model.register_forward_pre_hook(
-            lambda m, inputs, seen=seen: seen.extend(sample["image"] for sample in inputs[0])
-        )
-        trainer.train()
-        batches.append(seen)
-    assert len(batches[0]) == len(batches[1]) == 8
-    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
 
 
 def test_what_pools_over_processes_is_said(
@@ -381,27 +358,3 @@ def test_what_pools_over_processes_is_said(
         assert "pool over processes" not in caplog.text
         log_passes(cfg, nn.Sequential(nn.BatchNorm2d(2), SyncBatchNorm2d(2), SyncBatchNorm2d(2)))
     assert "pool the 6 images of one pass, not those of the iteration: 1 and 1 more" in caplog.text
-
-
-def test_the_passes_of_an_iteration_shuffle_differently_and_reproducibly() -> None:
-    from rethinking_bn.layers import BatchStatNorm2d
-    from rethinking_bn.shuffle import layers
-
-    class Head(layers.ShuffledLayers, nn.Sequential):
-        seed_of_head = 0
-
-        def shuffled_norms(self) -> list[nn.Module]:
-            return [self[0]]
-
-        def forward(self, x: Tensor) -> Tensor:
-            seeds.append(self._seed(x))
-            return super().forward(x)
-
-    head, x = Head(BatchStatNorm2d(2)), torch.randn(4, 2, 3, 3)
-    drawn = []
-    for _ in range(2):
-        seeds: list[int] = []
-        announce_iteration(head, 7, 5)
-        head(x), head(x)
-        drawn.append(seeds)
-    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 2

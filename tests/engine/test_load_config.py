@@ -84,17 +84,12 @@ def test_bad_overrides_are_named(opts: list[str], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_without_a_gpu_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gpu", [True, False])
+def test_without_a_gpu_the_device_is_the_cpu(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = load_config()
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert cfg.MODEL.DEVICE == "cuda" and use_available_device(cfg) and cfg.MODEL.DEVICE == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    assert use_available_device(cfg) != gpu and cfg.MODEL.DEVICE == ("cuda" if gpu else "cpu")
     assert not use_available_device(cfg)
-
-
-def test_with_a_gpu_the_device_is_what_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = load_config()
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert not use_available_device(cfg) and cfg.MODEL.DEVICE == "cuda"
 
 
 def test_detectron2s_retinanet_says_what_to_write_instead() -> None:

@@ -106,10 +106,6 @@ def test_one_process_changes_nothing() -> None:
         assert torch.equal(value, before[name])
 
 
-def test_a_model_without_statistics_is_fine() -> None:
-    merge_statistics(nn.Conv2d(1, 1, 1))
-
-
 @pytest.mark.parametrize(
     ("periods", "due"),
     [((4, 3), [3, 4, 6, 8, 9, 10]), ((4, 0), [4, 8, 10]), ((0, 0), [10]), ((20,), [10])],

@@ -132,17 +132,6 @@ def test_labelled_images_without_objects_are_left_out_as_in_training(cfg: CfgNod
     assert len({i for batch in batches for i, _ in batch}) == 10
 
 
-def test_a_mapper_of_ones_own(cfg: CfgNode) -> None:
-    loader = build_population_loader(cfg, lambda d: {"image": d["image_id"]})
-    assert all(isinstance(d["image"], int) for d in next(iter(loader)))
-
-
-def test_a_config_without_our_keys_is_refused(cfg: CfgNode) -> None:
-    del cfg.TEST.PRECISE_BN["NUM_WORKERS"]
-    with pytest.raises(ValueError, match=r"PRECISE_BN.NUM_WORKERS.*add_rethinking_bn_config"):
-        build_population_loader(cfg)
-
-
 def test_bad_values_are_named(cfg: CfgNode) -> None:
     cfg.TEST.PRECISE_BN.DATASETS = ("nowhere",)
     with pytest.raises(ValueError, match="TEST.PRECISE_BN.DATASETS.*nowhere.*not registered"):

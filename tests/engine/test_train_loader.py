@@ -132,22 +132,6 @@ def test_a_mapper_that_refuses_everything_is_an_error(cfg: CfgNode) -> None:
         take(build_train_loader(cfg, mapper), 0, 1)
 
 
-def test_images_without_annotations_are_filtered_if_asked(cfg: CfgNode, tmp_path: Path) -> None:
-    name = f"with empty images {tmp_path}"
-    dicts = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
-    for d in dicts[:5]:
-        d["annotations"] = []
-    DatasetCatalog.register(name, lambda: dicts)
-    try:
-        cfg.DATASETS.TRAIN = (name,)
-        for filter_empty in (True, False):
-            cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filter_empty
-            seen = {i for batch in ids(take(build_train_loader(cfg), 0, 12)) for i in batch}
-            assert (min(seen) >= 5) == filter_empty
-    finally:
-        DatasetCatalog.remove(name)
-
-
 def test_sizes_are_needed_only_for_grouping(cfg: CfgNode, tmp_path: Path) -> None:
     name = f"without sizes {tmp_path}"
     dicts = [
@@ -163,12 +147,6 @@ def test_sizes_are_needed_only_for_grouping(cfg: CfgNode, tmp_path: Path) -> Non
         take(build_train_loader(cfg), 0, 1)
     finally:
         DatasetCatalog.remove(name)
-
-
-def test_an_unknown_sampler_is_an_error(cfg: CfgNode) -> None:
-    cfg.DATALOADER.SAMPLER_TRAIN = "NoSuchSampler"
-    with pytest.raises(ValueError, match="NoSuchSampler"):
-        build_train_loader(cfg)
 
 
 def test_a_torch_dataset_gets_detectron2s_loader_and_a_warning(

@@ -169,6 +169,22 @@ def test_overrides_stay_what_they_are(cfg: CfgNode) -> None:
     assert "build_model" not in vars(trainer)
 
 
+def test_hooks_without_super_keep_our_step_and_checkpointer(cfg: CfgNode) -> None:
+    """They were detectron2's, which executes code and takes one pass, or float32 on the CPU."""
+
+    class Mine(Stock):
+        def build_hooks(self) -> list[HookBase | None]:
+            return DefaultTrainer.build_hooks(self)
+
+    cfg.SOLVER.ACCUMULATION_STEPS = 2
+    trainer = Mine(cfg)
+    assert type(trainer._trainer) is AccumulatingTrainer
+    assert type(trainer.checkpointer) is Checkpointer and "build_hooks" not in vars(trainer)
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 3
+    with pytest.raises(ValueError, match="IMS_PER_BATCH 4 .*WORLD_SIZE 3"):
+        Mine(cfg)
+
+
 def test_somebodys_optimizer_is_warned_of(cfg: CfgNode, caplog: pytest.LogCaptureFixture) -> None:
     """One that does not know our norms lets them decay: that was not said."""
 
