@@ -24,9 +24,9 @@ class AccumulatingTrainer(SimpleTrainer):
     rounding, as long as each layer normalises what is in its own pass (BN, GN): the batch of SGD
     and the batch of the normalisation are two numbers.
 
-    Each pass keeps its own moving loss normaliser (of detectron2's dense detectors), as each
-    process does. What a forward itself counts or averages (BN's moving averages, the iterations
-    of MABN) moves k times per iteration. Logged are the losses' means over the passes.
+    Each pass keeps its own moving loss normaliser (of detectron2's dense detectors). What a forward
+    itself counts or averages (BN's moving averages, the iterations of MABN) moves k times per
+    iteration. Logged are the losses' means over the passes.
     """
 
     def __init__(self, *args: Any, accumulation_steps: int = 1, **kwargs: Any) -> None:

@@ -77,10 +77,7 @@ def check_values(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:
 
 
 def check_device(cfg: CfgNode) -> None:
-    """Raise a ValueError for a MODEL.DEVICE that torch does not know or this machine lacks.
-
-    CUDA without a GPU is let through: it stands for the CPU.
-    """
+    """Raise a ValueError for a MODEL.DEVICE that is not here; CUDA without a GPU is the CPU."""
     name = cfg.MODEL.DEVICE
     try:
         device = torch.device(name)

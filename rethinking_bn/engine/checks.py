@@ -234,9 +234,7 @@ def check_loading(cfg: CfgNode, model: nn.Module, path: str, *, training: bool =
 
 
 def without_statistics(cfg: CfgNode, layers: Iterable[BatchNormLike]) -> list[str]:
-    """Return the names of the layers that MODEL.WEIGHTS leaves at mean 0 and variance 1.
-
-    None where it is no .pth file: names in other formats are matched when they are loaded.
+    """Return the names of the layers that MODEL.WEIGHTS, if a .pth, leaves at mean 0, variance 1.
 
     Raises:
         ValueError: for a file that cannot be read.

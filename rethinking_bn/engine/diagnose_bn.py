@@ -147,10 +147,10 @@ class DiagnoseBN(HookBase):
         Raises:
             ValueError: for a period below 1 or fewer than two batches.
         """
-        if period < 1:
-            raise ValueError(f"TEST.DIAGNOSE.PERIOD must be at least 1, got {period}")
-        if num_batches < 2:
-            raise ValueError(f"a diagnosis needs at least 2 batches, got {num_batches}")
+        if period < 1 or num_batches < 2:
+            raise ValueError(
+                f"period must be at least 1 and num_batches 2, got {period} and {num_batches}"
+            )
         self._period, self._model, self._data_loader = period, model, data_loader
         self._num_batches, self._cfg = min(num_batches, _HOOK_BATCHES), cfg
         self.last: Diagnosis | None = None

@@ -1,14 +1,9 @@
 """From a command line to running processes: arguments, checks, detectron2's launcher, torchrun.
 
-What ends a run (docs/training.md has the table):
-
-- A launcher that dies takes its ranks along, by the system's means (Linux's PR_SET_PDEATHSIG, see
-  :func:`rethinking_bn.command_line.end_with`).
-- SIGINT to the launcher ends all ranks at once, also where a background shell has set it to be
-  ignored. SIGHUP is left as it is: a closed terminal ends the launcher, ``nohup`` prevents that.
-- SIGTERM is passed on to the ranks, which save and end (:class:`Preemption`); a second one ends
-  all at once.
-- A rank that fails ends all ranks.
+A launcher that dies takes its ranks along, by the system's means (Linux's PR_SET_PDEATHSIG), a rank
+that fails ends all ranks, and so does SIGINT to the launcher, also where a background shell ignores
+it. SIGTERM is passed on to the ranks, which save and end (:class:`Preemption`). SIGHUP is left as
+it is: a closed terminal ends the launcher, ``nohup`` prevents that. docs/training.md has the table.
 """
 
 from __future__ import annotations

@@ -157,27 +157,24 @@ def build_population_loader(
 ) -> Iterable[list[dict[str, Any]]]:
     """Build the loader that ``cfg.TEST.PRECISE_BN`` describes.
 
-    It yields batches without end, sampled without replacement within each pass over the data,
-    other images on each rank. Every ``iter()`` starts over with the same images and the same
-    augmentations: they follow from ``cfg.SEED`` (0 stands in for a negative one), whatever the
-    number of workers, and neither read nor move the global random generators.
+    It yields batches without end, sampled without replacement within each pass over the data, other
+    images on each rank. Every ``iter()`` starts over with the same images and augmentations: they
+    follow from ``cfg.SEED`` (0 stands in for a negative one), whatever the number of workers, and
+    neither read nor move the global random generators.
 
     Images get the training transforms, or those of inference if TEST.PRECISE_BN.TRANSFORMS is
-    "test", which leaves labels out, and are grouped by aspect ratio as in training. Data sets
-    without annotations, or with nothing but empty ones, are unlabelled: the samples then have no
-    "instances", and the model is to run in eval mode. One unlabelled data set among several makes
-    all of them unlabelled.
+    "test", which leaves labels out. Where a data set has no annotations, or only empty ones, all
+    are unlabelled: the samples have no "instances", and the model is to run in eval mode.
 
     Args:
         cfg: read are TEST.PRECISE_BN.DATASETS (empty: DATASETS.TRAIN), IMS_PER_BATCH (on all ranks
             together; 0: those of one pass of training), NUM_WORKERS (per rank), TRANSFORMS, SEED,
             INPUT, and the filter and grouping of DATALOADER.
-        mapper: from a dataset dict to the model's input; None: detectron2's DatasetMapper, for
-            training or inference as TRANSFORMS says.
+        mapper: from a dataset dict to the model's input; None: detectron2's DatasetMapper.
 
     Raises:
-        ValueError: for a data set that is not registered, or that cannot be indexed, for a batch
-            that cannot be divided among the ranks, and for other TRANSFORMS.
+        ValueError: for a data set that is not registered, or no list, for a batch that cannot be
+            divided among the ranks, and for other TRANSFORMS.
     """
     check_has_keys(cfg)
     keys, world = cfg.TEST.PRECISE_BN, comm.get_world_size()

@@ -184,8 +184,7 @@ def inference_statistics(cfg: CfgNode, model: nn.Module) -> Iterator[None]:
 def _autocast(model: nn.Module, dtype: torch.dtype | None = None) -> Autocast:
     """Return what makes the autocast context that training ``model`` in mixed precision uses."""
     device = next((tensor.device.type for tensor in model.parameters()), "cpu")
-    if dtype is None:
-        dtype = torch.bfloat16 if device == "cpu" else torch.float16
+    dtype = dtype or (torch.bfloat16 if device == "cpu" else torch.float16)
     return partial(torch.autocast, device, dtype=dtype)
 
 

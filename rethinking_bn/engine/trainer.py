@@ -37,15 +37,13 @@ class Trainer(TrainerMixin, DefaultTrainer):
     What it adds to :class:`TrainerMixin`:
 
     - a resumed run equals the uninterrupted one bit for bit (on the CPU, with the same number of
-      processes; CUDA has kernels that are not deterministic). Nothing random is saved for that:
-      all generators are seeded at every iteration from (run seed, iteration, rank), so that what
-      evaluation or population training drew does not matter. ``cfg.SEED`` < 0 stands for a random
-      run seed, which the checkpoint keeps;
+      processes; CUDA has kernels that are not deterministic): all generators are seeded at every
+      iteration from (run seed, iteration, rank). ``cfg.SEED`` < 0 stands for a random run seed,
+      which the checkpoint keeps;
     - SIGTERM to any rank ends all of them after the iteration, with a checkpoint
       (:class:`~rethinking_bn.engine.launch.Preemption`), and a second training in OUTPUT_DIR is
       refused;
-    - before each step, modules with a method ``set_iteration`` are told the run seed and the
-      iteration (see rethinking_bn.randomness).
+    - before each step, modules with a method ``set_iteration`` are told run seed and iteration.
 
     Attributes:
         cfg: the config in use: scaled to the number of processes, and SEED is the run seed.

@@ -60,9 +60,8 @@ def check_keys_are_read(cfg: CfgNode) -> None:
 
 def warn_of_unread_keys(cfg: Any) -> None:
     """Log them as warnings: for parts of ours in a trainer that has built its model already."""
-    if isinstance(cfg, CfgNode):
-        for line in unread_keys(cfg):
-            logger.warning("%s", line)
+    for line in unread_keys(cfg) if isinstance(cfg, CfgNode) else ():
+        logger.warning("%s", line)
 
 
 def unread_keys(cfg: CfgNode) -> list[str]:
@@ -127,10 +126,10 @@ def _line(cfg: CfgNode, parts: dict[str, Any], key: str, value: Any) -> str:
         return f"{said} no norm of this package is {norms[0]}: set one of the NORM keys to it"
     place, ours = _readers(key)
     if place and place not in parts:
-        what, outer = place, "META_ARCHITECTURE"
+        what = place
         place, ours = _readers(f"MODEL.{place}")
         if not place:
-            here = f"MODEL.{outer} {_value(cfg, outer)}"
+            here = f"MODEL.META_ARCHITECTURE {_value(cfg, 'META_ARCHITECTURE')}"
             return f"{said} {here} has no MODEL.{what} to read it: leave it out"
     if not place:
         return f"{said} nothing reads it: leave it out"

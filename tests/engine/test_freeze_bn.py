@@ -171,35 +171,27 @@ def test_two_processes_take_the_steps_of_one() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_came_late_is_said(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("start", "state", "said"),
+    [
+        (1, {}, "came to iteration 3 unfrozen; frozen now, not at 1"),
+        (6, {"frozen": True}, "was frozen before iteration 3 and stays so; start is 6"),
+    ],
+)
+def test_resumed_with_another_start(
+    start: int, state: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
     model = Model()
-    hook = FreezeBN(1, model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = SimpleTrainer(model, Loader(1), optimizer)
-    trainer.register_hooks([hook])
-    trainer.train(3, 4)
-    assert "came to iteration 3 unfrozen; frozen now, not at 1" in caplog.text
-    assert trainer.state_dict()["hooks"] == {"FreezeBN": {"frozen": True}}
-
-
-def test_resumed_with_a_later_start_it_stays_frozen(caplog: pytest.LogCaptureFixture) -> None:
-    model = Model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = SimpleTrainer(model, Loader(1), optimizer)
-    trainer.register_hooks([FreezeBN(6, model, Loader(5), 2)])
-    trainer._hooks[0].load_state_dict({"frozen": True})
+    trainer = SimpleTrainer(model, Loader(1), torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer.register_hooks([FreezeBN(start, model)])
+    trainer._hooks[0].load_state_dict(state)
     before = statistics(model)
     trainer.train(3, 5)
-    assert "was frozen before iteration 3 and stays so; start is 6" in caplog.text
+    assert said in caplog.text
     torch.testing.assert_close(statistics(model), before, rtol=0, atol=0)
     assert trainer.state_dict()["hooks"] == {"FreezeBN": {"frozen": True}}
-
-
-def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="start must not be negative, got -1"):
-        FreezeBN(-1, Model())
-    with pytest.raises(ValueError, match="num_iter must be a positive integer, got 0"):
-        FreezeBN(1, Model(), Loader(1))
+        FreezeBN(-1, model)
 
 
 def test_keys(caplog: pytest.LogCaptureFixture) -> None:

@@ -138,31 +138,19 @@ def interrupted_and_not(
     return runs
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {**SWA, "SOLVER__AVERAGE__STATISTICS": "average"},
-        # the checkpoint is between the start and the first update
-        {**EMA, "SOLVER__AVERAGE__START": "2", "TEST__PRECISE_BN__ENABLED": "True"},
-    ],
-    ids=str,
-)
-@pytest.mark.slow
-def test_resumed(tmp_path: Path, overrides: dict[str, str]) -> None:
-    write_data(tmp_path)
-    whole, resumed = interrupted_and_not(tmp_path, {**overrides, **NO_EVALUATION})
-    assert resumed == {**whole, "resumed": [3, 4, 5]}
-
-
 def on_rank(rank: int, folder: Path, overrides: dict[str, str]) -> list[dict[str, Any]]:
     return interrupted_and_not(folder, overrides, SchedulersSignal(3))
 
 
 @pytest.mark.parametrize("statistics", ["average", pytest.param("copy", marks=pytest.mark.slow)])
 def test_two_processes(tmp_path: Path, statistics: str) -> None:
-    """BN of each rank's own data: the ranks' statistics differ until they are merged."""
+    """BN of each rank's own data: the ranks' statistics differ until they are merged.
+
+    The checkpoint is between the start and the first update.
+    """
     write_data(tmp_path)
     overrides = {**EMA, **NO_EVALUATION, "SOLVER__AVERAGE__STATISTICS": statistics}
+    overrides |= {"SOLVER__AVERAGE__START": "2", "TEST__PRECISE_BN__ENABLED": "True"}
     first, second = run_distributed(on_rank, 2, tmp_path, overrides, timeout=240)
     for whole, crashed, preempted in (first, second):
         assert crashed == {**whole, "resumed": [3, 4, 5]}
