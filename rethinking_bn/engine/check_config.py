@@ -102,8 +102,7 @@ def check_freezing(cfg: CfgNode, ranks: int) -> None:
 
 
 def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:
-    """Raise a ValueError unless the images of an iteration can be divided among the ranks, those
-    of a rank among its passes, and those of a pass into normalisation batches."""
+    """Raise a ValueError unless images divide into ranks, passes and normalisation batches."""
     cfg = scale_to_ranks(cfg, ranks)
     is_estimated = needs_population_loader(cfg, training=training)
     estimates = cfg.TEST.PRECISE_BN.IMS_PER_BATCH if is_estimated else 0

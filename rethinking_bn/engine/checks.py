@@ -204,11 +204,7 @@ def check_weights(cfg: CfgNode, *, resume: bool = False, training: bool = True) 
 
 
 def check_loading(cfg: CfgNode, model: nn.Module, path: str, *, training: bool = True) -> None:
-    """Load the weights that a run starts from into a model on the meta device.
-
-    Args:
-        model: what :func:`check_model` returns; its parameters stay as they are.
-        path: what :func:`check_weights` returns.
+    """Load the file of :func:`check_weights` into the model of :func:`check_model`, on meta.
 
     Raises:
         ValueError: in one line, if the file cannot be read, the model refuses it, or it is of

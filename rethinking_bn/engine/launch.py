@@ -224,9 +224,8 @@ class Preemption(HookBase):
 
     The checkpoint holds the statistics merged over the ranks, as every checkpoint does, but each
     rank's own for resuming: the resumed run is the one that was not ended, bit for bit. Population
-    training is not run for it; evaluation that is due in the same iteration is left out, that of
-    the last iteration too. A second SIGTERM ends the process at once, and so does the end of 30
-    seconds.
+    training is not run for it, and evaluation that is due in the iteration is left out. A second
+    SIGTERM ends the process at once, and so does the end of 30 seconds.
 
     State read: the trainer's iteration. State changed: none, unless it saves; SIGTERM's handler
     while training. All ranks must have it. Must come after the hooks that merge and checkpoint.

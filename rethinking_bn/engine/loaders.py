@@ -110,10 +110,9 @@ class ResumableTrainLoader(Iterable[list[Sample]]):
 def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[list[Sample]]:
     """Build the training loader that ``cfg`` describes, resumable if its data sets are lists.
 
-    Data sets, filtering, sampler, grouping and workers are read by detectron2, so all its keys and
-    training samplers work; with MODEL.DOMAIN_BN each image is marked with its domain. A torch
-    Dataset registered in place of a list gets detectron2's own loader, which starts over when a run
-    is resumed; the log warns of it.
+    detectron2 reads its own keys, so all its training samplers work; with MODEL.DOMAIN_BN each
+    image is marked with its domain. A torch Dataset registered in place of a list gets detectron2's
+    own loader, which starts over when a run is resumed; the log warns of it.
 
     Args:
         cfg: ``cfg.SEED`` must be the run's seed, not negative and equal on all ranks.

@@ -54,10 +54,9 @@ class PreciseBN(HookBase):
         """
         Args:
             period: in iterations; 0: only after the last one.
-            model: its BN-like layers in training mode are estimated. Without any, the hook does
-                nothing and says so.
-            data_loader: yields the model's inputs. Without ground truth in them, the model runs in
-                eval mode with only those layers on mini-batch statistics.
+            model: its BN-like layers in training mode are estimated; without any, nothing is done.
+            data_loader: yields the model's inputs; without ground truth, the model runs in eval
+                mode with only those layers on mini-batch statistics.
             num_iter: batches per rank, equal on all ranks.
 
         Raises:

@@ -66,10 +66,9 @@ def merge_statistics(model: nn.Module, group: ProcessGroup | None = None) -> Non
 class MergeStatistics(HookBase):
     """Merge the ranks' statistics before every checkpoint and every evaluation.
 
-    So every rank evaluates what is saved (detectron2 saves rank 0's statistics, and lets each
-    rank evaluate with its own). Then a trainer with ``gather_rank_states()``, as ours has, collects
-    what each rank has of its own. Belongs after population training and before the checkpointer,
-    on all ranks.
+    So every rank evaluates what is saved. Then a trainer with ``gather_rank_states()``, as ours
+    has, collects what each rank has of its own. Belongs after population training and before the
+    checkpointer, on all ranks.
 
     State read: the model. State changed: its running statistics, to the same values on all ranks.
     """
@@ -133,10 +132,9 @@ def normalizers_of_pass(model: nn.Module, index: int, passes: int) -> Iterator[N
 def gather_rank_state(model: nn.Module) -> list[RankState]:
     """Return every rank's own state, rank 0 first: what a bit-exact resume needs beside the model.
 
-    It holds the loss normalisers of detectron2's dense detectors (a float attribute that appears
-    with the first training step; where an iteration has several passes, one for each), every
-    buffer that differs between ranks, and the buffers that layers of ours keep out of the state
-    dict. A collective: every rank must call it.
+    These are the loss normalisers of detectron2's dense detectors (one for each pass), the buffers
+    that differ between ranks, and those that layers of ours keep out of the state dict. A
+    collective: every rank must call it.
     """
     model = unwrap(model)
     buffers = dict(model.named_buffers())

@@ -187,9 +187,8 @@ def _is_foreign(component: Any) -> bool:
 class FollowKeys(HookBase):
     """Refuse to train where a key of ours is set that hooks cannot follow and the trainer does not.
 
-    :class:`~rethinking_bn.engine.TrainerMixin` follows all of them. Another trainer may do so by
-    the parts of this package: an AccumulatingTrainer, ``train_only``, ``compile_norms``, and a
-    ``test`` that uses ``inference_statistics``.
+    TrainerMixin follows all of them; another trainer may by an AccumulatingTrainer, ``train_only``,
+    ``compile_norms``, and a ``test`` that uses ``inference_statistics``.
 
     State read: the trainer's step trainer, model and test function. State changed: none.
     """
