@@ -115,13 +115,13 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
         return exported_normalize(input, mean, var, self.weight, self.bias, self.eps)
 
     def _normalize_batch(self, x: Tensor) -> Tensor:
-        rows_apart = self.rows_at_a_time > 0 and self._groups is None and len(x) > 0
-        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        if not self.training and (rows_apart or traced):
-            # in one pass; what follows makes constants of the input's size
-            if not self._groups or len(self._groups) == 1:
-                return self._infer_exported(x)
-            return torch.cat([self._infer_exported(part) for part in x.split(self._groups)])
+        if not self.training:
+            rows_apart = self.rows_at_a_time > 0 and self._groups is None and len(x) > 0
+            if rows_apart or torch.jit.is_tracing() or torch.compiler.is_compiling():
+                # in one pass; what follows makes constants of the input's size
+                if not self._groups or len(self._groups) == 1:
+                    return self._infer_exported(x)
+                return torch.cat([self._infer_exported(part) for part in x.split(self._groups)])
         groups = self._groups_of(x)
         apart = groups is not None and len(groups) != 1 and (len(groups) > 0 or len(x) > 0)
         xs = x.split(groups) if groups is not None and apart else [x]

@@ -158,17 +158,22 @@ def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, dim: int = 0) -> Mome
         mean, m2: the same shape with a channel dimension C appended.
     """
     absent = (count == 0)[..., None]
-    mean, m2 = mean.masked_fill(absent, 0.0), m2.masked_fill(absent, 0.0)
+    return _merge(count, mean.masked_fill(absent, 0.0), m2.masked_fill(absent, 0.0), dim)
+
+
+def _merge(count: Tensor, mean: Tensor, m2: Tensor, dim: int = 0) -> Moments:
+    """The same where mean and M2 of an empty set are 0."""
     total = count.sum(dim, keepdim=True)
     share = (count / total.clamp(min=1))[..., None]
     pooled = (share * mean).sum(dim, keepdim=True)
-    spread = count[..., None] * (mean - pooled).square()
-    return Moments(total.squeeze(dim), pooled.squeeze(dim), (m2 + spread).sum(dim))
+    spread = mean - pooled
+    m2 = torch.addcmul(m2, count[..., None] * spread, spread)
+    return Moments(total.squeeze(dim), pooled.squeeze(dim), m2.sum(dim))
 
 
 def merged(rows: Moments) -> Moments:
     """Pool all rows into one row."""
-    return rows if len(rows.count) == 1 else Moments(*(v[None] for v in merge_moments(*rows)))
+    return rows if len(rows.count) == 1 else Moments(*(v[None] for v in _merge(*rows)))
 
 
 def merge_over_ranks(rows: Moments, group: ProcessGroup | None) -> Moments:
@@ -176,7 +181,7 @@ def merge_over_ranks(rows: Moments, group: ProcessGroup | None) -> Moments:
     packed = torch.cat([rows.count[:, None], rows.mean, rows.m2], dim=1)
     channels = rows.mean.shape[1]
     count, mean, m2 = all_gather(packed, group).split([1, channels, channels], dim=2)
-    return merge_moments(count[..., 0], mean, m2)
+    return _merge(count[..., 0], mean, m2)
 
 
 def mix_statistics(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,17 +309,25 @@ def _like(x: Tensor, dy: Tensor) -> Tensor:
 
 
 def combine(
-    dy: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor, mean: Tensor, zero: Tensor
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
 ) -> Tensor:
-    """Return a·dy + b·(x - mean) + c per channel as a new tensor in x's type; zero: (C,) zeros.
+    """Return a·dy + b·(x - mean) / sqrt(variance + eps) + c per channel as a new tensor like x.
 
     Terms of half types may nearly cancel, so they are added before anything is rounded.
     """
+    if x.dtype == a.dtype and not is_plain(x):
+        return affine_normalize(x, mean, variance, b, c, eps).addcmul_(dy, broadcast(a, dy))
+    b = b * (variance + eps).rsqrt()
     if is_plain(x):
         scaled = broadcast(b, x) * (x - broadcast(mean, x)) + broadcast(c, x)
         return (broadcast(a, x) * dy + scaled).to(x.dtype)
-    if x.dtype == a.dtype:  # a variance of 0 and an eps of 1: divided by 1
-        return affine_normalize(x, mean, zero, b, c, 1.0).addcmul_(dy, broadcast(a, dy))
     c = torch.addcmul(c, b, mean, value=-1)
     if not _is_worth_blocks(x):
         out = torch.addcmul(broadcast(c, x), x, broadcast(b, x))

@@ -110,12 +110,12 @@ def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
     count = sum(x.numel() for x in xs) // len(smoothed)
     p = torch.addcmul(zero, scale, sum_dy_z, value=1 / max(1, count))
     averaged = ctx.average(p, moving).to(smoothed.dtype)
-    # dx = a·dy + b·x per channel
-    spread = smoothed + ctx.eps
-    a, b = scale * spread.rsqrt(), torch.addcdiv(zero, averaged, spread, value=-1)
+    # dx = a·dy + b·z per channel
+    invstd = (smoothed + ctx.eps).rsqrt()
+    a, b = scale * invstd, -averaged * invstd
     needed = ctx.needs_input_grad[-len(xs) :]
     grad_x = [
-        combine(dy, x, a, b, zero, zero, zero) if need else None
+        combine(dy, x, a, b, zero, zero, smoothed, ctx.eps) if need else None
         for dy, x, need in zip(dys, xs, needed, strict=True)
     ]
     of_weight = None if weight is None else (sum_dy_z * correction).to(weight.dtype)

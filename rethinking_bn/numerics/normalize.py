@@ -39,6 +39,7 @@ from rethinking_bn.numerics.moments import (
     suits_torch,
 )
 from rethinking_bn.numerics.running import keep_if_finite, update_running_statistics
+from rethinking_bn.randomness import is_recomputing
 
 Rows = Tensor | Sequence[Tensor] | None
 
@@ -157,7 +158,7 @@ def _check_transform(sync: bool) -> None:
 def _alone(
     x: Tensor, affine: Any, eps: float, holders: Any, momentum: float | None, report: bool
 ) -> tuple[Tensor, Moments | None]:
-    """Way 1: one tensor by torch's operator, which moves copies of the running statistics."""
+    """Way 1: one tensor by torch's operator, which moves the running statistics, too."""
     weight, bias = affine
     if not suits_torch(x):
         (y,), local, _ = _together([x], [weight], [bias], _Call((0,), True, True, eps))
@@ -166,11 +167,14 @@ def _alone(
     else:
         dtype = statistics_dtype(x.dtype)
         if momentum is not None and not report:
-            old = holders[0].running_mean, holders[0].running_var
-            if old[0].dtype == old[1].dtype == dtype:
-                moved = old[0].clone(), old[1].clone()
-                y = fused_normalize(x, weight, bias, *moved, True, momentum, eps)
-                keep_if_finite(holders[0], old, moved)
+            # aliases, as the graph would mind later changes of the buffers themselves
+            mean, variance = holders[0].running_mean.data, holders[0].running_var.data
+            if mean.dtype == variance.dtype == dtype:
+                old, again = torch.stack([mean, variance]), is_recomputing()
+                mean, variance = old.unbind() if again else (mean, variance)
+                y = fused_normalize(x, weight, bias, mean, variance, True, momentum, eps)
+                if not again:
+                    keep_if_finite(holders[0], old, (mean, variance))
                 return y, None
         # From zeros, a step of momentum 1 leaves the batch's mean and unbiased variance.
         mean, variance = x.new_zeros(2, x.shape[1], dtype=dtype).unbind()
@@ -257,15 +261,13 @@ def _gradients(
         pooled = pooled.sum(0, keepdim=True)
     if call.sync:
         pooled = all_reduce_sum(pooled, call.group)
-    # dx = weight · invstd · dy - invstd · (Σ + x̂ · Σ') / n, which is a·dy + b·(x - mean) + c
-    c, b = (pooled * (invstd / -count.clamp(min=1)[:, None])[:, None]).unbind(1)
-    coefficients = (a, b * invstd, c, mean)
-    each = (_per_tensor(r.unbind(), len(xs)) for r in coefficients)
-    zero = torch.zeros_like(means[0])
+    # dx = weight · invstd · dy - invstd · (Σ + x̂ · Σ') / n, which is a·dy + b·x̂ + c
+    c, b = (pooled * (invstd / -count[:, None])[:, None]).unbind(1)
+    each = (_per_tensor(r.unbind(), len(xs)) for r in (a, b, c, mean, variance))
     needed = ctx.needs_input_grad[-len(xs) :]
     grad_x = [
-        combine(dy, x, a, b, c, m, zero) if need else None
-        for dy, x, need, a, b, c, m in zip(dys, xs, needed, *each, strict=True)
+        combine(dy, x, a, b, c, m, v, call.eps) if need else None
+        for dy, x, need, a, b, c, m, v in zip(dys, xs, needed, *each, strict=True)
     ]
     affine = [*own[:, 1].unbind(), *own[:, 0].unbind()]
     typed = zip(affine, ctx.types, strict=True)

@@ -37,39 +37,32 @@ def update_running_statistics(
     """
     if is_recomputing():
         return
-    variance = moments.variance(unbiased=True)
-    first = holders[0]
-    if len(holders) == len(moments.count) == 1 and momentum is not None and not is_plain(variance):
-        if host_reads(variance) and first.running_mean.dtype == variance.dtype:
-            n = moments.count.item()
-            if n > 0 and variance.max().item() < math.inf:
-                first.running_mean.lerp_(moments.mean[0], momentum)
-                if n > 1:  # one value has no variance
-                    first.running_var.lerp_(variance[0], momentum)
-                if first.num_batches_tracked is not None:
-                    first.num_batches_tracked.add_(1)
-            return
-    finite = variance.amax(1) < math.inf  # (K,); what is not finite leaves a variance that is not
-    values = torch.stack([moments.mean, variance]).where(finite[:, None], 0.0)  # (2, K, C)
-    seen = torch.stack([moments.count > 0, moments.count > 1]) & finite  # (2, K)
+    (count, mean, m2), first = moments, holders[0]
+    alone = len(holders) == len(count) == 1 and momentum is not None and not is_plain(mean)
+    if alone and host_reads(mean) and first.running_mean.dtype == mean.dtype:
+        n = count.item()
+        if n > 0 and m2.max().item() < math.inf:
+            first.running_mean.lerp_(mean[0], momentum)
+            if n > 1:  # one value has no variance
+                first.running_var.lerp_(m2[0] / (n - 1), momentum)
+            if first.num_batches_tracked is not None:
+                first.num_batches_tracked.add_(1)
+        return
+    # (2, K): more than 0 values have a mean, more than 1 a variance; M2 shows what is not finite
+    seen = (count > torch.arange(2, device=count.device)[:, None]) & (m2.amax(1) < math.inf)
+    values = torch.stack([mean, m2 / (count - 1)[:, None]])
     buffers = [h.running_mean for h in holders] + [h.running_var for h in holders]
-    old = torch.stack(buffers).to(values.dtype).view(2, len(holders), -1)
     counters = [h.num_batches_tracked for h in holders]
-    sequential = len(holders) == 1 and seen.shape[1] > 1
-    if momentum is None:
-        steps = seen[0].cumsum(0) if sequential else seen[0].long()
-        rate = seen / (torch.stack(counters) + steps).clamp(min=1).to(values.dtype)
-    else:
-        rate = seen.to(values.dtype) * momentum
-    counted = seen[0].long()
-    # K steps in one: new = Π (1 - rateₖ) · old + Σ rateₖ · Π_{j>k} (1 - rateⱼ) · valueₖ
-    if sequential:
-        keep = (1 - rate).flip(1).cumprod(1).flip(1)  # Π_{j≥k}
-        rate = rate * torch.cat([keep[:, 1:], torch.ones_like(keep[:, :1])], dim=1)
-        new = old * keep[:, :1, None] + (values * rate[..., None]).sum(1, keepdim=True)
-        counted = counted.sum(0, keepdim=True)
-    else:
-        new = old.lerp(values, rate[..., None])
+    rows = len(holders)  # that move at once
+    new = torch.stack(buffers).to(values.dtype).view(2, rows, -1)
+    steps = None if momentum is not None else torch.stack(counters)
+    for value, ok in zip(values.split(rows, 1), seen.split(rows, 1), strict=True):
+        rate: Any = momentum
+        if steps is not None:
+            steps = steps + ok[0]
+            rate = 1 / steps.clamp(min=1).to(values.dtype)[:, None]
+        new = torch.where(ok[..., None], new.lerp(value, rate), new)
+    counted = seen[0].view(-1, rows).sum(0) if len(count) > rows else seen[0]
     found = [i for i, counter in enumerate(counters) if counter is not None]
     _write(torch._foreach_copy_, Tensor.copy_, buffers, new.flatten(0, 1).unbind())
     _write(
@@ -86,23 +79,22 @@ def _write(together: Any, one: Any, targets: Sequence[Tensor], sources: Sequence
         together(targets, sources)
 
 
-def keep_if_finite(holder: Any, old: Sequence[Tensor], moved: Sequence[Tensor]) -> None:
-    """Write what torch's operator moved into the holder's old mean and variance (C,), if finite."""
-    if is_recomputing():
-        return
-    (old_mean, old_variance), (mean, variance) = old, moved
-    largest, counter = variance.max(), holder.num_batches_tracked
+def keep_if_finite(holder: Any, old: Tensor, moved: Sequence[Tensor]) -> None:
+    """Count a step of torch's operator, or put back old (2, C) where what moved is not finite."""
+    largest, counter = moved[1].max(), holder.num_batches_tracked
+    pairs = zip(old.unbind(), moved, strict=True)
+    # written through aliases: the operator's backward would mind a change of what it was given
     if not host_reads(largest):
         finite = largest < math.inf
-        torch.where(finite, mean, old_mean, out=old_mean)
-        torch.where(finite, variance, old_variance, out=old_variance)
+        for before, buffer in pairs:
+            torch.where(finite, buffer, before, out=buffer.data)
         if counter is not None:
             counter.add_(finite)
-    elif largest.item() < math.inf:
-        old_mean.copy_(mean)
-        old_variance.copy_(variance)
-        if counter is not None:
-            counter.add_(1)
+    elif not largest.item() < math.inf:
+        for before, buffer in pairs:
+            buffer.data.copy_(before)
+    elif counter is not None:
+        counter.add_(1)
 
 
 @torch.no_grad()
