@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -298,6 +298,8 @@ def _say(text: str) -> None:
 def _end(status: int) -> NoReturn:
     """End this process and the ranks, without the seconds that an interpreter's end takes."""
     for rank in multiprocessing.active_children():
+        with suppress(ProcessLookupError):  # its group, once it has one
+            os.killpg(rank.pid, signal.SIGKILL)  # type: ignore[arg-type]
         rank.kill()
     sys.stdout.flush()
     os._exit(status)

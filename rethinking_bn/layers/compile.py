@@ -52,9 +52,9 @@ def compile_norms(model: nn.Module, **options: Any) -> list[str]:
     differ in their weights share their code.
 
     A layer runs as before, not compiled, while population training or hooks look at it, and under
-    transforms and exporters. One that torch cannot compile does so for good, and a warning names
-    it. Copies of a compiled layer are not compiled. Layers that pool over ranks have a break in
-    their graph at the collective.
+    transforms and exporters; MABN2d also where activation checkpointing may recompute it. A layer
+    that torch cannot compile does so for good, and a warning names it. Copies of a compiled layer
+    are not compiled. Layers that pool over ranks have a break in their graph at the collective.
 
     Args:
         model: already on its device; may be wrapped.

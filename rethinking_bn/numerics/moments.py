@@ -50,10 +50,9 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Return whether only plain operators may work on ``x``.
+    """Return whether only plain operators may work on ``x``, as those of other devices do.
 
-    A compiler, a tracer, a transform of torch.func or forward-mode differentiation looks on, or the
-    device is neither a CPU nor CUDA and has no others.
+    A compiler, a tracer, a transform of torch.func or forward-mode differentiation looks on.
     """
     return (
         torch.compiler.is_compiling()
@@ -80,8 +79,7 @@ def _is_channels_last(x: Tensor) -> bool:
 def local_moments(x: Tensor) -> Moments:
     """Return this process's moments of one tensor (N, C, *): count (), mean (C,), m2 (C,).
 
-    Half types are accumulated in float32; x may be empty. No host synchronisation on CUDA, and no
-    gradient, unless :func:`is_plain`.
+    Half types are accumulated in float32; x may be empty. No gradient, unless :func:`is_plain`.
     """
     plain = is_plain(x)
     with torch.set_grad_enabled(plain and torch.is_grad_enabled()):
@@ -308,20 +306,13 @@ def _like(x: Tensor, dy: Tensor) -> Tensor:
     return dy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def combine(
-    dy: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-) -> Tensor:
-    """Return a·dy + b·(x - mean) / sqrt(variance + eps) + c per channel as a new tensor like x.
+def combine(dy: Tensor, x: Tensor, *channels: Tensor, eps: float) -> Tensor:
+    """Return a·dy + b·(x - mean) / sqrt(variance + eps) + c, a new tensor like x (N, C, *).
 
-    Terms of half types may nearly cancel, so they are added before anything is rounded.
+    The channels are a, b, c, mean and variance, each (C,). Terms of half types may nearly cancel,
+    so they are added before anything is rounded.
     """
+    a, b, c, mean, variance = channels
     if x.dtype == a.dtype and not is_plain(x):
         return affine_normalize(x, mean, variance, b, c, eps).addcmul_(dy, broadcast(a, dy))
     b = b * (variance + eps).rsqrt()

@@ -115,7 +115,7 @@ def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
     a, b = scale * invstd, -averaged * invstd
     needed = ctx.needs_input_grad[-len(xs) :]
     grad_x = [
-        combine(dy, x, a, b, zero, zero, smoothed, ctx.eps) if need else None
+        combine(dy, x, a, b, zero, zero, smoothed, eps=ctx.eps) if need else None
         for dy, x, need in zip(dys, xs, needed, strict=True)
     ]
     of_weight = None if weight is None else (sum_dy_z * correction).to(weight.dtype)

@@ -266,8 +266,8 @@ def _gradients(
     each = (_per_tensor(r.unbind(), len(xs)) for r in (a, b, c, mean, variance))
     needed = ctx.needs_input_grad[-len(xs) :]
     grad_x = [
-        combine(dy, x, a, b, c, m, v, call.eps) if need else None
-        for dy, x, need, a, b, c, m, v in zip(dys, xs, needed, *each, strict=True)
+        combine(dy, x, *rows, eps=call.eps) if need else None
+        for dy, x, need, *rows in zip(dys, xs, needed, *each, strict=True)
     ]
     affine = [*own[:, 1].unbind(), *own[:, 0].unbind()]
     typed = zip(affine, ctx.types, strict=True)

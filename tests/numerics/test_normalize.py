@@ -110,7 +110,7 @@ def test_combine_rounds_once(shape: tuple[int, ...], dtype: torch.dtype) -> None
     a, b, c = torch.rand(3, shape[1]) + 1
     b = -a + 0.01 * b
     none = torch.zeros(shape[1])
-    got = combine(dy, x, a, b, c, none, none, 1.0)
+    got = combine(dy, x, a, b, c, none, none, eps=1.0)
     wide = [v.double().view(1, -1, 1, 1) for v in (a, b, c)]
     expected = wide[0] * dy.double() + wide[1] * x.double() + wide[2]
     assert got.dtype == dtype and got.is_contiguous()
@@ -118,7 +118,7 @@ def test_combine_rounds_once(shape: tuple[int, ...], dtype: torch.dtype) -> None
     torch.testing.assert_close(got.double(), expected, rtol=1.01 * half_ulp, atol=1e-6)
     last = [t.contiguous(memory_format=torch.channels_last) for t in (dy, x)]
     torch.testing.assert_close(
-        combine(last[0], last[1], a, b, c, none, none, 1.0), got, rtol=2 * half_ulp, atol=1e-6
+        combine(last[0], last[1], a, b, c, none, none, eps=1.0), got, rtol=2 * half_ulp, atol=1e-6
     )
 
 
