@@ -63,8 +63,7 @@ def mabn_normalize(
 
         p = mean(g · z);  P = average(p);  dx = (g - z · P) / sqrt(S + eps)
 
-    (MABN, arXiv 2001.06838); r and S are constants. Differentiable once: asking for a derivative
-    of this backward is a RuntimeError.
+    (MABN, arXiv 2001.06838); r and S are constants. A second derivative is a RuntimeError.
 
     Args:
         xs: tensors (N_l, C, H_l, W_l); empty ones pass through, with gradient.
@@ -104,18 +103,19 @@ class _Normalize(torch.autograd.Function):
 def _gradients(ctx: Any, dys: Sequence[Tensor]) -> tuple[Any, ...]:
     weight, *xs = ctx.saved_tensors
     smoothed, correction, moving = ctx.statistics
-    zero, scale = torch.zeros_like(smoothed), _scale(weight, correction)
+    zero, one = torch.zeros_like(smoothed), torch.ones_like(smoothed)
+    scale = _scale(weight, correction)
     sums = [gradient_sums(dy, x, zero, smoothed, ctx.eps) for dy, x in zip(dys, xs, strict=True)]
     sum_dy, sum_dy_z = (torch.stack(values).sum(0) for values in zip(*sums, strict=True))
     count = sum(x.numel() for x in xs) // len(smoothed)
     p = torch.addcmul(zero, scale, sum_dy_z, value=1 / max(1, count))
     averaged = ctx.average(p, moving).to(smoothed.dtype)
-    # dx = a·dy + b·z per channel
-    invstd = (smoothed + ctx.eps).rsqrt()
-    a, b = scale * invstd, -averaged * invstd
+    # dx = a·dy + b·x per channel
+    spread = smoothed + ctx.eps
+    a, b = scale * spread.rsqrt(), torch.addcdiv(zero, averaged, spread, value=-1)
     needed = ctx.needs_input_grad[-len(xs) :]
     grad_x = [
-        combine(dy, x, a, b, zero, zero, smoothed, eps=ctx.eps) if need else None
+        combine(dy, x, a, b, zero, zero, one, eps=0.0) if need else None
         for dy, x, need in zip(dys, xs, needed, strict=True)
     ]
     of_weight = None if weight is None else (sum_dy_z * correction).to(weight.dtype)
