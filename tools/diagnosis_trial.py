@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 import warnings
 from itertools import product
 from pathlib import Path
@@ -35,12 +34,9 @@ def trials(model: str, seed: int, kinds: list[str]) -> list[dict[str, Any]]:
     """Diagnose a healthy model of one seed with each of the defects; return what was reported."""
     case, results = CASES[model](seed), []
     for kind in kinds:
-        start = time.perf_counter()
         planted = plant(kind, case, seed)
-        diagnosis = diagnose(
-            planted.model, planted.batches, target_batches=planted.target, forward=case.forward,
-            progress=False,
-        )  # fmt: skip
+        keywords: Any = {"target_batches": planted.target, "forward": case.forward}
+        diagnosis = diagnose(planted.model, planted.batches, progress=False, **keywords)
         loud = [f for f in diagnosis.findings if f.severity != "ok"]
         sought = "dependent-samples" if kind in BATCHES else kind
         kinds_found = (sought, "stale-statistics") if kind == "output-effect" else (sought,)
@@ -50,7 +46,6 @@ def trials(model: str, seed: int, kinds: list[str]) -> list[dict[str, Any]]:
             "found": max((f.severity for f in of), key=SEVERITIES.index, default="ok"),
             "severe": diagnosis.count("severe"), "warnings": diagnosis.count("warning"),
             "reported": sorted({f"{f.severity} {f.kind}" for f in loud}),
-            "seconds": round(time.perf_counter() - start, 1),
         })  # fmt: skip
         print(results[-1], flush=True)
     return results
@@ -83,20 +78,19 @@ def main() -> None:
     parser.add_argument("--trials", type=Path, default=Path("output/diagnosis_trial.jsonl"))
     parser.add_argument("--report", type=Path, help="write the table (.md)")
     args = parser.parse_args()
-    lines = args.trials.read_text().splitlines() if args.trials.exists() else []
-    done = [json.loads(line) for line in lines]
+    args.trials.parent.mkdir(parents=True, exist_ok=True)
+    args.trials.touch()
+    done = [json.loads(line) for line in args.trials.read_text().splitlines()]
     if args.report:
         text = table(done)
         replace(args.report, lambda aside: aside.write_text(text, encoding="utf-8"))
         print(text)
         return
-    args.trials.parent.mkdir(parents=True, exist_ok=True)
     for seed, model in product(range(*map(int, args.seeds.split(":"))), args.model):
         had = {t["kind"] for t in done if (t["model"], t["seed"]) == (model, seed)}
-        wanted = [kind for kind in args.kinds if kind not in had]
-        results = trials(model, seed, wanted) if wanted else []
-        with args.trials.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(trial) + "\n" for trial in results)
+        if wanted := [kind for kind in args.kinds if kind not in had]:
+            with args.trials.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(t) + "\n" for t in trials(model, seed, wanted))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +35,7 @@ def run(options: Options, per_level: type[nn.Module] | None = None) -> Result:
             nn.SyncBatchNorm on GPUs and, as that refuses CPU tensors, ours on CPUs.
     """
     result = Result("collectives")
-    reason = missing("detectron2")
-    if reason:
+    if (reason := missing("detectron2")) is not None:
         result.skip("everything", reason)
         return result
     device = options.device_for(_WORLD)
@@ -82,36 +82,24 @@ def _measure(
     device: torch.device, sizes: Any, channels: int, options: Options, per_level: type[nn.Module]
 ) -> dict[str, Any]:
     """Run on one rank: check, count, time."""
-    from benchmarks.heads import (
-        HeadSize,
-        check_heads,
-        head_step,
-        our_head,
-        output_gradients,
-        per_level_head,
-    )
+    from benchmarks import heads
 
     rank = dist.get_rank()
-    size = HeadSize(channels, 4, 2, 1)
-    ours = our_head(size, 4, norm="SyncBN").to(device)
-    other = per_level_head(size, per_level).to(device)
+    size = heads.HeadSize(channels, 4, 2, 1)
+    ours = heads.our_head(size, 4, norm="SyncBN").to(device)
+    other = heads.per_level_head(size, per_level).to(device)
     # ranks hold different values
     levels = make_levels(sizes, channels, device=device)
     features = [(x.detach() * (1 + rank) + rank).requires_grad_() for x in levels.xs]
     pair = f"one collective = one per level ({per_level.__name__})"
-    checks = {pair: check_heads(pair, ours, other, features)}
-    dys = output_gradients(ours, features)
+    checks = {pair: heads.check_heads(pair, ours, other, features)}
+    dys = heads.output_gradients(ours, features)
     counts = []
     for head in (ours, other):
         with _counting() as of_head:
-            head_step(head, features, dys)
+            heads.head_step(head, features, dys)
         counts.append(of_head)
-    steps = {
-        "ours": lambda: head_step(ours, features, dys),
-        "other": lambda: head_step(other, features, dys),
-    }
-    return {
-        "checks": checks,
-        "counts": counts,
-        "times": alternate(steps, options, 6.0, together=device),
-    }
+    sides = {"ours": ours, "other": other}
+    steps = {name: partial(heads.head_step, head, features, dys) for name, head in sides.items()}
+    times = alternate(steps, options, 6.0, together=device)
+    return {"checks": checks, "counts": counts, "times": times}

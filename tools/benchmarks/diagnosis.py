@@ -37,12 +37,11 @@ def run(options: Options) -> Result:
     errors = 1 + torch.tensor([finding.evidence["z"] for finding in fit])
     what = f"{case}: stored statistics are the exact ones"
     result.checks[what] = require_equal(what, [errors], [torch.ones_like(errors)], _NEAR)
+    look = partial(diagnose, model, batches, progress=False)
     steps: dict[str, Step] = {
         "population training": partial(_population, trained, batches),
-        "diagnosis, no output effects": partial(
-            diagnose, model, batches, output_batches=0, progress=False
-        ),
-        "diagnosis": partial(diagnose, model, batches, progress=False),
+        "diagnosis, no output effects": partial(look, output_batches=0),
+        "diagnosis": look,
     }
     times = alternate(steps, options, 60.0, rounds=(3, 60), warmup=0)
     base = ("population training", times["population training"])

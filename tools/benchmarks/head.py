@@ -24,42 +24,33 @@ def run(options: Options) -> Result:
     if (reason := missing("detectron2")) is not None:
         result.skip("everything", reason)
         return result
-    from benchmarks.heads import (
-        HeadSize,
-        check_heads,
-        detectron2_head,
-        head_step,
-        our_head,
-        output_gradients,
-    )
+    from benchmarks import heads as made
 
-    size = options.pick(quick=HeadSize(8, 1, 2, 1), cpu=HeadSize(64, 4, 4, 9), cuda=HeadSize(256))
+    small, full = made.HeadSize(64, 4, 4, 9), made.HeadSize(256)
+    size = options.pick(quick=made.HeadSize(8, 1, 2, 1), cpu=small, cuda=full)
     sizes = options.pick(quick=TOY_SIZES, cpu=FULL_SIZES, cuda=FULL_SIZES)
     images = options.pick(quick=2, cpu=1, cuda=2)
     features = make_levels(sizes, size.channels, images=images, device=options.device).xs
     heads = {
-        _NONE: detectron2_head(size),
-        _OURS_NONE: our_head(size, None),
-        _OURS: our_head(size, 1),
-        _OURS_4: our_head(size, 4),
-        _THEIRS: detectron2_head(size, "BN"),
+        _NONE: made.detectron2_head(size),
+        _OURS_NONE: made.our_head(size, None),
+        _OURS: made.our_head(size, 1),
+        _OURS_4: made.our_head(size, 4),
+        _THEIRS: made.detectron2_head(size, "BN"),
     }
     for head in heads.values():
         head.to(options.device)
     one_image = [x[:1] for x in features]
     pair = f"{_OURS_4} = {_THEIRS}"
-    result.checks[pair] = check_heads(pair, heads[_OURS_4], heads[_THEIRS], one_image)
-    heads[_COMPILED] = our_head(size, 1).to(options.device)
+    result.checks[pair] = made.check_heads(pair, heads[_OURS_4], heads[_THEIRS], one_image)
+    heads[_COMPILED] = made.our_head(size, 1).to(options.device)
     compile_norms(heads[_COMPILED])
-    dys = output_gradients(heads[_NONE], features)
-    steps = {name: partial(head_step, head, features, dys) for name, head in heads.items()}
+    dys = made.output_gradients(heads[_NONE], features)
+    steps = {name: partial(made.head_step, head, features, dys) for name, head in heads.items()}
     times = alternate(steps, options, 40.0)
-    for name, without, case in (
-        (_OURS, _OURS_NONE, "added by the norm, each head less itself without one"),
-        (_COMPILED, _OURS_NONE, "added by the norm, each head less itself without one"),
-        (_OURS_4, _OURS_NONE, "added by the norm, each head less itself without one"),
-        (_OURS, _NONE, "added over detectron2's head without norm"),
-    ):
+    own = "added by the norm, each head less itself without one"
+    pairs = [(name, _OURS_NONE, own) for name in (_OURS, _COMPILED, _OURS_4)]
+    for name, without, case in (*pairs, (_OURS, _NONE, "added over detectron2's without norm")):
         added, beside = (
             [a - b for a, b in zip(times[side], times[plain], strict=True)]
             for side, plain in ((name, without), (_THEIRS, _NONE))

@@ -32,13 +32,7 @@ def run(options: Options) -> Result:
     count = options.pick(quick=2, cpu=20, cuda=20)
     sampled = torch.randn(count, images, 3, size, size).to(options.device)
     batches = [batch * (i + 1) for i, batch in enumerate(sampled)]
-    _compare(result, f"{name}, {images} x {size} x {size}", model, batches, options)
-    return result
-
-
-def _compare(
-    result: Result, case: str, model: nn.Module, batches: Sequence[Tensor], options: Options
-) -> None:
+    case = f"{name}, {images} x {size} x {size}"
     model.to(options.device)
     models = {name: copy.deepcopy(model) for name in (_OURS, _FORWARD, _FVCORE)}
 
@@ -67,6 +61,7 @@ def _compare(
     for other, goal in ((_FORWARD, None), (_FVCORE, 1.1)):
         if other in sides:
             result.measure(case, ours_times, (other, times[other]), unit="s", scale=1.0, goal=goal)
+    return result
 
 
 def _bn_layers(model: nn.Module) -> list[nn.Module]:
@@ -96,11 +91,7 @@ def _plain_population(model: nn.Module, batches: Sequence[Tensor]) -> list[tuple
 
 
 def _check(
-    result: Result,
-    what: str,
-    model: nn.Module,
-    expected: Sequence[tuple[Tensor, ...]],
-    biased: bool,
+    result: Result, what: str, model: nn.Module, expected: Sequence[Any], biased: bool
 ) -> None:
     errors = []
     for layer, (mean, variance, count) in zip(_bn_layers(model), expected, strict=True):
@@ -108,9 +99,7 @@ def _check(
         found: list[Any] = [layer.running_mean, layer.running_var]
         # means are compared in units of the standard deviation: some are zero but for rounding
         deviation = wanted.sqrt()
-        pairs = (
-            (found[0] / deviation, mean / deviation),
-            (found[1] / wanted, torch.ones_like(wanted)),
-        )
-        errors += [require_equal(what, [a], [b], 5 * tolerance_of(torch.float32)) for a, b in pairs]
+        ours = [found[0] / deviation, found[1] / wanted]
+        theirs = [mean / deviation, torch.ones_like(wanted)]
+        errors.append(require_equal(what, ours, theirs, 5 * tolerance_of(torch.float32)))
     result.checks[what] = max(errors)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
 from rethinking_bn.data import CLASSES, ShapesDataset
 from rethinking_bn.layers import MultiDomainBatchNorm2d
@@ -29,22 +30,15 @@ ROWS = {1: (S, S, S), 4: (D, D, S), 6: (D, D, D)}
 
 @dataclass
 class Case:
-    """A healthy model and what it is diagnosed on.
+    """A healthy model and what it is diagnosed on."""
 
-    Attributes:
-        model: its statistics fit ``samples``.
-        target: samples of the same distribution, for a healthy target domain; () for none.
-        size: images in a batch.
-        count, many: batches of a diagnosis, and of one for dependent samples.
-    """
-
-    model: nn.Module
+    model: nn.Module  # its statistics fit the samples
     samples: Sequence[Sample]
-    target: Sequence[Sample]
+    target: Sequence[Sample]  # of the same distribution; () for none
     collate: Callable[[Sequence[Sample]], Any]
-    size: int
-    count: int = 16
-    many: int = 96
+    size: int  # images in a batch
+    count: int = 16  # batches of a diagnosis
+    many: int = 96  # and of one for dependent samples
     forward: Callable[[Any, Any], Any] | None = None
 
     def batches(self, seed: int, count: int, size: int = 0) -> list[Any]:
@@ -54,10 +48,6 @@ class Case:
             self.collate([self.samples[i] for i in indices.tolist()])
             for _, indices in zip(range(count), chosen, strict=False)
         ]
-
-    def others(self) -> Case:
-        """Return the case with its target's samples in place of the training set's."""
-        return replace(self, samples=self.target)
 
 
 def image_of(sample: Sample) -> Tensor:
@@ -74,12 +64,6 @@ def with_image(sample: Sample, image: Tensor) -> Sample:
     return {**sample, "image": image} if isinstance(sample, dict) else (image, *sample[1:])
 
 
-def _stacked(samples: Sequence[Sample]) -> Any:
-    if isinstance(samples[0], Tensor):
-        return torch.stack(list(samples))
-    return tuple(torch.stack(values) for values in zip(*samples, strict=True))
-
-
 def classifier(seed: int, steps: int = 100) -> Case:
     """A residual classifier with 15 BN layers, trained on digits for ``steps`` batches of 64."""
     data = load_digits(torch.device("cpu"))
@@ -88,7 +72,7 @@ def classifier(seed: int, steps: int = 100) -> Case:
     order = shuffled_indices(len(data.train.images), 64, seed)
     train_to_the_end(net, data.train, order, steps=steps, lr=0.1, label=None)
     train, test = (list(zip(*split, strict=True)) for split in data)
-    return Case(net.eval(), train, test, _stacked, 64)
+    return Case(net.eval(), train, test, default_collate, 64)
 
 
 class _Head(nn.Module):
@@ -112,40 +96,28 @@ def head(seed: int) -> Case:
     torch.manual_seed(seed)
     contrast = 0.2 + 3 * torch.rand(500, 1, 1, 1)
     images = torch.randn(500, 3, 32, 32) * contrast + 0.05 * torch.randn(500, 3, 1, 1) + 2
-    case = Case(_Head().train(), list(images), list(images), _stacked, 4, 40, 40)
+    case = Case(_Head().train(), list(images), list(images), default_collate, 4, 40, 40)
     estimate_population_statistics(case.model, case.batches(seed + 1, 40), progress=False)
     return case
 
 
-class _Backbone(nn.Module):
-    """Five strided stages with BN, a pyramid over the last three: strides 8 to 32, 32 channels."""
-
-    out_channels = 32
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, 16, 16, 32, 32, 32)
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
-            )
-            for i, o in zip(widths[:-1], widths[1:], strict=True)
+def _backbone() -> BackboneWithFPN:
+    """Return five strided stages with BN and a pyramid of strides 8 to 64, 32 channels each."""
+    widths = (3, 16, 16, 32, 32, 32)
+    stages = (
+        nn.Sequential(
+            nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
         )
-        self.fpn = FeaturePyramidNetwork(list(widths[-3:]), self.out_channels)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        maps: OrderedDict[str, Tensor] = OrderedDict()
-        for number, stage in enumerate(self.stages):
-            x = stage(x)
-            if number >= 2:
-                maps[str(number - 2)] = x
-        return self.fpn(maps)
+        for i, o in itertools.pairwise(widths)
+    )
+    levels = {str(number): str(number) for number in (2, 3, 4)}
+    return BackboneWithFPN(nn.Sequential(*stages), levels, [32] * 3, 32)
 
 
 @cache
 def _shapes(name: str, images: int) -> list[Sample]:
-    first = ShapesDataset(name, num_images=images, first_label=1)
-    return [(image / 255, target) for image, target in (first[i] for i in range(len(first)))]
+    data = ShapesDataset(name, num_images=images, first_label=1)
+    return [(image / 255, target) for image, target in map(data.__getitem__, range(images))]
 
 
 def _healthy(case: Case, seed: int, steps: int = 12) -> Case:
@@ -167,19 +139,17 @@ def _healthy(case: Case, seed: int, steps: int = 12) -> Case:
 def torchvision_row(row: int, seed: int) -> Case:
     """torchvision's RetinaNet with a row of Table 5 in its head, in training mode, on shapes."""
     torch.manual_seed(seed)
-    anchors = AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3)
+    anchors = AnchorGenerator(((16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 4)
     train_stats, population_stats, affine = ROWS[row]
     head = MultiDomainBNRetinaNetHead(
-        _Backbone.out_channels, 3, len(CLASSES) + 1, num_levels=3,
+        32, 3, len(CLASSES) + 1, num_levels=4,
         train_stats=train_stats, population_stats=population_stats, affine=affine,
     )  # fmt: skip
-    model = RetinaNet(
-        _Backbone(), len(CLASSES) + 1, anchor_generator=anchors, head=head, min_size=96,
-        max_size=112,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {"min_size": 96, "max_size": 112}
+    model = RetinaNet(_backbone(), len(CLASSES) + 1, anchor_generator=anchors, head=head, **sizes)
     train = _shapes("shapes_train", 160)
-    collate: Any = lambda samples: tuple(zip(*samples, strict=True))  # noqa: E731
-    return _healthy(Case(model, train, (), collate, 16, 8, 16, run_detector), seed)
+    case = Case(model, train, (), lambda s: tuple(zip(*s, strict=True)), 16, 8, 16, run_detector)
+    return _healthy(case, seed)
 
 
 def detectron2_row(row: int, seed: int) -> Case:

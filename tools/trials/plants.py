@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 
+from rethinking_bn.population import estimate_population_statistics
 from trials.cases import Case, image_of, with_image
 
 # strengths that change the classifier's output by about a tenth of its spread; None: there or not
@@ -25,7 +27,7 @@ STRENGTHS: dict[str, float | None] = {
     "impossible-variance": None,
 }
 # batches whose samples depend on each other
-BATCHES = ("copies", "crops", "sorted", "a fifth alike")
+BATCHES = ("copies", "crops", "RoIs", "sorted", "a fifth alike")
 KINDS = ("healthy", *BATCHES, *STRENGTHS)
 
 
@@ -40,11 +42,7 @@ class Planted:
 
 
 class CalledTwice(nn.Module):
-    """A norm layer that also serves a second domain, whose features are ``scale`` · x + offset.
-
-    In training both are normalised alike and the result is the layer's; at inference they share
-    the statistics of both.
-    """
+    """A norm layer that also serves a second domain, whose features are ``scale`` · x + offset."""
 
     def __init__(self, norm: Any, strength: float) -> None:
         super().__init__()
@@ -62,29 +60,42 @@ class CalledTwice(nn.Module):
         return (self.norm(x) + self.norm(x * self.scale + self.offset)) / 2
 
 
+class RoIs(nn.Module):
+    """A model on regions of each image, of half its height and width: ``size`` in a batch."""
+
+    def __init__(self, model: nn.Module, size: int, g: torch.Generator) -> None:
+        super().__init__()
+        self.model, self.size, self.g = model, size, g
+
+    def forward(self, x: Tensor) -> Any:
+        half = x.new_tensor([x.shape[-1], x.shape[-2]]) / 2
+        corners = torch.rand(self.size, 2, generator=self.g) * half
+        boxes = torch.cat([corners, corners + half], dim=1).chunk(len(x))
+        return self.model(roi_align(x, list(boxes), x.shape[-2:], aligned=True))
+
+
 @torch.no_grad()
 def plant(kind: str, case: Case, seed: int) -> Planted:
-    """Plant one defect in a copy of a healthy model, or none ("healthy").
-
-    Args:
-        kind: one of ``KINDS``.
-        seed: chooses the layer and the batches.
-    """
+    """Plant one of KINDS in a copy of a healthy model; the seed chooses layer and batches."""
     model, strength = copy.deepcopy(case.model), STRENGTHS.get(kind) or 0.0
     g = torch.Generator().manual_seed(seed)
-    named: dict[str, Any] = {
-        n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)
-    }
+    named: dict[str, Any] = dict(model.named_modules())
+    named = {name: m for name, m in named.items() if isinstance(m, nn.BatchNorm2d)}
     name = list(named)[int(torch.randint(len(named), (), generator=g))] if named else ""
     layer: Any = named.get(name)
-    batches = target = None
-    where = ""
+    batches, target, where = None, None, ""
     if kind in BATCHES:
         batches = _dependent(kind, case, g)
+        if kind == "RoIs":
+            model = RoIs(model, case.size, g)
+            estimate_population_statistics(model.train(), batches, progress=False)
     elif kind == "healthy":
-        target = case.others().batches(seed, case.count) if case.target else None
+        others = replace(case, samples=case.target)
+        target = others.batches(seed, case.count) if case.target else None
     elif kind == "domain-shift":
-        dark = [with_image(s, _darker(image_of(s), strength)) for s in case.target]
+        half = 64 if image_of(case.target[0]).max() > 2 else 0.25
+        images = [image_of(s) * (1 - 0.5 * strength) + half * strength for s in case.target]
+        dark = list(map(with_image, case.target, images))
         target = replace(case, samples=dark).batches(seed, case.count)
     elif kind == "small-batch":
         size = max(2, round(case.size / strength))
@@ -106,9 +117,8 @@ def plant(kind: str, case: Case, seed: int) -> Planted:
         elif kind == "dead-channels":
             count = max(1, round(strength * layer.num_features))
             chosen = torch.randperm(layer.num_features, generator=g)[:count]
-            modules = list(model.modules())
-            before = [m for m in modules[: modules.index(layer)] if isinstance(m, nn.Conv2d)]
-            before[-1].weight[chosen] = 0
+            modules = [m for m in model.modules() if m is layer or isinstance(m, nn.Conv2d)]
+            modules[modules.index(layer) - 1].weight[chosen] = 0  # type: ignore[operator]
         elif kind == "identity-statistics":
             layer.reset_running_stats()
         elif kind == "non-finite":
@@ -118,11 +128,6 @@ def plant(kind: str, case: Case, seed: int) -> Planted:
     return Planted(model, batches or case.batches(seed, case.count), target, where)
 
 
-def _darker(image: Tensor, strength: float) -> Tensor:
-    half = 64 if image.max() > 2 else 0.25
-    return image * (1 - 0.5 * strength) + half * strength
-
-
 def _shift(layer: Any, strength: float, g: torch.Generator) -> None:
     sign = torch.randint(0, 2, (layer.num_features,), generator=g) * 2.0 - 1
     layer.running_mean += strength * sign * layer.running_var.sqrt()
@@ -130,7 +135,7 @@ def _shift(layer: Any, strength: float, g: torch.Generator) -> None:
 
 
 def _dependent(kind: str, case: Case, g: torch.Generator) -> list[Any]:
-    """Return batches of each image twice, of crops of one image, or of images that are alike."""
+    """Return batches of each image twice, of one image or its crops, or of images alike."""
 
     def some(count: int, of: int) -> list[int]:
         return torch.randint(of, (count,), generator=g).tolist()
@@ -143,7 +148,9 @@ def _dependent(kind: str, case: Case, g: torch.Generator) -> list[Any]:
     alike = sorted(samples, key=key)
     batches = []
     for _ in range(case.many):
-        if kind == "copies":
+        if kind == "RoIs":
+            batch = [samples[i] for i in some(1, total)]
+        elif kind == "copies":
             batch = [samples[i] for i in some(size // 2, total)] * 2
         elif kind == "crops":
             (sample,) = (samples[i] for i in some(1, total))
