@@ -91,8 +91,8 @@ def _compare(result: Result, shape: Sequence[int], options: Options) -> None:
     x, dy = (torch.randn(shape, generator=generator).to(options.device) for _ in range(2))
     x.requires_grad_()
     channels = shape[1]
-    sizes = {"simulated_batch_size": _WINDOW * _IMAGES, "batch_size": _IMAGES}
-    phases = {"warmup_iters": _WARMUP, "correction_start": _CORRECTION_START}
+    sizes: Any = {"simulated_batch_size": _WINDOW * _IMAGES, "batch_size": _IMAGES}
+    phases: Any = {"warmup_iters": _WARMUP, "correction_start": _CORRECTION_START}
     ours = MABN2d(channels, **sizes, **phases).to(options.device)
     eager = EagerMABN2d(channels).to(options.device)
     case = f"{shape}"

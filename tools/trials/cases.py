@@ -35,7 +35,7 @@ class Case:
     model: nn.Module  # its statistics fit the samples
     samples: Sequence[Sample]
     target: Sequence[Sample]  # of the same distribution; () for none
-    collate: Callable[[Sequence[Sample]], Any]
+    collate: Callable[[list[Sample]], Any]
     size: int  # images in a batch
     count: int = 16  # batches of a diagnosis
     many: int = 96  # and of one for dependent samples
