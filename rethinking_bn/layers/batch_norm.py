@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,20 +16,23 @@ from torch.fx import Proxy
 from rethinking_bn.distributed import get_world_size
 from rethinking_bn.layers.population_layer import PopulationLayer, as_leaf, check_eps
 from rethinking_bn.numerics.moments import Moments, affine_normalize, exported_normalize, merged
-from rethinking_bn.numerics.normalize import normalize
 from rethinking_bn.numerics.running import write_statistics
 
 logger = logging.getLogger(__name__)
 
 
-class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
-    """nn.BatchNorm2d that bears what detection heads feed it, with the same state dict.
+@cache
+def _say_alone() -> None:
+    logger.info("SyncBN in one process: normalising by its own batch, as BN does")
 
-    It takes an empty batch (statistics stay as they were) and a single value per channel
-    (variance 0, running_var stays), keeps its statistics when a batch is not finite, as an
-    overflow in mixed precision makes it, and can be told which rows form a normalisation batch,
-    see :meth:`row_groups` and ``rows_at_a_time``. Otherwise values, gradients and buffers equal
-    nn.BatchNorm2d's.
+
+class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
+    """nn.BatchNorm2d that takes every input of a detection head, with the same state dict.
+
+    An empty batch leaves the statistics alone, a single value per channel has variance 0 and leaves
+    running_var alone, and a batch that is not finite, after an overflow in mixed precision, moves
+    nothing. The layer can be told which rows form a normalisation batch, see :meth:`row_groups` and
+    ``rows_at_a_time``. Otherwise values, gradients and buffers equal nn.BatchNorm2d's.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats: as nn.BatchNorm2d.
@@ -40,11 +44,7 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
         ValueError: for an eps that is not positive, and for an input of another shape.
     """
 
-    __constants__ = [
-        *nn.BatchNorm2d.__constants__,
-        "batch_stats_at_inference",
-        "rows_at_a_time",
-    ]
+    __constants__ = [*nn.BatchNorm2d.__constants__, "batch_stats_at_inference", "rows_at_a_time"]
     __jit_unused_properties__ = ["population_domains"]
 
     sync = False
@@ -126,26 +126,14 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
         apart = groups is not None and len(groups) != 1 and (len(groups) > 0 or len(x) > 0)
         xs = x.split(groups) if groups is not None and apart else [x]
         each = list(range(len(xs)))
-        outputs, local = normalize(
-            xs,
-            self.weight,
-            self.bias,
-            parts=each,
-            pools=each,
-            eps=self.eps,
-            sync=self.sync and self.training,
-            group=self.process_group,
-            holders=[self] if self._moves_statistics() else [],
-            momentum=self.momentum,
-            report=self._is_observed(),
-        )
-        self._report(local if local is None else merged(local))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _moves_statistics(self) -> bool:
         kept = self.track_running_stats and self.running_mean is not None
         counted = self.momentum is not None or self.num_batches_tracked is not None
-        return self.training and kept and counted and self._observer is None
+        holders = [self] if kept and counted else []
+        outputs = self._normalize(xs, self.weight, self.bias, each, each, holders)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _report(self, moments: Moments) -> None:
+        super()._report(merged(moments))
 
     def _groups_of(self, x: Tensor) -> tuple[int, ...] | None:
         if self._groups is not None:
@@ -175,10 +163,9 @@ class BatchNorm2d(PopulationLayer, nn.BatchNorm2d):
 class SyncBatchNorm2d(BatchNorm2d):
     """BatchNorm whose train statistics are pooled over ranks, weighted by count.
 
-    Equals BatchNorm on all ranks' data at once whatever each rank holds, nothing included; the
-    affine's gradients are rank-local sums. On CPU and GPU, over any backend, one all_gather in
-    the forward and one all_reduce in the backward. With one process it is plain BatchNorm, so
-    that a SyncBN config runs unchanged (a log line says so).
+    It equals BatchNorm on all ranks' data at once whatever each rank holds, nothing included; the
+    affine's gradients are rank-local sums. Over any backend it takes one all_gather in the forward
+    and one all_reduce in the backward. With one process it is plain BatchNorm (a log line says so).
 
     Args:
         process_group: the ranks to pool over; None: the default group.
@@ -198,13 +185,9 @@ class SyncBatchNorm2d(BatchNorm2d):
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: ProcessGroup | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, **options
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         self.process_group = process_group
 
     @contextmanager
@@ -219,8 +202,10 @@ class SyncBatchNorm2d(BatchNorm2d):
         yield
 
     def _normalize_batch(self, x: Tensor) -> Tensor:
-        if self.training and get_world_size(self.process_group) == 1:
-            _say_once("SyncBN in one process: normalising by its own batch, as BN does")
+        # a compiler cannot trace logging
+        if self.training and not torch.compiler.is_compiling():
+            if get_world_size(self.process_group) == 1:
+                _say_alone()
         return super()._normalize_batch(x)
 
 
@@ -237,13 +222,3 @@ class BatchStatNorm2d(BatchNorm2d):
     """
 
     batch_stats_at_inference = True
-
-
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    # a compiler cannot trace logging
-    if not torch.compiler.is_compiling() and message not in _said:
-        _said.add(message)
-        logger.info(message)

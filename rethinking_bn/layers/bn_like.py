@@ -21,7 +21,7 @@ from rethinking_bn.numerics.moments import Moments
 Kind = Literal["ours", "torch", "own", "constant"]
 FrozenBy = Literal["", "freeze_batch_norm", "constant", "eval mode"]
 
-# where forwards are that are known for what they are
+# modules of forwards that are known for what they are
 _KNOWN = ("torch.nn.", "torchvision.", "detectron2.layers.", f"{__name__.partition('.')[0]}.")
 # (N, C, ...) of the inputs that a copy is tried on
 SPACES = ((2, 1), (), (2,), (2, 1, 1))
@@ -83,26 +83,24 @@ class BatchNormLike:
     def write(self, moments: Moments) -> None:
         """Write D rows of moments in place; rows with count 0 keep theirs.
 
-        The variance written is the unbiased one, and a row of one value keeps the variance it had;
-        of kind "own", whose moments are those of its batches, it is m2 / count.
+        The variance written is the unbiased one, for one value the one it had; of kind "own",
+        whose moments are those of its batches, it is m2 / count.
         """
         if self.kind == "ours":
             device = next(self.module.buffers()).device  # MPS is the one without float64
             target = torch.device("cpu") if device.type == "mps" else device
             self.module.write_population(moments.to(target))
             return
-        count = float(moments.count[0])
+        count, unbiased = float(moments.count[0]), self.kind != "own"
         if count > 0:
             self.module.running_mean.copy_(moments.mean[0])
-        if count > (self.kind != "own"):
-            var = moments.variance(unbiased=self.kind != "own")
-            self.module.running_var.copy_(var[0])
+        if count > unbiased:
+            self.module.running_var.copy_(moments.variance(unbiased=unbiased)[0])
 
     def write_statistics(self, mean: Tensor, var: Tensor) -> None:
         """Write a mean and a variance in place, each (D, C) in float64 on the CPU."""
-        count = torch.ones(len(mean), dtype=mean.dtype)
-        if self.kind != "own":
-            count += 1  # of two values, m2 is the unbiased variance
+        # of two values, m2 is the unbiased variance
+        count = torch.full((len(mean),), 1.0 if self.kind == "own" else 2.0, dtype=mean.dtype)
         self.write(Moments(count, var if self.mean_square else mean, var))
 
 
@@ -127,26 +125,24 @@ class BatchNormLikes(NamedTuple):
 def find_bn_like(model: nn.Module, *, lazy: bool = False) -> BatchNormLikes:
     """Return the BN-like layers of a model, and the modules that look like one but are left alone.
 
-    Layers are found by what they are: subclasses of torch's norms that keep statistics or
-    normalise by the mini-batch, this package's layers, and modules with ``running_mean`` and
-    ``running_var`` (C,) whose output is BatchNorm's formula. The last is tried on a float64 copy,
-    in training and eval mode, which also tells its eps; the module itself is not run. A copy that
-    fails or answers otherwise (an activation that belongs to the layer, a scripted module) is not
-    guessed at. A layer whose ``track_running_stats`` was switched off while it has statistics
-    counts as one that keeps them: it infers by them.
+    Found are subclasses of torch's norms that keep statistics or normalise by the mini-batch, this
+    package's layers, and modules with ``running_mean`` and ``running_var`` (C,) whose output is
+    BatchNorm's formula. The last is tried on a float64 copy, in training and eval mode, which also
+    tells its eps. A copy that fails or answers otherwise (an activation that belongs to the layer,
+    a scripted module) is left alone. A layer whose ``track_running_stats`` was switched off while
+    it has statistics counts as one that keeps them: it infers by them.
 
     Raises:
         ValueError: for a lazy layer that has no size yet, by name, unless ``lazy`` leaves it alone.
     """
     found = BatchNormLikes([], [])
-    inside: set[nn.Module] = set()
+    parts: set[nn.Module] = set()  # of one layer of ours
     for name, module in model.named_modules():
-        if module in inside:
+        ours = isinstance(module, PopulationLayer)
+        if module in parts or not (ours or isinstance(module, _BatchNorm) or _statistics(module)):
             continue
-        if isinstance(module, PopulationLayer):
-            inside.update(model.get_submodule(name).modules())
-        if not (isinstance(module, (_BatchNorm, PopulationLayer)) or _statistics(module)):
-            continue
+        if ours:
+            parts.update(module.modules())
         result = _describe(name, module)
         if isinstance(result, LeftAlone):
             if result.reason == _LAZY and not lazy:
@@ -201,12 +197,12 @@ def _describe(name: str, module: Any) -> BatchNormLike | LeftAlone | None:
         domains = module.population_domains if domains or not of_torch else ()
     elif isinstance(module, _BatchNorm) and not foreign:
         kind, maps = "torch", not isinstance(module, (nn.BatchNorm1d, nn.BatchNorm3d))
-    elif domains and not isinstance(module, _InstanceNorm):
-        answer = _try_copy(module)
-        if not isinstance(answer, str):
-            kind, eps, maps = answer
-        elif not of_torch:
-            return LeftAlone(name, module, answer)
+    elif statistics is not None and not isinstance(module, _InstanceNorm):
+        try:
+            kind, eps, maps = _try_copy(module, statistics[0])
+        except _OtherAnswer as answer:
+            if not of_torch:
+                return LeftAlone(name, module, str(answer))
     if not tensors:
         return None  # neither affine nor statistics: nothing that could be wrong
     frozen: FrozenBy = "" if module.training else "eval mode"
@@ -230,27 +226,26 @@ def _double(x: Tensor) -> Tensor:
 
 
 class _OtherAnswer(Exception):
-    """The copy runs, but not by BatchNorm's formula."""
+    """Why a module is not known to be BatchNorm."""
 
 
-def _try_copy(module: nn.Module) -> tuple[Kind, float, bool] | str:
-    """Return kind, eps, and whether a copy takes (N, C, H, W), or why that is not known."""
-    mean = _statistics(module)[0]  # type: ignore[index]
+def _try_copy(module: nn.Module, mean: Tensor) -> tuple[Kind, float, bool]:
+    """Return kind, eps, and whether a copy takes (N, C, H, W), or raise an _OtherAnswer."""
     if communicates(module):
-        return "its forward waits for other ranks, so a copy of it cannot be tried"
+        raise _OtherAnswer("its forward waits for other ranks, so a copy of it cannot be tried")
     if mean.dim() != 1:
-        return f"its statistics are {tuple(mean.shape)}, not one number per channel"
+        raise _OtherAnswer(f"its statistics are {tuple(mean.shape)}, not one number per channel")
     failed = ""
     # the copy may draw random numbers; the caller's generator stays as it is
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         for space in SPACES:
             try:
                 return *_answer(bare_copy(module), len(mean), space), space == SPACES[0]
-            except _OtherAnswer as other:
-                return str(other)
+            except _OtherAnswer:
+                raise
             except Exception as error:
                 failed = failed or f"{type(error).__name__}: {error}"
-    return f"a copy of it cannot be tried ({failed})"
+    raise _OtherAnswer(f"a copy of it cannot be tried ({failed})")
 
 
 def bare_copy(module: nn.Module) -> Any:
@@ -267,11 +262,7 @@ def bare_copy(module: nn.Module) -> Any:
 
 
 def _answer(copied: Any, channels: int, space: Sequence[int]) -> tuple[Kind, float]:
-    """Fill a copy with known values, run it on (4, C, *space), and compare with the formula.
-
-    Raises:
-        _OtherAnswer: when it is no BatchNorm, or not one that can be estimated.
-    """
+    """Fill a copy with known values, run it on (4, C, *space), and compare with the formula."""
     x = torch.arange(4 * channels * math.prod(space), dtype=torch.float64, device="cpu")
     x = 3 * (x.square() % 17.3).sin().view(4, channels, *space)  # any values that differ
     values = x.movedim(1, -1).flatten(0, -2)
@@ -303,16 +294,16 @@ def _answer(copied: Any, channels: int, space: Sequence[int]) -> tuple[Kind, flo
     if hasattr(copied, "momentum"):
         copied.momentum = 1.0
     out = run(spread)
-    left = copied.running_mean, copied.running_var
+    left_mean, left_var = copied.running_mean, copied.running_var
     if is_formula(out, mean, spread):
-        if _alike(left[0], mean) and _alike(left[1], spread):
+        if _alike(left_mean, mean) and _alike(left_var, spread):
             return "constant", eps
         raise _OtherAnswer("it moves the statistics that it normalises by in training")
     biased, of_batch = torch.var_mean(values, 0, correction=0)
     if not is_formula(out, of_batch, biased):
         raise _OtherAnswer("its output in training is not that of BatchNorm's formula")
     unbiased = biased * len(values) / (len(values) - 1)
-    if _alike(left[0], of_batch) and (_alike(left[1], biased) or _alike(left[1], unbiased)):
+    if _alike(left_mean, of_batch) and (_alike(left_var, biased) or _alike(left_var, unbiased)):
         return "own", eps
     raise _OtherAnswer("it does not leave a batch's statistics in its buffers with momentum 1.0")
 

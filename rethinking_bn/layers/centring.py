@@ -1,10 +1,10 @@
-"""MABN's other half in a built model: its convolutions centred, weights without it noticed."""
+"""MABN's convolutions in a built model are centred; weights without its statistics are noticed."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -30,43 +30,30 @@ def centred_convolutions(
         replaced: old norm -> new norm, of those about to be replaced.
     """
     centred: dict[nn.Module, nn.Module] = {}
-    for name, parent, place in _places(module, replaced):
-        convolution = _convolution_of(name, parent, place)
-        if not isinstance(convolution, CenConv2d):
-            centred[convolution] = _centre(name, convolution)
+    for prefix, parent in module.named_modules():
+        before: nn.Module | None = None
+        for place, child in parent._modules.items():
+            if child is not None and isinstance(replaced.get(child, child), MABN2d):
+                name = f"{prefix}.{place}" if prefix else place
+                old = _convolution_of(name, child, parent if place == "norm" else before)
+                if not isinstance(old, CenConv2d):
+                    centred[old] = _centre(name, old)
+            before = child if getattr(child, "norm", None) is None else None
     return centred
 
 
-def _places(
-    module: nn.Module, replaced: Mapping[nn.Module, nn.Module]
-) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield full name, parent and name in the parent of every norm that is or becomes MABN2d."""
-    for prefix, parent in module.named_modules():
-        for place, child in parent._modules.items():
-            if child is not None and isinstance(replaced.get(child, child), MABN2d):
-                yield (f"{prefix}.{place}" if prefix else place), parent, place
-
-
-def _convolution_of(name: str, parent: nn.Module, place: str) -> nn.Conv2d:
-    found: nn.Module | None = parent
-    if place != "norm":
-        children = parent._modules
-        before = list(children)[: list(children).index(place)]
-        found = children[before[-1]] if before else None
-        if found is not None and getattr(found, "norm", None) is not None:
-            found = None  # it has a norm of its own
-    if type(found) not in _plain_convolutions() or not isinstance(found, nn.Conv2d):
+def _convolution_of(name: str, norm: nn.Module, found: nn.Module | None) -> nn.Conv2d:
+    # a model can only hold detectron2's layers where they were imported
+    wrapper = getattr(sys.modules.get("detectron2.layers"), "Conv2d", nn.Conv2d)
+    if type(found) not in (nn.Conv2d, CenConv2d, wrapper) or not isinstance(found, nn.Conv2d):
         what = "nothing" if found is None else type(found).__name__
         raise ValueError(
             f"{name}: MABN needs a plain convolution before it, whose filters can be centred, "
             f"but there is {what}"
         )
-    channels = norm_channels(parent._modules[place])
-    if found.out_channels != channels:
-        raise ValueError(
-            f"{name} has {channels} channels, but the convolution before it has "
-            f"{found.out_channels}"
-        )
+    channels, before = norm_channels(norm), found.out_channels
+    if before != channels:
+        raise ValueError(f"{name} has {channels} channels, but the convolution has {before}")
     return found
 
 
@@ -79,12 +66,6 @@ def norm_channels(norm: Any) -> int:
     if hasattr(norm, "normalized_shape"):
         return norm.normalized_shape[0]
     return len(norm.running_mean)  # torchvision's FrozenBatchNorm2d
-
-
-def _plain_convolutions() -> tuple[type, ...]:
-    # a model can only hold detectron2's layers where they were imported
-    wrapper = getattr(sys.modules.get("detectron2.layers"), "Conv2d", nn.Conv2d)
-    return (nn.Conv2d, CenConv2d, wrapper)
 
 
 def _centre(name: str, old: nn.Conv2d) -> CenConv2d:
@@ -105,37 +86,6 @@ def _centre(name: str, old: nn.Conv2d) -> CenConv2d:
     return new.train(old.training)
 
 
-def mabn_without_statistics(
-    module: nn.Module, state_dict: Mapping[str, Any], prefix: str = ""
-) -> list[str]:
-    """Name the MABN layers that would get weights from a state dict, but no mean square.
-
-    That they were trained with another norm shows in the absent ``running_mean_square`` only: the
-    filters tell nothing, as centring projects the gradient and leaves the filters' means alone.
-
-    Args:
-        state_dict: with the module's entries under ``prefix`` (which ends with a dot, unless it is
-            empty); the official MABN code's layout counts as having the statistics.
-
-    Returns:
-        names (with the prefix) of layers of which the state dict has an entry, or the weight of the
-        convolution before, but not the mean square.
-    """
-    names = []
-    for parent_name, parent in module.named_modules():
-        above = f"{prefix}{parent_name}." if parent_name else prefix
-        convolution = above + "weight"
-        for name, layer in parent.named_children():
-            own = f"{above}{name}."
-            if isinstance(layer, MABN2d):
-                used = convolution in state_dict or any(key.startswith(own) for key in state_dict)
-                there = own + "running_mean_square" in state_dict
-                if used and not there and not is_official(state_dict, own):
-                    names.append(own[:-1])
-            convolution = own + "weight"
-    return names
-
-
 def warn_of_missing_statistics(module: nn.Module) -> None:
     """Make a module warn, in one line, when it loads weights without their MABN statistics."""
     hooks = module._load_state_dict_pre_hooks.values()
@@ -144,7 +94,23 @@ def warn_of_missing_statistics(module: nn.Module) -> None:
 
 
 def _check_statistics(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    missing = mabn_without_statistics(module, state_dict, prefix)
+    """Warn of MABN layers that get weights, or whose convolution does, but no mean square.
+
+    That they were trained with another norm shows in nothing else: centring projects the gradient
+    and leaves the filters' means alone. The official MABN code's layout has the mean square.
+    """
+    missing = []
+    for parent_name, parent in module.named_modules():
+        above = f"{prefix}{parent_name}." if parent_name else prefix
+        convolution = above + "weight"
+        for name, layer in parent.named_children():
+            own = f"{above}{name}."
+            if isinstance(layer, MABN2d):
+                used = convolution in state_dict or any(key.startswith(own) for key in state_dict)
+                there = own + "running_mean_square" in state_dict or is_official(state_dict, own)
+                if used and not there:
+                    missing.append(own[:-1])
+            convolution = own + "weight"
     if missing:
         logger.warning(
             "%d MABN layers get weights without running_mean_square (%s, ...), so these were not "

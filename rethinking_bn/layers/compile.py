@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import exc
-from torch._inductor import exc as inductor
 from torch.fx import Proxy
 from torch.fx.experimental import _config as shapes
 
@@ -31,15 +29,7 @@ _VERSIONS = 64
 # that does the numeric work.
 _WITHIN: dict[type, str] = {CycleBatchNorm2d: "_normalize_level", SplitBatchNorm2d: "_run"}
 
-_FAILURES: tuple[type[Exception], ...] = tuple(
-    getattr(module, name)
-    for module, name in (
-        (exc, "TorchDynamoException"),
-        (exc, "FailOnRecompileLimitHit"),
-        (inductor, "InductorError"),
-    )
-    if hasattr(module, name)
-)
+_FAILURES = (exc.TorchDynamoException, getattr(exc, "FailOnRecompileLimitHit", RecursionError))
 
 
 def compile_norms(model: nn.Module, **options: Any) -> list[str]:
@@ -66,17 +56,18 @@ def compile_norms(model: nn.Module, **options: Any) -> list[str]:
     Raises:
         ValueError: where nothing can be compiled, with what torch says is missing.
     """
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, PopulationLayer)]
-    _try_compiler({p.device for _, m in layers for p in m.buffers()}, options)  # type: ignore[attr-defined]
+    layers: list[tuple[str, Any]] = [
+        (name, layer) for name, layer in model.named_modules() if isinstance(layer, PopulationLayer)
+    ]
+    _try_compiler({buffer.device for _, layer in layers for buffer in layer.buffers()}, options)
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options = {"recompile_limit": _VERSIONS, **options}
     codes: dict[str, Callable[..., Any]] = {}
     for name, layer in layers:
-        assert isinstance(layer, nn.Module)  # for the type checker
         kind = f"{type(layer).__name__}({layer.extra_repr()})"
         method = next((m for cls, m in _WITHIN.items() if isinstance(layer, cls)), "_call_impl")
         if kind not in codes:
-            pools = getattr(layer, "sync", False) and get_world_size(layer.process_group) > 1  # type: ignore[arg-type]
+            pools = getattr(layer, "sync", False) and get_world_size(layer.process_group) > 1
             # Dynamo counts versions by code object: each kind of layer has one of its own.
             code = _call.__code__.replace(co_name=f"norm_{len(codes)}")
             chosen = {"dynamic": True, "fullgraph": not pools, **options}
@@ -98,17 +89,12 @@ def _try_compiler(devices: set[torch.device], options: dict[str, Any]) -> None:
         raise ValueError(f"torch {torch.__version__} is too old for compiled norm layers")
     chosen = {key: options[key] for key in ("backend", "mode", "options") if key in options}
     for device in devices:
-        x = torch.zeros(2, device=device)
-        code = _trifle.__code__.replace()
+        trifle = FunctionType(_call.__code__.replace(), globals())
         try:
-            torch.compile(FunctionType(code, globals()), **chosen)(x)
+            torch.compile(trifle, **chosen)(torch.neg, torch.zeros(2, device=device))
         except Exception as error:
             said = _first_line(error)
             raise ValueError(f"norm layers cannot be compiled for {device}: {said}") from error
-
-
-def _trifle(x: Any) -> Any:
-    return x + 1
 
 
 def _first_line(error: Exception) -> str:
@@ -127,15 +113,23 @@ class _Compiled:
         layer = self.layer
         if torch.compiler.is_compiling() or _is_looked_at(layer, args):
             return self.plain(layer, *args, **kwargs)
-        recomputes = layer.training and is_recomputing()
-        with _buffers_kept(layer) if recomputes else nullcontext(), _any_sizes():
-            try:
-                return self.run(self.plain, layer, *args, **kwargs)
-            except _FAILURES as error:
-                result = self.plain(layer, *args, **kwargs)  # raises where the input is wrong
-                logger.warning("%s is not compiled from now on: %s", self.name, _first_line(error))
-                self.run = _call
-                return result
+        # undone below is what a recomputed forward writes: a graph cannot ask whether it is one
+        again = layer.training and is_recomputing()
+        kept = [(b, b.detach().clone()) for b in layer.buffers()] if again else []
+        before = shapes.use_duck_shape
+        shapes.use_duck_shape = False  # sizes that happen to be equal now may differ later
+        try:
+            return self.run(self.plain, layer, *args, **kwargs)
+        except _FAILURES as error:
+            result = self.plain(layer, *args, **kwargs)  # raises where the input is wrong
+            logger.warning("%s is not compiled from now on: %s", self.name, _first_line(error))
+            self.run = _call
+            return result
+        finally:
+            shapes.use_duck_shape = before
+            with torch.no_grad():
+                for buffer, value in kept:
+                    buffer.copy_(value)
 
 
 def _is_looked_at(layer: Any, args: tuple[Any, ...]) -> bool:
@@ -144,40 +138,14 @@ def _is_looked_at(layer: Any, args: tuple[Any, ...]) -> bool:
     changed = "forward" in vars(layer) or any(getattr(layer, name) for name in hooks)
     if changed or layer._observer is not None:
         return True
-    if isinstance(layer, MABN2d) and layer.training and _may_be_recomputed():
-        return True  # it remembers by what it normalised
+    if isinstance(layer, MABN2d) and layer.training:
+        # it remembers by what it normalised, for activation checkpointing that may run it again
+        saving = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        if saving or is_recomputing() or not torch.is_grad_enabled():
+            return True
     xs = args[:1] if args and isinstance(args[0], (Tensor, Proxy)) else args[0] if args else ()
     return (
         any(isinstance(x, Proxy) for x in xs)
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
     )
-
-
-def _may_be_recomputed() -> bool:
-    """Return whether activation checkpointing may run this forward again, or does so."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return is_recomputing() or hooks is not None or not torch.is_grad_enabled()
-
-
-@contextmanager
-def _buffers_kept(layer: nn.Module) -> Iterator[None]:
-    """Undo what a recomputed forward writes: a graph cannot ask whether it is one."""
-    before = [(buffer, buffer.detach().clone()) for buffer in layer.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
-
-
-@contextmanager
-def _any_sizes() -> Iterator[None]:
-    """Let sizes that happen to be equal when a layer is compiled differ later."""
-    before = shapes.use_duck_shape
-    shapes.use_duck_shape = False
-    try:
-        yield
-    finally:
-        shapes.use_duck_shape = before

@@ -21,9 +21,9 @@ from rethinking_bn.layers.centring import (
     norm_channels,
     warn_of_missing_statistics,
 )
-from rethinking_bn.layers.domain_state import DomainBatchNormBase
 from rethinking_bn.layers.frozen import freeze_layer, is_frozen
 from rethinking_bn.layers.mabn import MABN2d
+from rethinking_bn.layers.multi_domain import DomainBatchNormBase
 from rethinking_bn.layers.rebase import rebase
 from rethinking_bn.layers.registry import get_norm, norm_names
 
@@ -120,26 +120,33 @@ def replace_norms(
     kept: list[Any] = []  # they know domains, or are frozen in place
     left: list[str] = []
     for name, layer in model.named_modules():
-        like = alike.get(layer)
-        functions = [replace[kind] for kind in type(layer).__mro__ if replace and kind in replace]
+        like, kind = alike.get(layer), type(layer).__name__
+        does_more = like is not None and like.kind == "own" and not like.is_batch_norm_2d
+        freezes = norm == "FrozenBN" and (isinstance(layer, MABN2d) or does_more)
+        functions = [replace[cls] for cls in type(layer).__mro__ if replace and cls in replace]
         if functions:
             replaced[layer] = functions[0](layer, _in_place_of(layer, name, norm, options, like))
-        elif isinstance(layer, DomainBatchNormBase) or _freezes(layer, norm, like):
+        elif isinstance(layer, DomainBatchNormBase) or freezes:
             kept.append(layer)
             if norm not in ("BN", *_BN_ONLY):
                 left.append(name)
         elif layer in unknown or isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm3d)):
             why = None if isinstance(layer, LazyModuleMixin) else unknown.get(layer)
-            left.append(f"{name} ({type(layer).__name__}: {why})" if why else name)
+            left.append(f"{name} ({kind}: {why})" if why else name)
         elif _is_replaced(layer, norm, like):
+            if parametrize.is_parametrized(layer):
+                raise ValueError(
+                    f"{name}: tensors of this {kind} are parametrized, which would be lost: call "
+                    "torch.nn.utils.parametrize.remove_parametrizations before"
+                )
             new = _in_place_of(layer, name, norm, options, like)
-            if _does_more(name, layer, like):
+            if runs_foreign_forward(layer) and not (like is not None and like.is_batch_norm_2d):
                 below = rebase(layer, new)
-                if below is None and like is not None and _is_already(norm, like):
-                    left.append(f"{name} ({type(layer).__name__}: a forward of its own)")
-                    continue
                 if below is None:
-                    raise ValueError(_SAYS.format(name=name, kind=type(layer).__name__))
+                    if like is None or norm != ("SyncBN" if like.pools_ranks else "BN"):
+                        raise ValueError(_SAYS.format(name=name, kind=kind))
+                    left.append(f"{name} ({kind}: a forward of its own)")
+                    continue
                 new = below
             replaced[layer] = new
         elif like is not None:  # InstanceNorm that keeps statistics
@@ -147,7 +154,7 @@ def replace_norms(
     becomes_mabn = any(isinstance(layer, MABN2d) for layer in replaced.values())
     centred = centred_convolutions(model, replaced) if becomes_mabn else {}
     # from here on nothing can fail
-    model = _finish(model, {**replaced, **centred})
+    model = _substitute(model, {**replaced, **centred})
     for layer in kept:
         if norm == "FrozenBN":
             freeze_layer(layer, affine=True)
@@ -158,46 +165,15 @@ def replace_norms(
     return model, replaced, left
 
 
-def _is_replaced(layer: nn.Module, norm: Norm, alike: BatchNormLike | None) -> bool:
+def _is_replaced(layer: nn.Module, norm: Norm, like: BatchNormLike | None) -> bool:
     """Return whether a norm takes the place of a layer, all other things allowing it."""
     if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm, MABN2d)):
         return True
-    if isinstance(layer, _other_norms()):
-        return norm not in _BN_ONLY
-    return alike is not None
-
-
-def _other_norms() -> tuple[type[nn.Module], ...]:
     # a model can only hold detectron2's layers where they were imported
-    detectron2 = sys.modules.get("detectron2.layers.batch_norm")
-    layer_norm = getattr(detectron2, "LayerNorm", LayerNorm2d)
-    return (nn.GroupNorm, nn.InstanceNorm2d, LayerNorm2d, layer_norm)
-
-
-def _freezes(layer: nn.Module, norm: Norm, like: BatchNormLike | None) -> bool:
-    """Return whether FrozenBN freezes a layer in place: MABN, and forwards that do more."""
-    if norm != "FrozenBN":
-        return False
-    own = like is not None and like.kind == "own" and not like.is_batch_norm_2d
-    return isinstance(layer, MABN2d) or own
-
-
-def _is_already(norm: Norm, like: BatchNormLike) -> bool:
-    return norm in ("BN", "SyncBN") and like.pools_ranks == (norm == "SyncBN")
-
-
-def _does_more(name: str, layer: nn.Module, like: BatchNormLike | None) -> bool:
-    """Return whether a layer may do more than its norm.
-
-    Raises:
-        ValueError: for a layer whose tensors are parametrized.
-    """
-    if parametrize.is_parametrized(layer):
-        raise ValueError(
-            f"{name}: tensors of this {type(layer).__name__} are parametrized, which would be "
-            "lost: call torch.nn.utils.parametrize.remove_parametrizations before"
-        )
-    return runs_foreign_forward(layer) and not (like is not None and like.is_batch_norm_2d)
+    theirs = getattr(sys.modules.get("detectron2.layers.batch_norm"), "LayerNorm", LayerNorm2d)
+    if isinstance(layer, (nn.GroupNorm, nn.InstanceNorm2d, LayerNorm2d, theirs)):
+        return norm not in _BN_ONLY
+    return like is not None
 
 
 def centre_convolutions(module: nn.Module) -> nn.Module:
@@ -211,7 +187,7 @@ def centre_convolutions(module: nn.Module) -> nn.Module:
     Raises:
         ValueError: naming the layer, where there is no plain convolution; nothing has changed.
     """
-    return _finish(module, centred_convolutions(module, {}))
+    return _substitute(module, centred_convolutions(module, {}))
 
 
 def _in_place_of(
@@ -281,33 +257,20 @@ def _statistics_carry(old: nn.Module, new: nn.Module) -> bool:
     return True
 
 
-def _finish(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    model = _substitute(model, replaced)
-    if any(isinstance(layer, MABN2d) for layer in model.modules()):
-        warn_of_missing_statistics(model)
-    return model
-
-
 def _substitute(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put the new modules where the old ones are registered or kept in a list or tuple."""
     model = replaced.get(model, model)
-    waiting, seen = [model], set()
-    while waiting:
-        module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
+    new = chain.from_iterable(module.modules() for module in replaced.values())
+    for module in {*model.modules(), *new}.difference(replaced):
         for name, child in module._modules.items():
-            if child is not None:
-                module._modules[name] = replaced.get(child, child)
-                waiting.append(replaced.get(child, child))
+            if child is not None and child in replaced:
+                module._modules[name] = replaced[child]
         for name, value in list(vars(module).items()):
             # detectron2's FPN and heads also call layers from lists that are no ModuleList
-            if type(value) in (list, tuple) and any(_is_key(item, replaced) for item in value):
-                new = [replaced[item] if _is_key(item, replaced) else item for item in value]
-                setattr(module, name, type(value)(new))
+            if type(value) in (list, tuple):
+                items = [replaced.get(v, v) if isinstance(v, nn.Module) else v for v in value]
+                if any(one is not other for one, other in zip(items, value, strict=True)):
+                    setattr(module, name, type(value)(items))
+    if any(isinstance(layer, MABN2d) for layer in model.modules()):
+        warn_of_missing_statistics(model)
     return model
-
-
-def _is_key(item: Any, replaced: Mapping[nn.Module, nn.Module]) -> bool:
-    return isinstance(item, nn.Module) and item in replaced

@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.fx import Proxy
 
-from rethinking_bn.layers.domain_state import DomainBatchNormBase
+from rethinking_bn.layers.multi_domain import DomainBatchNormBase
 from rethinking_bn.layers.population_layer import as_leaf
 from rethinking_bn.numerics.moments import Moments, affine_normalize
-from rethinking_bn.numerics.normalize import normalize
 from rethinking_bn.randomness import is_recomputing
 
 
@@ -38,10 +36,8 @@ class CycleBatchNorm2d(DomainBatchNormBase):
     Args:
         num_features: C.
         num_domains: L.
-        sync: pool each call over the ranks of ``process_group``.
-        eps: added to the variance.
-        momentum: fraction of the new value in the EMA; None: cumulative average.
-        process_group: None: the default group.
+        options: sync, eps, momentum, process_group, device and dtype, as of
+            MultiDomainBatchNorm2d; each call is pooled over the ranks by itself.
 
     Shape:
         (N, C, H, W) -> (N, C, H, W), in the input's type. May be empty.
@@ -51,32 +47,17 @@ class CycleBatchNorm2d(DomainBatchNormBase):
         RuntimeError: for a pass with a wrong number of calls.
     """
 
-    batch_stats_at_inference = False
     __jit_unused_properties__ = ["population_domains", "calls"]
 
-    def __init__(
-        self,
-        num_features: int,
-        num_domains: int,
-        *,
-        sync: bool = False,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        process_group: ProcessGroup | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, num_features: int, num_domains: int, **options: Any) -> None:
         super().__init__(
             num_features,
             num_domains,
+            train_stats="domain_specific",
             population_stats="domain_specific",
             affine="shared",
-            eps=eps,
-            momentum=momentum,
-            device=device,
-            dtype=dtype,
+            **options,
         )
-        self.sync, self.process_group = sync, process_group
         self._scripted_calls = 0
         # for each thread that is in mid-cycle its calls, and those within cycle()
         self._calls: dict[int, int] = {}
@@ -133,32 +114,24 @@ class CycleBatchNorm2d(DomainBatchNormBase):
             )
         if level == self.num_domains:
             raise RuntimeError(f"a cycle is {self.num_domains} calls, got one more")
-        y, local = self._normalize_level(x, self._statistics_of(level), self._affine_of(level))
-        self._report(local if local is None else self._at(level, local))
+        y = self._normalize_level(x, self._modules[str(level)])
         self._calls[thread] = level + 1
         if level + 1 == self.num_domains and thread not in self._bracketed:
             self.reset_cycle()
         return y
 
-    def _normalize_level(self, x: Tensor, stats: Any, affine: Any) -> tuple[Tensor, Moments | None]:
-        """Normalise one level by its holders' tensors; return its moments if they are observed."""
-        if not (self.training or self.batch_stats_at_inference):
-            state = (stats.running_mean, stats.running_var, affine.weight, affine.bias)
-            return affine_normalize(x, *state, self.eps), None
-        outputs, local = normalize(
-            [x],
-            affine.weight,
-            affine.bias,
-            parts=[0],
-            pools=[0],
-            eps=self.eps,
-            sync=self.sync and self.training,
-            group=self.process_group,
-            holders=[stats] if self.training and not self._is_observed() else (),
-            momentum=self.momentum,
-            report=self._is_observed(),
-        )
-        return outputs[0], local
+    def _normalize_level(self, x: Tensor, level: Any) -> Tensor:
+        if self.training or self.batch_stats_at_inference:
+            return self._normalize([x], self.weight, self.bias, [0], [0], [level])[0]
+        state = (level.running_mean, level.running_var, self.weight, self.bias)
+        return affine_normalize(x, *state, self.eps)
+
+    def _report(self, moments: Moments) -> None:
+        """Report one row for each level, of which one has seen something."""
+        rows = Moments(*(v.new_zeros(self.num_domains, *v.shape[1:]) for v in moments))
+        for row, value in zip(rows, moments, strict=True):
+            row[self.calls] = value[0]
+        super()._report(rows)
 
     def train(self, mode: bool = True) -> CycleBatchNorm2d:
         self.check_can_change_mode("train()" if mode else "eval()")
@@ -168,12 +141,6 @@ class CycleBatchNorm2d(DomainBatchNormBase):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self.check_can_change_mode("state_dict()")
         return super().state_dict(*args, **kwargs)
-
-    def _at(self, level: int, moments: Moments) -> Moments:
-        rows = Moments(*(v.new_zeros(self.num_domains, *v.shape[1:]) for v in moments))
-        for row, value in zip(rows, moments, strict=True):
-            row[level] = value[0]
-        return rows
 
     def check_can_change_mode(self, where: str) -> None:
         """Raise a RuntimeError, naming ``where``, in mid-cycle."""
@@ -188,12 +155,6 @@ class CycleBatchNorm2d(DomainBatchNormBase):
     def __getstate__(self) -> dict[str, Any]:
         # a copy starts at level 0
         return {**super().__getstate__(), "_calls": {}, "_bracketed": set()}
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, num_domains={self.num_domains}, sync={self.sync}, "
-            f"eps={self.eps}, momentum={self.momentum}"
-        )
 
 
 def _thread() -> int:

@@ -1,10 +1,8 @@
 """Freezing a BN-like layer: population statistics from now on, whatever ``train()`` says.
 
-Calling ``eval()`` on a layer lasts until somebody calls ``train()`` on the model: the next epoch,
-or the end of detectron2's evaluation. A frozen layer is in eval mode because its class says so, a
-subclass of the one it had, made on the fly: nothing that is called on it or assigned to it gets it
-out. What it computes is what its own forward computes in eval mode, and a copy, a pickle or a
-scripted module of it is as frozen. The state dict is the same.
+``eval()`` lasts until somebody calls ``train()`` on the model, as detectron2's evaluation does at
+its end. A frozen layer is in eval mode because its class says so, a subclass of the one it had,
+made on the fly. A copy, a pickle or a scripted module of it is as frozen.
 """
 
 # no "from __future__ import annotations": TorchScript reads _never's as it is

@@ -14,16 +14,10 @@ from rethinking_bn.layers.multi_domain import MultiDomainBatchNorm2d
 
 
 def run_layer_by_layer(layers: Iterable[nn.Module], features: Sequence[Tensor]) -> list[Tensor]:
-    """Run each layer on all levels before the next one, so that a norm layer sees them at once.
+    """Run each layer on all levels, L tensors (N, C, H_l, W_l), before the next one.
 
-    Args:
-        layers: MultiDomainBatchNorm2d and MABN2d get all levels in one call; every other layer is
-            called level after level, a CycleBatchNorm2d within its ``cycle()``. An nn.Sequential
-            stands for the layers in it.
-        features: L tensors (N, C, H_l, W_l).
-
-    Returns:
-        L tensors.
+    MultiDomainBatchNorm2d and MABN2d get all levels in one call; every other layer is called level
+    after level, a CycleBatchNorm2d within its ``cycle()``. An nn.Sequential stands for its layers.
     """
     outputs = list(features)
     for layer in layers:
@@ -39,10 +33,7 @@ def run_layer_by_layer(layers: Iterable[nn.Module], features: Sequence[Tensor]) 
 
 
 class LayerByLayer(nn.Sequential):
-    """A subnet of nn.Sequential's layers and keys, run on all levels by :func:`run_layer_by_layer`.
-
-    L tensors (N, C, H_l, W_l) -> L tensors.
-    """
+    """A subnet with nn.Sequential's keys, run on all levels by :func:`run_layer_by_layer`."""
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         if torch.jit.is_scripting():

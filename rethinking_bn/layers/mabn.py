@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from rethinking_bn.layers.multi_domain import add_affine
 from rethinking_bn.layers.population_layer import PopulationLayer, as_leaf, check_eps
 from rethinking_bn.layers.ring import FullPrecisionBuffers, ValueRing, convert_official
 from rethinking_bn.numerics.moments import Moments, affine_normalize, exported_normalize
@@ -19,8 +20,8 @@ from rethinking_bn.randomness import Forwards, is_recomputing
 class MABN2d(PopulationLayer, FullPrecisionBuffers):
     """Moving average batch normalisation (Yan et al., ICLR 2020), for one or two images a batch.
 
-    It normalises by the root mean square and centres nothing: the convolution before it should be
-    a :class:`CenConv2d`. With m = simulated_batch_size / batch_size, iterations t from 1, and means
+    It normalises by the root mean square; the convolution before it, a :class:`CenConv2d`, centres.
+    With m = simulated_batch_size / batch_size, iterations t from 1, and means
     over N, H and W per channel:
 
         s = mean(x²)
@@ -34,19 +35,17 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
     the same way by its mean over the last m backward passes. So after the warm-up the gradient is
     not the derivative of the forward, on purpose. In evaluation mode S and r give way to R and 1.
 
-    **One iteration** is one call in training mode: a layer called L times in a forward of the
-    model counts L, as ``nn.BatchNorm2d`` moves its statistics L times. ``forward([x_1, ..., x_L])``
-    counts one: it pools all inputs and returns a list. A forward without a backward is an iteration
-    without a p. A call with only empty inputs counts nothing, nor does a forward that activation
-    checkpointing recomputes: it normalises by what its first pass used.
+    **One iteration** is one call in training mode. A call with a list pools all its inputs and
+    returns a list. A forward without a backward is an iteration without a p. A call with only
+    empty inputs counts nothing, nor does a forward that activation checkpointing recomputes: it
+    normalises by what its first pass used.
 
     **Types.** Half types come back as they went in. Statistics and state are float32 (float64 in
-    a float64 module), also after ``.half()``. A value that is not finite enters no statistic. For m
-    backward passes after a gradient scaler has changed its scale, their average is a little off.
+    a float64 module), also after ``.half()``. A value that is not finite enters no statistic.
 
-    Statistics are this rank's. Population training (``rethinking_bn.population``) makes R equal on
+    Statistics are this rank's; population training (``rethinking_bn.population``) makes R equal on
     all ranks. A checkpoint of another m loads: the averages keep their newest values. One without
-    these values (for inference) sets R and starts t at 0. The official code's are recognised.
+    these values (for inference) sets R and starts t at 0. The official code's checkpoints load.
 
     Args:
         num_features: C.
@@ -92,24 +91,27 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
     ) -> None:
         super().__init__()
         check_eps(eps)
-        for name, value, fits, range_ in (
-            ("num_features", num_features, num_features >= 1, "at least 1"),
-            ("simulated_batch_size", simulated_batch_size, simulated_batch_size >= 1, "at least 1"),
-            ("momentum", momentum, 0 < momentum <= 1, "in (0, 1]"),
-            ("r_max", r_max, r_max >= 1, "at least 1"),
-            ("warmup_iters", warmup_iters, warmup_iters >= 0, "at least 0"),
-            ("correction_start", correction_start, correction_start >= 0, "at least 0"),
+        for name, value, least in (
+            ("num_features", num_features, 1),
+            ("simulated_batch_size", simulated_batch_size, 1),
+            ("r_max", r_max, 1),
+            ("warmup_iters", warmup_iters, 0),
+            ("correction_start", correction_start, 0),
         ):
-            if not fits:
-                raise ValueError(f"{name} must be {range_}, got {value}")
+            if not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1], got {momentum}")
         self.num_features = num_features
         self.simulated_batch_size, self.batch_size = simulated_batch_size, batch_size
         self.eps, self.momentum, self.r_max = eps, momentum, r_max
         self.warmup_iters, self.correction_start = warmup_iters, correction_start
         self.affine = affine
-        for name, start in (("weight", torch.ones), ("bias", torch.zeros)):
-            made = nn.Parameter(start(num_features, device=device, dtype=dtype)) if affine else None
-            self.register_parameter(name, made)
+        if affine:
+            add_affine(self, num_features, device=device, dtype=dtype)
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
         full = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         running = torch.ones(num_features, device=device, dtype=full)
         self.register_buffer("running_mean_square", running)
@@ -174,9 +176,8 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
     def _infer_exported(self, x: Tensor) -> Tensor:
         if self.training:
             raise RuntimeError("a scripted MABN2d is for inference only")
-        running = self.running_mean_square
-        zero = torch.zeros_like(running)
-        return exported_normalize(x, zero, running, self.weight, self.bias, self.eps)
+        state = torch.zeros_like(self.running_mean_square), self.running_mean_square
+        return exported_normalize(x, state[0], state[1], self.weight, self.bias, self.eps)
 
     def _forward(self, xs: list[Tensor]) -> list[Tensor]:
         for x in xs:
@@ -201,7 +202,7 @@ class MABN2d(PopulationLayer, FullPrecisionBuffers):
         return mabn_normalize(xs, self.weight, self.bias, statistics, self.eps, self._average)
 
     def _observed_forward(self, xs: list[Tensor], present: list[Tensor]) -> list[Tensor]:
-        """Normalise by the input itself with r = 1, report it to an observer, leave state alone."""
+        """Normalise by the input itself with r = 1, and report it; the state stays as it is."""
         own = mean_square(present) if present else torch.zeros_like(self.running_mean_square)
         if self._is_observed():
             # A population of mean squares: its mean is what R estimates, and it has no spread.
@@ -274,10 +275,9 @@ class CenConv2d(nn.Conv2d):
     """``nn.Conv2d`` whose filters are used without their mean (MABN, arXiv 2001.06838).
 
     The convolution uses w - mean(w), the mean taken per output channel over input channels (of
-    its group) and kernel, so that :class:`MABN2d`, which centres nothing, sees features near mean
-    zero. The parameter keeps its mean, which nothing depends on: the gradient is centred too. The
-    state dict is that of the convolution it replaces. MABN's recipe has no bias, as nothing
-    after the convolution removes it; one is allowed.
+    its group) and kernel, so that :class:`MABN2d` sees features near mean zero. The parameter keeps
+    its mean, which nothing depends on: the gradient is centred too. The state dict is that of the
+    convolution it replaces. MABN's recipe has no bias; one is allowed.
 
     Args:
         norm, activation: detectron2's: applied to the result, in this order; or None.

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.fx import Proxy
 
 from rethinking_bn.layers.frozen import freeze_layer, thaw_layer
 from rethinking_bn.numerics.moments import Moments
+from rethinking_bn.numerics.normalize import Rows, normalize
 from rethinking_bn.randomness import is_recomputing
 
 if TYPE_CHECKING:
@@ -22,22 +24,54 @@ Observer = Callable[[Moments], None]
 class PopulationLayer:
     """Mixin of the layers whose inference uses population statistics.
 
-    A forward in training mode reports what it computed anyway, so estimating a population costs
-    no second pass over the activations.
+    A forward in training mode can report its moments: an estimate needs no second pass over x.
     """
 
     if TYPE_CHECKING:  # TorchScript would read annotations of attributes
         _observer: Observer | None
+        training: bool
+        sync: bool
+        process_group: ProcessGroup | None
+        eps: float
+        momentum: Any
     _observer = None
     _scripts_batch_statistics = False  # whether TorchScript gets those at inference, too
 
     def _is_observed(self) -> bool:
         """Return whether this forward is one of population training."""
-        return self._observer is not None and bool(getattr(self, "training", False))
+        return self._observer is not None and self.training
 
-    def _report(self, moments: Moments | None) -> None:
+    def _normalize(
+        self,
+        xs: Sequence[Tensor],
+        weight: Rows,
+        bias: Rows,
+        parts: Sequence[int],
+        pools: Sequence[int],
+        holders: Sequence[Any],
+    ) -> list[Tensor]:
+        """Normalise by the batch; in training move the holders' statistics, or report moments."""
+        observed = self._observer is not None and self.training
+        outputs, local = normalize(
+            xs,
+            weight,
+            bias,
+            parts=parts,
+            pools=pools,
+            eps=self.eps,
+            sync=self.sync and self.training,
+            group=self.process_group,
+            holders=holders if self.training and not observed else (),
+            momentum=self.momentum,
+            report=observed,
+        )
+        if local is not None:
+            self._report(local)
+        return outputs
+
+    def _report(self, moments: Moments) -> None:
         """Tell the observer, but not of a forward that activation checkpointing recomputes."""
-        if moments is not None and self._observer is not None and not is_recomputing():
+        if self._observer is not None and not is_recomputing():
             self._observer(moments)
 
     @property
@@ -49,9 +83,9 @@ class PopulationLayer:
     def observing(self, observer: Observer) -> Iterator[None]:
         """Report this rank's moments to ``observer`` at every forward in training mode.
 
-        While open, such a forward normalises by mini-batch statistics in the population paradigm
-        (pooled over what inference pools over), and no buffer changes. The moments have one row
-        per population domain; rows that saw no element have count 0.
+        Such a forward normalises by mini-batch statistics pooled over what inference pools over,
+        and changes no buffer. The moments have one row for each population domain, of count 0
+        where it saw no element.
 
         Raises:
             RuntimeError: when the layer is being observed already.
@@ -112,11 +146,9 @@ class PopulationLayer:
         raise NotImplementedError
 
     def write_population(self, moments: Moments) -> None:
-        """Write population statistics in place; rows with count 0 keep theirs.
+        """Write D rows of moments, of any floating type, in place; rows with count 0 keep theirs.
 
-        Args:
-            moments: D rows, any floating type. The variance written is the unbiased one; a row of
-                one value per channel has none, and keeps the variance it had.
+        The variance written is the unbiased one; a row of one value per channel keeps its variance.
         """
         raise NotImplementedError
 
@@ -128,11 +160,7 @@ def check_eps(eps: float) -> None:
 
 
 def as_leaf(layer: nn.Module, x: Proxy | Sequence[Any]) -> Any:
-    """Return the result of calling ``layer`` as one node of torch.fx's graph, as of torch's layers.
-
-    Args:
-        x: its argument, a proxy or a sequence with one.
-    """
+    """Return the call of a layer on a proxy, or a sequence with one, as one node of torch.fx."""
     first: Any = x if isinstance(x, Proxy) else next(p for p in x if isinstance(p, Proxy))
     name = first.tracer.path_of_module(layer)
     return first.tracer.create_proxy("call_module", name, (x,), {})

@@ -67,29 +67,21 @@ def _new_rebased(subclass: Any, base: Any, calls_parent: bool) -> Any:
 def rebase(old: nn.Module, new: nn.Module) -> nn.Module | None:
     """Let a subclass of nn.BatchNorm2d normalise by another BatchNorm and do the rest as it does.
 
-    The result has the tensors of ``new`` and all other attributes of ``old``, its modules too; the
-    state dict has the same keys. It runs the subclass's forward, which finds the new layer as its
-    parent; a forward that does not call its parent's runs behind the new layer, as an identity with
-    what else it does. That this computes what ``old`` computes, by ``new``, is tried on copies.
-
-    Args:
-        old: of a class with a forward of its own.
-        new: one of this package's, with the tensors of ``old``; it is changed.
-
-    Returns:
-        None where it does not, or for subclasses of something else.
+    The result is ``new``, changed: it keeps its tensors and gets all other attributes of ``old``,
+    its modules too. It runs the forward of the class of ``old``, whose parent is now the class of
+    ``new``; a forward that does not call its parent's runs behind the new one, with a norm that is
+    the identity. Copies show whether this computes what ``old`` does; None where it does not.
     """
     if not isinstance(old, nn.BatchNorm2d) or not isinstance(new, BatchNorm2d):
         return None
-    before: Any = type(new)
-    make: Any = _rebased_class
+    kinds: Any = type(old), type(new)
     for name, value in vars(old).items():
         vars(new).setdefault(name, value)
     for name, module in old._modules.items():
         new._modules.setdefault(name, module)
     for calls_parent in (True, False):
         try:
-            new.__class__ = make(type(old), before, calls_parent)
+            new.__class__ = _rebased_class(*kinds, calls_parent)
         except TypeError:  # no order of the classes' parents
             return None
         if _computes_the_same(old, new):

@@ -13,23 +13,6 @@ from torchvision.ops import FrozenBatchNorm2d
 from rethinking_bn.layers.batch_norm import BatchNorm2d, BatchStatNorm2d, SyncBatchNorm2d
 from rethinking_bn.layers.mabn import MABN2d
 
-_NUM_GROUPS = 32  # of GN, as in its paper and in detectron2
-
-
-def _group_norm(num_features: int, **options: Any) -> nn.Module:
-    num_groups = options.pop("num_groups", _NUM_GROUPS)
-    if num_groups < 1 or num_features % num_groups:
-        raise ValueError(
-            f"GN has {num_groups} groups, which do not divide {num_features} channels; "
-            "the number of channels must be a multiple of the number of groups"
-        )
-    return nn.GroupNorm(num_groups, num_features, **options)
-
-
-def _layer_norm(num_features: int, **options: Any) -> nn.Module:
-    # over the channels of each position, as detectron2's LN
-    return LayerNorm2d(num_features, **{"eps": 1e-6, **options})
-
 
 class InstanceNorm2d(nn.InstanceNorm2d):
     """nn.InstanceNorm2d with an affine that bears empty batches and single values per channel.
@@ -39,6 +22,11 @@ class InstanceNorm2d(nn.InstanceNorm2d):
     """
 
     def __init__(self, num_features: int, affine: bool = True, **options: Any) -> None:
+        if options.get("track_running_stats"):
+            raise ValueError(
+                "IN keeps no running statistics here (track_running_stats=True), as those of an "
+                "image are its own at inference, too; pass nn.InstanceNorm2d for a layer that does"
+            )
         super().__init__(num_features, affine=affine, **options)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -48,13 +36,15 @@ class InstanceNorm2d(nn.InstanceNorm2d):
         return out if input.dim() == 4 else out.squeeze(0)
 
 
-def _instance_norm(num_features: int, **options: Any) -> nn.Module:
-    if options.get("track_running_stats"):
-        raise ValueError(
-            "IN keeps no running statistics here (track_running_stats=True): the statistics of an "
-            "image are its own at inference, too; pass nn.InstanceNorm2d for a layer that does"
-        )
-    return InstanceNorm2d(num_features, **options)
+def _group_norm(num_features: int, num_groups: int = 32, **options: Any) -> nn.Module:
+    if num_groups < 1 or num_features % num_groups:
+        raise ValueError(f"GN has {num_groups} groups, which do not divide {num_features} channels")
+    return nn.GroupNorm(num_groups, num_features, **options)
+
+
+def _layer_norm(num_features: int, **options: Any) -> nn.Module:
+    # over the channels of each position, as detectron2's LN
+    return LayerNorm2d(num_features, **{"eps": 1e-6, **options})
 
 
 _NORMS: dict[str, Callable[..., nn.Module]] = {
@@ -64,7 +54,7 @@ _NORMS: dict[str, Callable[..., nn.Module]] = {
     "FrozenBN": FrozenBatchNorm2d,
     "GN": _group_norm,
     "LN": _layer_norm,
-    "IN": _instance_norm,
+    "IN": InstanceNorm2d,
     "MABN": MABN2d,
 }
 
@@ -77,7 +67,7 @@ def norm_names() -> tuple[str, ...]:
 def get_norm(
     norm: str | Callable[..., nn.Module | None] | None, num_features: int, **options: Any
 ) -> nn.Module | None:
-    """Build a norm layer for (N, C, H, W) features by its name.
+    """Return a norm layer for (N, C, H, W) features by its name; None for no norm.
 
     Args:
         norm: "BN" (bears empty batches), "SyncBN" (ours: any device, any backend, empty ranks),
@@ -88,9 +78,6 @@ def get_norm(
         num_features: C.
         options: keyword arguments of the layer, such as eps and momentum; for "GN" also
             num_groups, for "MABN" simulated_batch_size and batch_size (see MABN2d).
-
-    Returns:
-        The layer; None for no norm.
 
     Raises:
         ValueError: for an unknown name, channels that GN's groups do not divide, or an "IN" with

@@ -25,16 +25,13 @@ class FullPrecisionBuffers(nn.Module):
 
 
 class ValueRing(FullPrecisionBuffers):
-    """A ring of m values (C,) in the order in which they were pushed.
+    """A ring of m values (C,) in the order in which they were pushed; first, set its length.
 
-    The buffer of the values is named after m (``last_16``). So checkpoints of different m share no
-    key with different shapes, which some checkpointers would drop before this class sees them.
-    Loading another m keeps the newest values; a longer ring is filled up with their mean, so that
-    its average starts where the shorter one's was. A checkpoint without a ring leaves this one as
-    it is, a checkpoint with a part of a ring empties it. The number of pushes is a buffer, too:
-    no GPU waits for it, and a compiler sees one graph in every iteration.
-
-    Call :meth:`set_length` before the first push.
+    The buffer of the values is named after m (``last_16``), as some checkpointers drop keys of
+    another shape before this class sees them. Loading another m keeps the newest values; a longer
+    ring is filled up with their mean, so that its average starts where the shorter one's was. A
+    checkpoint without a ring leaves this one as it is, one with a part of a ring empties it. The
+    number of pushes is a buffer, too: no GPU waits for it, and a compiler sees one graph.
     """
 
     if TYPE_CHECKING:  # TorchScript would read annotations of attributes
@@ -153,8 +150,10 @@ def convert_official(state_dict: MutableMapping[str, Any], prefix: str) -> bool:
     if not is_official(state_dict, prefix):
         return False
     state_dict[prefix + "running_mean_square"] = state_dict.pop(prefix + "running_var").flatten()
-    names = ("iters", "buffer_x2", "buffer_gz", "sta_matrix", "pre_x2", "pre_gz")
-    count, *rings = [state_dict.pop(prefix + name, None) for name in names][:3]
+    for name in ("sta_matrix", "pre_x2", "pre_gz"):
+        state_dict.pop(prefix + name, None)
+    names = ("iters", "buffer_x2", "buffer_gz")
+    count, *rings = [state_dict.pop(prefix + name, None) for name in names]
     if count is not None and all(values is not None for values in rings):
         for name, values in zip(("mean_square_ring", "gradient_ring"), rings, strict=True):
             state_dict[f"{prefix}{name}.count"] = count.reshape(())

@@ -9,8 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from rethinking_bn.layers.domain_state import Choice
-from rethinking_bn.layers.multi_domain import MultiDomainBatchNorm2d
+from rethinking_bn.layers.multi_domain import Choice, MultiDomainBatchNorm2d
 from rethinking_bn.randomness import Forwards, is_recomputing, mark_of
 
 
@@ -21,17 +20,14 @@ class SplitBatchNorm2d(MultiDomainBatchNorm2d):
     :class:`~rethinking_bn.layers.MultiDomainBatchNorm2d`, here all domain-specific unless said:
     the layer then equals D separate nn.BatchNorm2d, each on the rows of its domain. With one domain
     it is BatchNorm2d bit for bit. :func:`row_domains` tells which row belongs where; domains may be
-    mixed in any order, and missing. Of several feature levels in a list, a domain is its rows of
-    all of them. A forward that activation checkpointing recomputes takes the domains of its first
-    pass, also after :func:`row_domains` has ended.
+    mixed in any order, and missing. In a list of feature levels, a domain has its rows of all
+    levels. A forward that activation checkpointing recomputes takes the domains of its first pass.
 
     Args:
         num_features: C.
         num_domains: D.
         train_stats, population_stats, affine: "shared" or "domain_specific".
-        sync: pool over the ranks of ``process_group``: one collective in the forward and one in the
-            backward on every rank, whatever domains it holds.
-        eps, momentum, process_group: as in MultiDomainBatchNorm2d.
+        options: sync, eps, momentum, process_group, device, dtype: as in MultiDomainBatchNorm2d.
 
     Shape:
         (N, C, H, W), or a list of such tensors with the same N -> the same.
@@ -86,7 +82,9 @@ class SplitBatchNorm2d(MultiDomainBatchNorm2d):
         run = self._run
         if "domain_specific" not in (self.train_stats, self.population_stats, self.affine):
             return run(levels)  # no row differs from another
-        whole = levels[0] if len(levels) == 1 else _side_by_side(levels)
+        whole = levels[0]
+        if len(levels) > 1:  # side by side: (N, C, positions of all levels, 1)
+            whole = torch.cat([level.flatten(2) for level in levels], dim=2).unsqueeze(3)
         if isinstance(rows, int):
             parts = [whole if d == rows else whole[:0] for d in range(self.num_domains)]
             outputs = run(parts)
@@ -164,11 +162,6 @@ def row_domains(model: nn.Module, domains: Sequence[int] | Tensor | int) -> Iter
     finally:
         for layer, old in zip(layers, before, strict=True):
             layer._rows = old
-
-
-def _side_by_side(levels: list[Tensor]) -> Tensor:
-    """Return (N, C, positions of all levels, 1)."""
-    return torch.cat([level.flatten(2) for level in levels], dim=2).unsqueeze(3)
 
 
 def _one_by_one(x: Tensor, levels: list[Tensor]) -> list[Tensor]:

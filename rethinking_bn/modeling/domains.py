@@ -14,7 +14,7 @@ from torch import nn
 from rethinking_bn.data.domains import DOMAIN, domain_groups
 from rethinking_bn.layers import SplitBatchNorm2d, row_domains
 from rethinking_bn.layers.bn_like import find_bn_like
-from rethinking_bn.layers.domain_state import CHOICES
+from rethinking_bn.layers.multi_domain import CHOICES
 
 _EACH_IMAGE_APART = ("", "FrozenBN", "GN", "LN", "IN")
 

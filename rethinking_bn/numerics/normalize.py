@@ -108,9 +108,6 @@ def normalize(
     if len(xs) == 1 and not (sync or plain):
         y, local = _alone(xs[0], (weights[0], biases[0]), eps, holders, momentum, report)
         return Normalized([y], local)
-    for index in (parts, pools):
-        if any(index) and list(index) != list(range(len(index))):
-            raise ValueError(f"rows are merged into one or not at all, got the index {list(index)}")
     if any(pools) and not (sync or plain):
         rows = (_per_tensor(r, len(xs)) for r in (weights, biases, [[h] for h in holders] or [[]]))
         each = [

@@ -160,7 +160,7 @@ def test_models_from_config_read_the_keys() -> None:
 
 def test_a_syncbn_config_runs_in_one_process_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Defect 13: the YAML of eight GPUs, unchanged."""
-    batch_norm._said.clear()
+    batch_norm._say_alone.cache_clear()
     said: list[str] = []
     monkeypatch.setattr(batch_norm.logger, "info", said.append)
     head, plain = make_head("box", conv_norm="SyncBN"), make_head("box")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rethinking_bn.layers import SplitBatchNorm2d, row_domains
-from rethinking_bn.layers.domain_state import Choice
+from rethinking_bn.layers.multi_domain import Choice
 from rethinking_bn.population import estimate_population_statistics
 from studies.data import NUM_TRAIN, Split, corrupted, load_digits, shuffled_indices
 from studies.study import Claim, Panel, Point, Series, Settings, Study, Values
