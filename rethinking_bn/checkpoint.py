@@ -6,11 +6,13 @@ Between shared and domain-specific statistics a layer converts by itself when it
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
 import pickle
 import re
 import textwrap
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rethinking_bn.layers.bn_like import find_bn_like
-from rethinking_bn.layers.domain_state import DomainBatchNormBase
+from rethinking_bn.layers.multi_domain import DomainBatchNormBase
 from rethinking_bn.layers.ring import convert_official
 
 logger = logging.getLogger(__name__)
@@ -29,7 +31,6 @@ _RESNET = re.compile(
     r"(?P<part>conv|bn|downsample\.)(?P<index>\d)\.(?P<rest>.+)$"
 )
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
 
 # numpy's names of what an array in a file may hold
 _DTYPES = {
@@ -53,9 +54,8 @@ class _DType:
 
     def read(self, data: str | bytes) -> Tensor:
         data = data.encode("latin1") if isinstance(data, str) else data  # of Python 2
-        if not data:  # which frombuffer refuses
-            return torch.empty(0, dtype=self.dtype)
-        return torch.frombuffer(bytearray(data), dtype=self.dtype)
+        empty = torch.empty(0, dtype=self.dtype)
+        return torch.frombuffer(bytearray(data), dtype=self.dtype) if data else empty
 
 
 class _Array:
@@ -66,9 +66,8 @@ class _Array:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, by_columns, data = state
-        flat = dtype.read(data)
-        turned = range(len(shape))[::-1]
-        self.tensor = flat.view(shape[::-1]).permute(*turned) if by_columns else flat.view(shape)
+        flat, dims = dtype.read(data), range(len(shape))[::-1]
+        self.tensor = flat.view(shape[::-1]).permute(*dims) if by_columns else flat.view(shape)
 
 
 def _tensors(content: Any) -> Any:
@@ -78,7 +77,10 @@ def _tensors(content: Any) -> Any:
     return content.tensor if isinstance(content, _Array) else content
 
 
+# all that a pickle may name
 _STAND_INS: dict[str, Any] = {
+    "_codecs.encode": codecs.encode,
+    "collections.OrderedDict": OrderedDict,
     "numpy.dtype": _DType,
     "numpy.ndarray": None,  # an argument of the next
     "numpy.core.multiarray._reconstruct": _Array,
@@ -91,25 +93,17 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}".replace("._core.", ".core.")
-        if full in ("_codecs.encode", "collections.OrderedDict"):
-            return super().find_class(module, name)
-        if full in _STAND_INS:
-            return _STAND_INS[full]
-        raise pickle.UnpicklingError(
-            f"it names {module}.{name}; only arrays and plain containers are read, as anything "
-            "else can execute code"
-        )
+        if full not in _STAND_INS:
+            raise pickle.UnpicklingError(f"it names {full}, which can execute code")
+        return _STAND_INS[full]
 
 
 def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what a checkpoint file holds, on the CPU; nothing in the file can execute code.
 
-    Every reader of weights in this package and its tools comes here: of pickles of arrays (".pkl",
-    as in detectron2's model zoo), which become tensors, else of torch's format.
-
-    Raises:
-        OSError: for a file that cannot be opened.
-        ValueError: in one line, for one that holds no dict.
+    Every reader of weights comes here: of pickles of arrays (".pkl", as in detectron2's model zoo),
+    which become tensors, or of torch's format. An OSError where a file cannot be opened, a
+    ValueError of one line where it holds no dict.
     """
     try:
         if str(path).endswith(".pkl"):
@@ -134,13 +128,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     content = read_file(path)
     weights = content.get("model", content)
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(
-            isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
-        )
-    ):
+    entries = weights.items() if isinstance(weights, dict) else ()
+    if not entries or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in entries):
         raise _unreadable(path, "it holds no state dict of tensors")
     return dict(weights)
 
@@ -160,15 +149,13 @@ def require_statistics(
 ) -> None:
     """Refuse weights that lack population statistics; to be called before a module loads them.
 
-    A state dict without any key of the module (an ImageNet backbone, say) lacks nothing: the module
-    starts anew. One with some of its weights but without its statistics, because they were trained
-    with another norm or none, would leave mean 0 and variance 1 under trained weights. MABN, whose
-    convolutions warn, has neither. A layer with several domains takes the statistics of either
-    layout, and else demands all its entries.
+    Weights trained with another norm or none would leave mean 0 and variance 1 under them. A state
+    dict without any key of the module, as of a backbone, lacks nothing, and MABN's convolutions
+    warn by themselves. A layer with several domains takes the statistics of either layout, and
+    else demands all its entries.
 
     Args:
-        module, state_dict, prefix: norm layers, and a state dict with their entries under a prefix,
-            which ends with a dot unless it is empty.
+        module, state_dict, prefix: norm layers, and a state dict with their entries under a prefix.
         error_msgs: gets one message, with the config key that allows it.
         allow_missing: instead, ``state_dict`` gets what the module has, and the log says so.
     """
@@ -187,17 +174,12 @@ def require_statistics(
     first = next(key for key in missing if key.endswith(_STATISTICS[:2]))
     if allow_missing:
         state_dict.update(missing)
-        logger.warning(
-            "%d entries of norm layers are not in the checkpoint (%s, ...) and stay as they are "
-            "(MODEL.ALLOW_MISSING_STATISTICS)",
-            len(missing),
-            first,
-        )
+        what = f"{len(missing)} entries of norm layers are not in the checkpoint ({first}, ...)"
+        logger.warning("%s and stay as they are (MODEL.ALLOW_MISSING_STATISTICS)", what)
     else:
         error_msgs.append(
-            f"{first} is not in the checkpoint, which has other weights of this head: it was "
-            "trained with another norm layer, or without one; MODEL.ALLOW_MISSING_STATISTICS True "
-            "starts from mean 0, variance 1"
+            f"{first} is not in the checkpoint, whose weights of this head are of another "
+            "norm or none; MODEL.ALLOW_MISSING_STATISTICS True starts from mean 0, variance 1"
         )
 
 
@@ -210,66 +192,59 @@ def select_domain(state_dict: Mapping[str, Tensor], domain: int) -> dict[str, Te
 
     Raises:
         ValueError: when no layer has domains, they disagree about how many, or have not so many;
-            for a RetinaNet head's feature levels: only the head has several sets of statistics, and
-            not another number than its pyramid has levels.
+            for a RetinaNet head's feature levels: only the head has several sets of statistics, as
+            many as its pyramid has levels.
     """
     sets = _sets(state_dict)
-    numbers = sorted(set(sets.values()))
-    if len(numbers) != 1:
-        found = f"they have {numbers}" if numbers else "there is none"
+    number, *others = sorted(set(sets.values())) or [0]
+    if others or not number:
+        found = f"they have {[number, *others]}" if number else "there is none"
         raise ValueError(f"layers with one number of domains in all are needed; {found}")
     pyramid = {key for key in state_dict if re.search(r"\.(fpn_output\d|p[67])\.weight$", key)}
-    if all(name.startswith("head.") for name in sets) and len(pyramid) in (0, numbers[0]):
+    if all(name.startswith("head.") for name in sets) and len(pyramid) in (0, number):
         raise ValueError(
-            f"only the head has {numbers[0]} sets of statistics: these are feature levels, not "
+            f"only the head has {number} sets of statistics: these are feature levels, not "
             "domains in the data; for detectron2's RetinaNetHead give --levels instead of --domain"
         )
-    if not 0 <= domain < numbers[0]:
-        raise ValueError(f"the checkpoint has the domains 0 to {numbers[0] - 1}, not {domain}")
+    if not 0 <= domain < number:
+        raise ValueError(f"the checkpoint has the domains 0 to {number - 1}, not {domain}")
     selected = {}
     for key, value in state_dict.items():
         name, child, entry = _split(key)
-        if name in sets and child.isdigit():
-            if int(child) != domain:
-                continue
-            key = f"{name}.{entry}" if name else entry
-        selected[key] = value
+        if name not in sets or not child.isdigit():
+            selected[key] = value
+        elif int(child) == domain:
+            selected[f"{name}.{entry}" if name else entry] = value
     return selected
 
 
 def copy_to_levels(state_dict: Mapping[str, Tensor], num_levels: int) -> dict[str, Tensor]:
     """Return the weights of a RetinaNet for detectron2's own RetinaNetHead with NORM BN.
 
-    That has statistics per level and one affine. Rows 2 and 4 of Table 5 (arXiv 2105.07576), which
-    have the same, stay as they are; the shared statistics of rows 1 and 3 are copied to each level.
-
-    Args:
-        state_dict: of a RetinaNet; layers below ``head.`` with statistics are rewritten.
-        num_levels: L.
+    That has statistics per level and one affine, as rows 2 and 4 of Table 5 (arXiv 2105.07576). The
+    shared statistics of rows 1 and 3, below ``head.``, are copied to each of the levels.
 
     Raises:
         ValueError: for affines per level (rows 5 and 6), another number of levels, or a head
             without BatchNorm statistics.
     """
-    in_head = [key for key in state_dict if key.startswith("head.")]
     per_level = {name: n for name, n in _sets(state_dict).items() if name.startswith("head.")}
     for name, number in per_level.items():
         if f"{name}.0.weight" in state_dict:
             raise ValueError(
-                f"{name} has an affine for each of {number} levels (rows 5 and 6 of Table 5), but "
-                "detectron2's RetinaNetHead has one affine for all"
+                f"{name} has an affine for each of {number} levels (rows 5 and 6 of Table 5), "
+                "detectron2's RetinaNetHead one for all"
             )
         if number != num_levels:
             raise ValueError(f"{name} has statistics of {number} levels, not {num_levels}")
-    if not any(key.endswith(".running_var") for key in in_head):
+    if not any(key.startswith("head.") and key.endswith(".running_var") for key in state_dict):
         raise ValueError("no layer below head. has BatchNorm's running_mean and running_var")
     copied: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         layer, _, entry = key.rpartition(".")
-        shared = layer.startswith("head.") and entry in _STATISTICS
-        shared = shared and layer.rpartition(".")[0] not in per_level
-        keys = [f"{layer}.{i}.{entry}" for i in range(num_levels)] if shared else [key]
-        copied.update({new: value.clone() for new in keys})
+        shared = layer.startswith("head.") and layer.rpartition(".")[0] not in per_level
+        levels = range(num_levels) if shared and entry in _STATISTICS else ()
+        copied |= {new: value.clone() for new in [f"{layer}.{i}.{entry}" for i in levels] or [key]}
     return copied
 
 
@@ -286,9 +261,8 @@ def _sets(state_dict: Mapping[str, Any]) -> dict[str, int]:
     for key in state_dict:
         name, child, entry = _split(key)
         mean = f"{name}.running_mean" if name else "running_mean"
-        if child.isdigit() and (
-            entry == "running_mean" or (entry == "weight" and mean in state_dict)
-        ):
+        affine = entry == "weight" and mean in state_dict
+        if child.isdigit() and (affine or entry == "running_mean"):
             children.setdefault(name, set()).add(int(child))
     # a lone BatchNorm in an nn.Sequential has no sets
     return {n: len(c) for n, c in children.items() if c == set(range(len(c))) and len(c) > 1}
@@ -302,14 +276,11 @@ def convert_mabn_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
     ``res2.0.conv2.norm.weight``). Saved with ``torch.save``, the result loads as ``MODEL.WEIGHTS:
     path.pth?matching_heuristics=True``, under which detectron2 adds the prefix of the model.
 
-    Args:
-        state_dict: of the classification or the detection code; other parts keep their names.
-
     Raises:
-        ValueError: when it has no layer of the official code, or two keys become one.
+        ValueError: when no layer is of the official code, or two keys become one.
     """
     converted: dict[str, Tensor] = dict(state_dict)
-    found = [key[: -len("running_var")] for key in state_dict if key.endswith("running_var")]
+    found = [key.removesuffix("running_var") for key in state_dict if key.endswith("running_var")]
     if not [prefix for prefix in found if convert_official(converted, prefix)]:
         raise ValueError(
             "no layer of the official MABN code: no running_var of shape (1, C, 1, 1), none beside "
@@ -323,11 +294,9 @@ def convert_mabn_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def _detectron2_name(key: str) -> str:
     match = _RESNET.match(key)
-    if match is None:
+    if match is None or (match["stage"] is None and match["part"] == "downsample."):
         return key
     part, index = match["part"], match["index"]
-    if match["stage"] is None and part == "downsample.":
-        return key
     above = "stem." if match["stage"] is None else f"res{int(match['stage']) + 1}.{match['block']}."
     if part == "downsample.":
         return f"{above}shortcut.{'norm.' if index == '1' else ''}{match['rest']}"

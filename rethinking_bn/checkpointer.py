@@ -20,9 +20,8 @@ class Checkpointer(DetectionCheckpointer):
     """detectron2's checkpointer, writing every file aside and renaming it.
 
     A run killed while it saves leaves the previous checkpoint and ``last_checkpoint`` as they
-    were. (fvcore's writes to the final path.) A file that is read cannot execute code, be it
-    torch's format or a pickle, and one that cannot be read is a ValueError of one line. A
-    checkpoint of another architecture is warned of in one line.
+    were. A file that is read cannot execute code, and one that cannot be read is a ValueError of
+    one line. A checkpoint of another architecture is warned of in one line.
 
     Attributes:
         misfit: what that line says of the weights loaded last; None for those that fit.
@@ -31,12 +30,7 @@ class Checkpointer(DetectionCheckpointer):
     misfit: str | None = None
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load as detectron2's does.
-
-        Raises:
-            ValueError: for a file that holds no checkpoint; where it is the last one, the message
-                names the newest one that can be read.
-        """
+        """Load as detectron2's does; a ValueError names the newest other file that can be read."""
         try:
             return super().load(path, *args, **kwargs)
         finally:
@@ -70,35 +64,23 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         given = [key.removeprefix("module.") for key in checkpoint["model"]]
-        incompatible = super()._load_model(checkpoint)
-        shapes = [key for key, *_ in incompatible.incorrect_shapes]
-        absent = {*incompatible.missing_keys, *shapes}
+        found = super()._load_model(checkpoint)
+        absent = {*found.missing_keys, *(key for key, *_ in found.incorrect_shapes)}
         expected = [key for key, _ in self.model.named_parameters()]
         self.misfit = _misfit(given, expected, [key for key in expected if key not in absent])
         if self.misfit:
             self.logger.warning("%s.", self.misfit)
-        return incompatible
+        return found
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save the model, the checkpointables and ``kwargs``, and tag the file as the last one.
-
-        Args:
-            name: file name without folder and ".pth".
-
-        Raises:
-            ValueError: if ``name`` names a folder too.
-        """
-        if self._writes():
-            self.save_untagged(name, **kwargs)
+        """Save model, checkpointables and ``kwargs`` as the last one; no folder in the name."""
+        if self.save_untagged(name, **kwargs):
             self.tag_last_checkpoint(f"{name}.pth")
 
-    def save_untagged(self, name: str, **kwargs: Any) -> None:
-        """Save like :meth:`save`, but leave ``last_checkpoint`` alone.
-
-        For files that no training should resume from, such as re-estimated statistics.
-        """
-        if not self._writes():
-            return
+    def save_untagged(self, name: str, **kwargs: Any) -> bool:
+        """Save for no training to resume from; return whether this rank writes."""
+        if not (self.save_dir and self.save_to_disk):
+            return False
         if os.path.basename(name) != name:
             raise ValueError(f"a checkpoint's name must not hold a folder, but got {name!r}")
         state = {"model": self.model.state_dict()}
@@ -107,14 +89,11 @@ class Checkpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         self._replace_file(path, lambda file: torch.save(state, file))
+        return True
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Let ``last_checkpoint`` name this file."""
         path = os.path.join(self.save_dir, "last_checkpoint")
         self._replace_file(path, lambda file: file.write(last_filename_basename.encode()))
-
-    def _writes(self) -> bool:
-        return bool(self.save_dir) and self.save_to_disk
 
     def _replace_file(self, path: str, write: Callable[[IO[bytes]], Any]) -> None:
         """Write a file that appears when it is complete; on an exception there is no new file."""
@@ -131,17 +110,12 @@ class Checkpointer(DetectionCheckpointer):
 
 
 def later_checkpoints(folder: str, start: int) -> list[str]:
-    """Return the names of the checkpoints in a folder that are of iteration ``start`` or later.
-
-    A "model_final.pth" says no iteration: it counts where training starts anew.
-    """
+    """Return the names of a folder's checkpoints from an iteration on; 0 has the final one, too."""
     if "://" in folder or not os.path.isdir(folder):
         return []
-    found = {name: re.fullmatch(r"model_(\d{7}|final)\.pth", name) for name in os.listdir(folder)}
+    found = [re.fullmatch(r"model_(\d{7}|final)\.pth", name) for name in os.listdir(folder)]
     return sorted(
-        name
-        for name, match in found.items()
-        if match and (start == 0 if match[1] == "final" else int(match[1]) >= start)
+        m[0] for m in found if m and (start == 0 if m[1] == "final" else int(m[1]) >= start)
     )
 
 
@@ -161,9 +135,7 @@ def _of_other_projects(content: dict[str, Any]) -> dict[str, Any]:
 def _misfit(given: Sequence[str], expected: Sequence[str], loaded: Sequence[str]) -> str | None:
     """Say in one line that weights are of another architecture, if they are.
 
-    Args:
-        given, expected, loaded: keys of the checkpoint, names of the model's parameters, and
-            which of those the checkpoint had.
+    Given are the checkpoint's keys, the model's parameters, and those that were loaded.
     """
     if not given or not expected:
         return None

@@ -50,14 +50,7 @@ def collective_device(group: dist.ProcessGroup | None = None) -> torch.device:
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Gather equally shaped tensors: one collective, no host synchronisation, no gradient.
-
-    Args:
-        x: any shape, the same shape and dtype on every rank.
-
-    Returns:
-        (W, *x.shape), rank r's tensor at index r.
-    """
+    """Return (W, *x.shape), rank r's x at index r: one collective, no wait, no gradient."""
     world = get_world_size(group)
     x = x.detach().contiguous()
     if world == 1:
@@ -105,11 +98,7 @@ def host_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | No
 def gather_numbers(
     numbers: Sequence[int], group: dist.ProcessGroup | None = None
 ) -> list[list[int]]:
-    """Gather equally many 64-bit integers per rank without waiting for a device: one collective.
-
-    Returns:
-        W lists, rank r's numbers at index r.
-    """
+    """Return W lists of equally many 64-bit integers: one collective that waits for no device."""
     mine = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     gathered: list[list[int]] = all_gather(mine, host_group(group)).tolist()
     return gathered
@@ -128,11 +117,8 @@ def all_gather_object(obj: Any, group: dist.ProcessGroup | None = None) -> list[
 def raise_together(error: BaseException | None, group: dist.ProcessGroup | None = None) -> None:
     """Make all ranks fail when one has failed: a collective that every rank must reach.
 
-    Args:
-        error: what went wrong on this rank, or None.
-
     Raises:
-        BaseException: ``error`` itself where it happened.
+        BaseException: what went wrong on this rank, where it is not None.
         RuntimeError: on the other ranks, naming the failing ranks and their messages.
     """
     message = None if error is None else f"{type(error).__name__}: {error}"

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from rethinking_bn.distributed import all_to_all_rows
 
-# Rows are moved as numbers of the largest size that divides their bytes: fewer are gathered faster.
+# Rows are moved as numbers of the largest size that divides their bytes: fewer are faster.
 _CARRIERS = {16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -27,8 +27,7 @@ class Exchange:
             by destination, then those that stay.
         place: (S,) for each row of the result, its index among the rows that arrive, grouped by
             source, followed by those that stay.
-        sent: one row count for each rank, what goes there; 0 for this one.
-        received: one row count for each rank, what comes from there; 0 for this one.
+        sent, received: how many rows go to each rank, and come from it; 0 for this one.
     """
 
     order: Tensor
@@ -118,14 +117,14 @@ def _as_rows(x: Tensor, channels_last: bool) -> Tensor:
 def _carrier(*matrices: Tensor) -> torch.dtype:
     """Return the widest type as which the rows of all these matrices (R, K) can be viewed."""
     element = matrices[0].element_size()
-    for size, carrier in _CARRIERS.items():
-        if size == element or all(_can_be_viewed(m, size // element) for m in matrices):
-            return carrier
-    return matrices[0].dtype
+    sizes = (
+        size for size in _CARRIERS if all(_can_be_viewed(m, size // element) for m in matrices)
+    )
+    return _CARRIERS[next(sizes, element)]
 
 
 def _can_be_viewed(matrix: Tensor, elements: int) -> bool:
-    """Whether ``elements`` neighbours in every row can be read as one number."""
+    """Return whether ``elements`` neighbours in every row can be read as one number."""
     lengths = (matrix.shape[1], matrix.stride(0), matrix.storage_offset())
     if elements < 2 or not matrix.numel() or matrix.stride(1) != 1:
         return False

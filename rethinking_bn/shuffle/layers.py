@@ -18,20 +18,16 @@ _EACH_ROW_APART = {"GroupNorm", "LayerNorm", "InstanceNorm2d", "FrozenBatchNorm2
 class ShuffledLayers:
     """Mixin, before an nn.Sequential: its BN layers see rows of all ranks, mixed at random.
 
-    A BN head whose rows all come from the one or two images of a rank learns to read the image
-    from its batch, and fails at inference (arXiv 2105.07576, section 6). Here the rows of all
-    ranks are permuted before the normalised layers, so that each rank normalises an equal share
-    of them, and brought back after; see :func:`rethinking_bn.layers.shuffle_rows`.
-
-    Rows are shuffled while a BN layer of the head is in training mode, and so in population
-    training. They are not at inference, nor where no layer needs it (GN; SyncBN, which pools all
-    ranks anyway). Parameters and state dict are those of the unshuffled head.
+    See :func:`rethinking_bn.layers.shuffle_rows`, and section 6 of arXiv 2105.07576. Rows are
+    shuffled while a BN layer of the head is in training mode. They are not at inference, nor where
+    no layer needs it (GN; SyncBN, which pools all ranks anyway). Parameters and state dict are
+    those of the unshuffled head.
 
     The permutation follows from run seed, iteration, kind of head, and call within the iteration.
     :meth:`set_iteration` announces the first two. Under a trainer that does not call it the run
     seed is 0, and :meth:`unannounced_iteration` is the iteration. Heads of one kind, as in a
-    cascade, draw the same permutation when they shuffle the same number of rows. Under activation
-    checkpointing a recomputed call repeats the permutation of its first pass.
+    cascade, draw the same permutation for the same number of rows. Under activation checkpointing
+    a recomputed call repeats the permutation of its first pass.
 
     Every rank must call the head equally often, with zero rows where it has none, and every
     rank's loss must depend on the result, also on zero rows.
@@ -47,11 +43,11 @@ class ShuffledLayers:
     _iteration = None  # that of the calls below
     _num_calls = 0
 
+    __jit_unused_properties__ = ["communicates"]
+
     def shuffled_norms(self) -> list[nn.Module]:
         """Return the norm layers whose result depends on which rows are on this rank."""
         raise NotImplementedError
-
-    __jit_unused_properties__ = ["communicates"]
 
     @property
     def communicates(self) -> bool:
@@ -66,8 +62,7 @@ class ShuffledLayers:
     def unannounced_iteration(self) -> int:
         """Return the iteration under a trainer that announces none, the same on all ranks.
 
-        It is always 0, unless a subclass knows better: permutations then differ by a count of all
-        calls, which a resumed run begins anew.
+        It is 0 unless a subclass knows better: a count of all calls then tells permutations apart.
         """
         return 0
 
@@ -126,14 +121,8 @@ def mixes_rows_of_a_rank(norm: nn.Module) -> bool:
 def point_of_return(layers: Sequence[nn.Module], last: int, shape: tuple[int, ...]) -> int:
     """Return how many layers to run on shuffled rows, so that the fewest numbers travel back.
 
-    Args:
-        layers: run one after the other.
-        last: the index of the last one that must see shuffled rows.
-        shape: of an input row.
-
-    Returns:
-        The number of layers after which a row is smallest, more than ``last``; of equal ones the
-        largest, as shuffled rows are shared equally among the ranks.
+    ``last`` is the index of the last layer that must see shuffled rows, ``shape`` that of an input
+    row. Of equal numbers it is the largest, as shuffled rows are shared equally among the ranks.
     """
     sizes = []
     for layer in layers:

@@ -1,12 +1,12 @@
 """Shuffle rows (RoIs) over all ranks and bring them back: the exchange behind "shuffle BN".
 
 With all RoIs of a GPU cut from one or two images, a BatchNorm head learns to read the image from
-its batch. Permuting the RoIs of all GPUs before the normalised layers, and back after them, makes
-every batch a mix of all images ("Rethinking 'Batch' in BatchNorm", section 6, table 6).
+its batch, and fails at inference. Permuting the RoIs of all GPUs before the normalised layers, and
+back after them, makes every batch a mix of all images (arXiv 2105.07576, section 6, table 6).
 
-Every rank derives the same permutation from a seed, so that a shuffle takes one small exchange
-(how many rows each rank holds, and that all agree on the rest) and one ``all_to_all_single`` of
-the rows that change their rank; an unshuffle, and the backward of either, takes only the latter.
+Every rank derives the permutation from a seed. A shuffle takes one small exchange (how many rows
+each rank holds, and that all agree on the rest) and one ``all_to_all_single`` of the rows that
+change their rank; an unshuffle, and the backward of either, takes only the latter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +40,7 @@ class ShuffleState:
     Attributes:
         there, back: the exchange and its inverse, indices on the device of the rows.
         link: when the rows of any rank required grad, an empty output of the shuffle's autograd
-            node. The unshuffle takes it as an input, so that every backward reaches the shuffle's,
-            even on a rank without rows whose head returned a constant.
+            node; as an input of the unshuffle's it lets every backward reach the shuffle's.
         channels_last: whether 4-d and 5-d rows travel, and come out, in channels-last format.
         group: the process group, None for the default one.
     """
@@ -93,22 +92,21 @@ def shuffle_rows(
     back = there.reversed()
     # A node needs an input that requires grad, or this rank would miss the backward.
     anchor = x.new_empty(0, requires_grad=True) if requires_grad and len(rows) > 1 else None
-    result, link = _apply(x, anchor, _Way(there, back, channels_last, group))
+    result, link = _apply(x, anchor, there, back, channels_last, group)
     return result, ShuffleState(there, back, link, channels_last, group)
 
 
 def unshuffle_rows(rows: Tensor, state: ShuffleState) -> Tensor:
     """Bring rows back to the rank and the place they had before :func:`shuffle_rows`.
 
-    There is no header exchange: ``rows`` must have one trailing shape and dtype on all ranks, as
-    the outputs of one head have, zero rows included. Neither needs to be that of the shuffled
-    rows (features go in, logits come out).
+    ``rows`` must have one trailing shape and dtype on all ranks, zero rows included. Neither needs
+    to be that of the shuffled rows (features go in, logits come out).
 
-    Differentiable once, exactly. With several ranks the result requires grad on all of them if
-    the shuffled rows of any rank did, whatever became of the graph in between, and its backward
-    always goes on to the shuffle's: a rank without rows, whose head may have returned a constant,
-    still takes part in both. Where no shuffled rows required grad, ``rows`` must require grad on
-    all ranks or on none. What the losses must guarantee is said at :func:`shuffle_rows`.
+    It is differentiable once, exactly. With several ranks the result requires grad on all of them
+    if the shuffled rows of any rank did, and its backward always goes on to the shuffle's: a rank
+    without rows, whose head may have returned a constant, takes part in both. Where no shuffled
+    rows required grad, ``rows`` must require grad on all ranks or on none. :func:`shuffle_rows`
+    says what the losses must guarantee.
 
     Args:
         rows: (S, ...) one row for each row that :func:`shuffle_rows` returned, in that order.
@@ -129,7 +127,7 @@ def unshuffle_rows(rows: Tensor, state: ShuffleState) -> Tensor:
     # The format on the wire must not depend on what this rank alone knows.
     alone = len(state.there.sent) == 1
     channels_last = layout_vote(rows) == 2 if alone else state.channels_last
-    return _apply(rows, state.link, _Way(state.back, state.there, channels_last, state.group))[0]
+    return _apply(rows, state.link, state.back, state.there, channels_last, state.group)[0]
 
 
 def _agree(x: Tensor, seed: int, group: ProcessGroup | None) -> tuple[list[int], bool, bool]:
@@ -159,38 +157,24 @@ def _disagreement(described: Sequence[dict[str, Any]]) -> str:
         for rank, values in enumerate(described):
             ranks.setdefault(values[name], []).append(str(rank))
         if len(ranks) > 1 or _NO_ROWS in ranks:
-            said = (
-                f"{value} on rank{'s' if len(on) > 1 else ''} {', '.join(on)}"
-                for value, on in ranks.items()
-            )
+            said = (f"{value} on rank {', '.join(on)}" for value, on in ranks.items())
             complaints.append(f"{name} is {' and '.join(said)}")
     return f"shuffle_rows needs the same kind of rows on every rank: {'; '.join(complaints)}"
 
 
-class _Way(NamedTuple):
-    """An exchange, the inverse that brings gradients back, and how the rows of both travel."""
-
-    exchange: Exchange
-    inverse: Exchange
-    channels_last: bool
-    group: ProcessGroup | None
-
-    def send(self, x: Tensor) -> Tensor:
-        return exchange_rows(x, self.exchange, self.channels_last, self.group)
-
-    def send_back(self, grad: Tensor) -> Tensor:
-        return exchange_rows(grad, self.inverse, self.channels_last, self.group)
-
-
-def _apply(x: Tensor, anchor: Tensor | None, way: _Way) -> tuple[Tensor, Tensor | None]:
+def _apply(x: Tensor, anchor: Tensor | None, *way: Any) -> tuple[Tensor, Tensor | None]:
     """Exchange rows, with an autograd node if ``x`` or ``anchor``, an empty tensor, needs one;
-    return the result and, with a node, its empty second output."""
+    return the result and, with a node, its empty second output.
+
+    The way is an exchange, the inverse that brings gradients back, and for both whether the rows
+    are channels-last, and the group."""
     differentiable = x.is_floating_point() or x.is_complex()
     recorded = differentiable and (x.requires_grad or anchor is not None)
     if recorded and torch.is_grad_enabled():
-        outputs: tuple[Tensor, Tensor | None] = _ExchangeRows.apply(x, anchor, way)
+        outputs: tuple[Tensor, Tensor | None] = _ExchangeRows.apply(x, anchor, *way)
         return outputs
-    return way.send(x.detach()), None
+    exchange, _, channels_last, group = way
+    return exchange_rows(x.detach(), exchange, channels_last, group), None
 
 
 class _ExchangeRows(torch.autograd.Function):
@@ -198,16 +182,16 @@ class _ExchangeRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor | None, way: _Way
+        ctx: Any, x: Tensor, anchor: Tensor | None, exchange: Exchange, inverse: Exchange, *how: Any
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.way = way
+        ctx.back = (inverse, *how)
         link = None if anchor is None else x.new_empty(0)
-        return way.send(x), link
+        return exchange_rows(x, exchange, *how), link
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         # Also where x itself needs no gradient: the rows of other ranks may.
-        grad = ctx.way.send_back(grad)
+        grad = exchange_rows(grad, *ctx.back)
         of_anchor = grad.new_zeros(0) if ctx.needs_input_grad[1] else None
-        return grad if ctx.needs_input_grad[0] else None, of_anchor, None
+        return grad if ctx.needs_input_grad[0] else None, of_anchor, *(None,) * 4
