@@ -16,7 +16,6 @@ from rethinking_bn.layers import (
     MultiDomainBatchNorm2d,
     SyncBatchNorm2d,
     get_norm,
-    norm_names,
 )
 from tests import reference
 from tests.reference import CHANNELS
@@ -43,8 +42,12 @@ def test_training_equals_torch(kind: type[BatchNorm2d], options: dict, channels_
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
     assert mine.state_dict().keys() == theirs.state_dict().keys()
     torch.testing.assert_close(dict(mine.state_dict()), dict(theirs.state_dict()))
-    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        [p.grad for p in mine.parameters()],
+        [p.grad for p in theirs.parameters()],
+        rtol=1e-4,
+        atol=1e-4,
+    )
     if kind is not BatchStatNorm2d:
         torch.testing.assert_close(mine.eval()(x), theirs.eval()(x))
 
@@ -94,8 +97,12 @@ def test_row_groups_are_separate_batches(
     reference.loss([z]).backward()
     torch.testing.assert_close(y, z)
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
-    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        [p.grad for p in mine.parameters()],
+        [p.grad for p in theirs.parameters()],
+        rtol=1e-4,
+        atol=1e-4,
+    )
     torch.testing.assert_close(dict(mine.state_dict()), dict(theirs.state_dict()))
     for wrong in ([4, 4], [5]):
         with pytest.raises(ValueError, match="do not sum up"), mine.row_groups(wrong):
@@ -144,6 +151,8 @@ def test_sync_bn_refuses_row_groups() -> None:
 def test_class_hierarchy_lets_torch_tools_find_them_but_not_as_sync_batch_norm() -> None:
     for kind in OURS:
         assert issubclass(kind, nn.BatchNorm2d) and not issubclass(kind, nn.SyncBatchNorm)
+    # such tools would treat it as a layer with one set of statistics
+    assert not issubclass(MultiDomainBatchNorm2d, nn.modules.batchnorm._BatchNorm)
 
 
 @pytest.mark.parametrize("eps", [0.0, -1e-5])
@@ -155,19 +164,9 @@ def test_eps_must_be_positive(eps: float) -> None:
 
 
 def test_wrong_shape() -> None:
-    with pytest.raises(ValueError, match=r"expected \(N, 4, H, W\)"):
-        BatchNorm2d(CHANNELS)(torch.zeros(2, CHANNELS))
-
-
-@pytest.mark.parametrize("name", norm_names())
-def test_get_norm_by_name(name: str) -> None:
-    layer = get_norm(name, 32)
-    if not name:
-        assert layer is None
-        return
-    assert layer is not None
-    x = torch.randn(2, 32, 4, 4)
-    assert layer(x).shape == x.shape
+    for layer in (BatchNorm2d(CHANNELS), CycleBatchNorm2d(CHANNELS, 2)):
+        with pytest.raises(ValueError, match=r"expected \(N, 4, H, W\)"):
+            layer(torch.zeros(2, CHANNELS))
 
 
 def test_get_norm_classes_and_callables() -> None:
@@ -175,7 +174,7 @@ def test_get_norm_classes_and_callables() -> None:
     assert isinstance(get_norm("BatchStatBN", 4), BatchStatNorm2d)
     assert isinstance(get_norm("BN", 4), nn.BatchNorm2d)
     assert isinstance(get_norm(lambda c: nn.InstanceNorm2d(c), 4), nn.InstanceNorm2d)
-    assert get_norm(None, 4) is None
+    assert get_norm(None, 4) is None and get_norm("", 4) is None
     assert get_norm("BN", 4, eps=0.1).eps == 0.1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,40 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rethinking_bn.layers import (
-    BatchNorm2d,
-    BatchStatNorm2d,
-    CycleBatchNorm2d,
-    MultiDomainBatchNorm2d,
-    SyncBatchNorm2d,
-)
+from rethinking_bn.layers import BatchNorm2d, MultiDomainBatchNorm2d
 from tests import reference
+from tests.layers.kinds import kinds, run
 from tests.reference import CHANNELS, SHAPES
 
-L, D = len(SHAPES), "domain_specific"
-KINDS: dict[str, Callable[[], nn.Module]] = {
-    "BN": lambda: BatchNorm2d(CHANNELS),
-    "BN, cumulative": lambda: BatchNorm2d(CHANNELS, momentum=None),
-    "BN, no affine": lambda: BatchNorm2d(CHANNELS, affine=False),
-    "SyncBN": lambda: SyncBatchNorm2d(CHANNELS),
-    "BatchStatBN": lambda: BatchStatNorm2d(CHANNELS),
-    "row 1": lambda: MultiDomainBatchNorm2d(CHANNELS, L),
-    "row 2": lambda: MultiDomainBatchNorm2d(CHANNELS, L, population_stats=D, momentum=None),
-    "row 3": lambda: MultiDomainBatchNorm2d(CHANNELS, L, train_stats=D),
-    "row 6": lambda: MultiDomainBatchNorm2d(
-        CHANNELS, L, train_stats=D, population_stats=D, affine=D
-    ),
-    "cycle": lambda: CycleBatchNorm2d(CHANNELS, L),
-}
-
-
-def run(layer: nn.Module, xs: list[Tensor]) -> list[Tensor]:
-    if isinstance(layer, MultiDomainBatchNorm2d):
-        return layer(xs)
-    if isinstance(layer, CycleBatchNorm2d):
-        with layer.cycle():
-            return [layer(x) for x in xs]
-    return [layer(x) for x in xs]
+KINDS = kinds()
+KINDS["BN, no affine"] = lambda: BatchNorm2d(CHANNELS, affine=False)
+KINDS["row 2, cumulative"] = lambda: MultiDomainBatchNorm2d(
+    CHANNELS, len(SHAPES), population_stats="domain_specific", momentum=None
+)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -69,7 +44,7 @@ def test_statistics_move_once(kind: str, reentrant: bool) -> None:
 
 
 def test_population_training_sees_a_recomputed_forward_once() -> None:
-    layer, seen = MultiDomainBatchNorm2d(CHANNELS, L).double(), []
+    layer, seen = MultiDomainBatchNorm2d(CHANNELS, len(SHAPES)).double(), []
     xs = [x.requires_grad_() for x in reference.levels()]
     with layer.observing(seen.append):
         ys = checkpoint(lambda *xs: tuple(layer(list(xs))), *xs, use_reentrant=False)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental import _config as shapes
 
-from rethinking_bn.layers import MABN2d, MultiDomainBatchNorm2d, SyncBatchNorm2d, compile_norms
+from rethinking_bn.layers import MABN2d, compile_norms
 from tests import reference
+from tests.layers.kinds import with_choices
 from tests.reference import CHANNELS
 
 OLD = not hasattr(shapes, "use_duck_shape")
@@ -22,14 +23,7 @@ class Head(nn.Module):
     def __init__(self, *choices: str) -> None:
         super().__init__()
         self.conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, dtype=torch.float64)
-        self.norm = MultiDomainBatchNorm2d(
-            CHANNELS,
-            3,
-            train_stats=choices[0],
-            population_stats=choices[1],
-            affine=choices[2],
-            dtype=torch.float64,
-        )
+        self.norm = with_choices(choices, levels=3, dtype=torch.float64)
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
         return [y.relu() for y in self.norm([self.conv(x) for x in xs])]
@@ -61,21 +55,13 @@ def test_one_graph_over_iterations_and_dynamic_sizes(choices: tuple[str, ...]) -
         reference.loss(ys).backward()
         reference.loss(zs).backward()
         torch.testing.assert_close(ys, zs)
-        for p, q in zip(compiled.parameters(), eager.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad)
+        torch.testing.assert_close(
+            [p.grad for p in compiled.parameters()], [p.grad for p in eager.parameters()]
+        )
         torch.testing.assert_close(dict(compiled.state_dict()), dict(eager.state_dict()))
     assert counter.frame_count == 1
     compiled.eval(), eager.eval()
     torch.testing.assert_close(run(xs), eager(xs))
-
-
-def test_sync_batch_norm_in_one_process() -> None:
-    """Its log line is no reason to break the graph."""
-    torch._dynamo.reset()
-    layer = SyncBatchNorm2d(CHANNELS)
-    x = torch.randn(2, CHANNELS, 3, 3)
-    run = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(run(x), nn.BatchNorm2d(CHANNELS)(x))
 
 
 @pytest.mark.skipif(OLD, reason="torch is too old")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 from typing import Any
 
@@ -27,15 +26,14 @@ from rethinking_bn.layers import (
     SyncBatchNorm2d,
     compile_norms,
     convert_norms,
-    row_domains,
 )
 from rethinking_bn.population import batch_statistics, estimate_population_statistics
 from tests.helpers import run_distributed
+from tests.layers.kinds import ALL_EIGHT, run, with_choices
 
 pytestmark = pytest.mark.skipif(not hasattr(shapes, "use_duck_shape"), reason="torch is too old")
 
 C = 4
-CHOICES = list(itertools.product(("shared", "domain_specific"), repeat=3))
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +54,9 @@ def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return model, plain
 
 
-def step(model: nn.Module, xs: list[Tensor], listed: bool) -> list[Any]:
+def step(model: nn.Module, xs: list[Tensor]) -> list[Any]:
     leaves = [x.detach().clone().requires_grad_() for x in xs]
-    ys = model(leaves) if listed else [model(x) for x in leaves]
+    ys = run(model, leaves)
     sum((y * y.sin()).sum() for y in ys).backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -75,12 +73,10 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "choices", [CHOICES[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CHOICES[1:])]
+    "choices", [ALL_EIGHT[0], *(pytest.param(c, marks=pytest.mark.slow) for c in ALL_EIGHT[1:])]
 )
 def test_twenty_sizes_and_no_new_version(choices: tuple[str, ...]) -> None:
-    names = ("train_stats", "population_stats", "affine")
-    layer = MultiDomainBatchNorm2d(C, 3, **dict(zip(names, choices, strict=True)))
-    compiled, plain = twins(layer)
+    compiled, plain = twins(with_choices(choices, C, 3))
     sizes = torch.Generator().manual_seed(0)
     before = graphs()
     for i in range(20):
@@ -88,12 +84,12 @@ def test_twenty_sizes_and_no_new_version(choices: tuple[str, ...]) -> None:
         if i == 0:  # equal by chance
             n, hw = 2, [4, 4, 2, 2, 4, 4]
         xs = [torch.randn(n, C, h, w) + 1 for h, w in zip(hw[::2], hw[1::2], strict=True)]
-        assert_same(step(compiled, xs, True), step(plain, xs, True))
+        assert_same(step(compiled, xs), step(plain, xs))
         if i == 1:
             after_two = graphs()
     assert graphs() == after_two <= before + 2
     for inputs in ([xs[0][:1], *xs[1:]], [xs[0][:0], *xs[1:]]):
-        assert_same(step(compiled, inputs, True), step(plain, inputs, True))
+        assert_same(step(compiled, inputs), step(plain, inputs))
     assert graphs() <= after_two + 2
     compiled.eval(), plain.eval()
     for size in range(3):
@@ -114,7 +110,7 @@ def test_every_norm_of_many_widths_runs_compiled(caplog: pytest.LogCaptureFixtur
     before = graphs()
     for shape in ((2, 2, 5, 6), (3, 2, 4, 4)):
         x = torch.randn(shape).double()
-        assert_same(step(compiled, [x], False), step(plain, [x], False))
+        assert_same(step(compiled, [x]), step(plain, [x]))
     assert graphs() - before == 12
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     assert not caplog.records
@@ -149,17 +145,13 @@ def test_layers_of_other_kinds() -> None:
     results = []
     for layer in (cycle, plain):
         for _ in range(2):
-            with layer.cycle():
-                results.append(step(layer, xs, False))
+            results.append(step(layer, xs))
     assert_same(results[:2], results[2:])
     assert graphs() <= 3  # one of them tried the compiler
     split, plain = twins(SplitBatchNorm2d(C, 2))
-    for rows in ([0, 1, 0], [1, 0, 0], [0, 0, 1]):
-        got = []
-        for layer in (split, plain):
-            with row_domains(layer, rows):
-                got.append(step(layer, xs[:1], False))
-        assert_same(*got)
+    for n in (3, 2, 4):  # rows of the domains 0, 1, 0, ...
+        some = [torch.randn(n, C, 5, 6)]
+        assert_same(step(split, some), step(plain, some))
     for norm in (
         BatchStatNorm2d(C),
         SyncBatchNorm2d(C),
@@ -167,7 +159,7 @@ def test_layers_of_other_kinds() -> None:
     ):
         compiled, plain = twins(norm)
         for _ in range(3):
-            assert_same(step(compiled, xs[:1], False), step(plain, xs[:1], False))
+            assert_same(step(compiled, xs[:1]), step(plain, xs[:1]))
         compiled.eval(), plain.eval()
         assert_same(compiled(xs[1]), plain(xs[1]))
 

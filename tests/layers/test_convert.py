@@ -26,6 +26,7 @@ from rethinking_bn.layers import (
     norm_names,
 )
 from rethinking_bn.layers.frozen import freeze_layer, is_frozen
+from tests.layers.test_bn_like import NormAct, parametrized
 
 BATCH_NORMS = {
     "BN": BatchNorm2d,
@@ -203,11 +204,6 @@ def test_sync_bn_reaches_layers_with_domains_and_leaves_others(
         assert model[0] is levels and ": 0, 1, 3, 4 stay" in caplog.messages[-1]
 
 
-class NormAct(nn.BatchNorm2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).relu()
-
-
 class Logged(nn.BatchNorm2d):
     """A forward of its own that computes what BatchNorm computes."""
 
@@ -238,12 +234,6 @@ class NoEpsAttribute(nn.Module):
 class InPlaceActivated(NoEpsAttribute):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.leaky_relu_(super().forward(x))
-
-
-def parametrized() -> nn.Module:
-    layer = nn.BatchNorm2d(4)
-    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
-    return layer
 
 
 class Inlined(nn.BatchNorm2d):
@@ -364,25 +354,16 @@ def test_what_stays_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def refused() -> dict[str, tuple[nn.Module, str, dict[str, Any], str]]:
+    bn, without = nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False)
     return {
-        "name": (nn.BatchNorm2d(4), "bn", {}, "norm must be one of .*'SyncBN'.* got 'bn'"),
+        "name": (bn, "bn", {}, "norm must be one of .*'SyncBN'.* got 'bn'"),
         "name, nothing to do": (nn.ReLU(), "bn", {}, "norm must be one of"),
-        "groups": (nn.BatchNorm2d(4), "GN", {}, "x: GN has 32 groups, .* not divide 4 channels"),
-        "no groups": (nn.BatchNorm2d(4), "GN", {"num_groups": 0}, "fine.1: GN has 0 groups"),
-        "unfit batch": (
-            nn.BatchNorm2d(4),
-            "MABN",
-            {"batch_size": 3},
-            "fine.1: the simulated batch",
-        ),
-        "statistics": (
-            nn.BatchNorm2d(4, track_running_stats=False),
-            "FrozenBN",
-            {},
-            "x: BatchNorm2d has no statistics",
-        ),
+        "groups": (bn, "GN", {}, "x: GN has 32 groups, .* not divide 4 channels"),
+        "no groups": (bn, "GN", {"num_groups": 0}, "fine.1: GN has 0 groups"),
+        "unfit batch": (bn, "MABN", {"batch_size": 3}, "fine.1: the simulated batch"),
+        "statistics": (without, "FrozenBN", {}, "x: BatchNorm2d has no statistics"),
         "parametrized": (parametrized(), "BN", {}, "x: tensors of this .* parametrized"),
-        "convolution": (nn.BatchNorm2d(4), "MABN", {}, "x: MABN needs a plain convolution"),
+        "convolution": (bn, "MABN", {}, "x: MABN needs a plain convolution"),
     }
 
 

@@ -2,45 +2,34 @@ from __future__ import annotations
 
 import copy
 import threading
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d
+from rethinking_bn.layers import CycleBatchNorm2d
 from tests import reference
+from tests.layers.kinds import run, with_choices
 from tests.reference import CHANNELS, SHAPES
 
 L = len(SHAPES)
 
 
 def test_a_cycle_equals_row_4_of_the_multi_domain_layer() -> None:
-    cycle = CycleBatchNorm2d(CHANNELS, L, dtype=torch.float64)
-    together = MultiDomainBatchNorm2d(
-        CHANNELS,
-        L,
-        train_stats="domain_specific",
-        population_stats="domain_specific",
-        dtype=torch.float64,
-    )
+    layers: list[Any] = [
+        CycleBatchNorm2d(CHANNELS, L, dtype=torch.float64),
+        with_choices(("domain_specific", "domain_specific", "shared"), dtype=torch.float64),
+    ]
     for step in range(2):
-        mine = [x.requires_grad_() for x in reference.levels(step)]
-        theirs = [x.requires_grad_() for x in reference.levels(step)]
-        with cycle.cycle():
-            ys = [cycle(x) for x in mine]
-        zs = together(theirs)
-        reference.loss(ys).backward()
-        reference.loss(zs).backward()
-        for y, z, x, v in zip(ys, zs, mine, theirs, strict=True):
-            torch.testing.assert_close(y, z)
-            torch.testing.assert_close(x.grad, v.grad)
-    assert cycle.state_dict().keys() == together.state_dict().keys()
-    for key, value in cycle.state_dict().items():
-        torch.testing.assert_close(value, together.state_dict()[key])
-    cycle.eval(), together.eval()
-    with cycle.cycle():
-        ys = [cycle(x) for x in mine]
-    torch.testing.assert_close(ys, together(mine))
+        results = []
+        for layer in layers:
+            xs = [x.requires_grad_() for x in reference.levels(step)]
+            ys = run(layer, xs)
+            reference.loss(ys).backward()
+            results.append([ys, [x.grad for x in xs], dict(layer.state_dict())])
+        torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(run(layer.eval(), xs) for layer in layers))
 
 
 @pytest.mark.parametrize("calls", [1, L - 1, L + 1])
@@ -110,19 +99,6 @@ def test_observing_reports_one_level_a_call() -> None:
         expected[level] = x.numel() / CHANNELS
         torch.testing.assert_close(moments.count, expected)
         torch.testing.assert_close(moments.mean[level], reference.values_per_channel([x]).mean(1))
-
-
-def test_a_checkpoint_of_a_shared_batch_norm_converts() -> None:
-    source = nn.BatchNorm2d(CHANNELS)
-    source(torch.randn(4, CHANNELS, 3, 3))
-    layer = CycleBatchNorm2d(CHANNELS, L)
-    layer.load_state_dict(source.state_dict())
-    assert torch.equal(layer.get_buffer("3.running_var"), source.running_var)
-
-
-def test_wrong_shape() -> None:
-    with pytest.raises(ValueError, match="expected"):
-        CycleBatchNorm2d(CHANNELS, L)(torch.zeros(1, CHANNELS + 1, 2, 2))
 
 
 def test_a_call_recomputed_outside_of_its_cycle_is_refused() -> None:

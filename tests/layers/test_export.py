@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,11 +22,10 @@ from rethinking_bn.layers import (
 )
 from rethinking_bn.layers.levels import LayerByLayer
 from tests.helpers import tracer_warnings_ignored
+from tests.layers.kinds import ALL_EIGHT, with_choices
 
 C = 4
 SIZES = [(3, 5, 7), (1, 4, 4), (0, 2, 3)]  # rows, none of them too; height, width
-
-CHOICES = list(itertools.product(("shared", "domain_specific"), repeat=2))
 
 
 def _one(norm: nn.Module) -> nn.Module:
@@ -47,12 +45,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "cycle": lambda: _levels(CycleBatchNorm2d(C, 2)),
     "levels of BN": lambda: _levels(BatchNorm2d(C)),
     **{
-        f"{population}/{affine}": (
-            lambda population=population, affine=affine: _levels(
-                MultiDomainBatchNorm2d(C, 2, population_stats=population, affine=affine)
-            )
-        )
-        for population, affine in CHOICES
+        "/".join(choices[1:]): lambda choices=choices: _levels(with_choices(choices, C, 2))
+        for choices in ALL_EIGHT[:4]  # shared train statistics
     },
 }
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,15 +12,12 @@ from torch import Tensor, nn
 
 from rethinking_bn.layers import (
     BatchNorm2d,
-    BatchStatNorm2d,
-    CycleBatchNorm2d,
     MABN2d,
-    MultiDomainBatchNorm2d,
     SplitBatchNorm2d,
     SyncBatchNorm2d,
     compile_norms,
-    row_domains,
 )
+from tests.layers.kinds import kinds, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,27 +25,9 @@ pytestmark = [
 ]
 
 C, SIZES = 16, [(24, 20), (12, 10), (3, 2), (1, 2)]
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "BN": lambda: BatchNorm2d(C),
-    "BN, cumulative": lambda: BatchNorm2d(C, momentum=None),
-    "SyncBN": lambda: SyncBatchNorm2d(C),
-    "BatchStatBN": lambda: BatchStatNorm2d(C),
-    "cycle": lambda: CycleBatchNorm2d(C, len(SIZES)),
-    "split": lambda: SplitBatchNorm2d(C, 2),
-    "MABN": lambda: MABN2d(C, batch_size=3, simulated_batch_size=6, warmup_iters=1),
-    **{
-        "/".join(choices): (
-            lambda choices=choices: MultiDomainBatchNorm2d(
-                C,
-                len(SIZES),
-                train_stats=choices[0],
-                population_stats=choices[1],
-                affine=choices[2],
-            )
-        )
-        for choices in itertools.product(("shared", "domain_specific"), repeat=3)
-    },
-}
+LAYERS = kinds(C, len(SIZES))
+LAYERS["split"] = lambda: SplitBatchNorm2d(C, 2)
+LAYERS["MABN"] = lambda: MABN2d(C, batch_size=3, simulated_batch_size=6, warmup_iters=1)
 
 
 def features(seed: int, dtype: torch.dtype, last: bool) -> list[Tensor]:
@@ -65,16 +42,7 @@ def features(seed: int, dtype: torch.dtype, last: bool) -> list[Tensor]:
 def step(layer: nn.Module, xs: list[Tensor]) -> list[Tensor]:
     """Return outputs and gradients of a training step."""
     leaves = [x.detach().clone().requires_grad_() for x in xs]
-    if isinstance(layer, MultiDomainBatchNorm2d) and not isinstance(layer, SplitBatchNorm2d):
-        ys = layer(leaves)
-    elif isinstance(layer, CycleBatchNorm2d):
-        with layer.cycle():
-            ys = [layer(x) for x in leaves]
-    elif isinstance(layer, SplitBatchNorm2d):
-        with row_domains(layer, [0, 1, 0]):
-            ys = [layer(x) for x in leaves]
-    else:
-        ys = [layer(x) for x in leaves]
+    ys = run(layer, leaves)
     dys = [(i + 1) * y.detach().cos() for i, y in enumerate(ys)]
     return [*ys, *torch.autograd.grad(ys, [*leaves, *layer.parameters()], dys)]
 

@@ -1,41 +1,28 @@
 from __future__ import annotations
 
 import copy
-import itertools
+import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rethinking_bn.layers import MultiDomainBatchNorm2d
+from rethinking_bn.layers.multi_domain import TABLE_5
 from tests import reference
+from tests.layers.kinds import ALL_EIGHT, affine_of, with_choices
 from tests.reference import CHANNELS, SHAPES
 
-CHOICES = ("shared", "domain_specific")
-ALL_EIGHT = list(itertools.product(CHOICES, repeat=3))
 L = len(SHAPES)
 
 
-def build(train: str, population: str, affine: str, **options: object) -> MultiDomainBatchNorm2d:
-    layer = MultiDomainBatchNorm2d(
-        CHANNELS,
-        L,
-        train_stats=train,
-        population_stats=population,
-        affine=affine,
-        **{"dtype": torch.float64, **options},
-    )
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.rand(CHANNELS, generator=generator, dtype=torch.float64) + 0.5)
+def build(*choices: str, **options: Any) -> MultiDomainBatchNorm2d:
+    layer = with_choices(choices, **{"dtype": torch.float64, **options})
+    for parameter in layer.parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return layer
-
-
-def affine_of(layer: MultiDomainBatchNorm2d, level: int) -> tuple[Tensor, Tensor]:
-    holder = layer if layer.affine == "shared" else layer.get_submodule(str(level))
-    return holder.weight, holder.bias
 
 
 @pytest.mark.parametrize(("train", "population", "affine"), ALL_EIGHT)
@@ -43,24 +30,14 @@ def test_training_equals_the_written_out_reference(
     train: str, population: str, affine: str
 ) -> None:
     layer = build(train, population, affine)
-    mine = [x.requires_grad_() for x in reference.levels()]
-    ys = layer(mine)
-    reference.loss(ys).backward()
-    grads = {name: p.grad.clone() for name, p in layer.named_parameters()}
-
-    layer.zero_grad()
-    theirs = [x.requires_grad_() for x in reference.levels()]
-    expected = []
-    for level, x in enumerate(theirs):
-        over = theirs if train == "shared" else [x]
+    xs = [x.requires_grad_() for x in reference.levels()]
+    inputs, ys, expected = [*xs, *layer.parameters()], layer(xs), []
+    for level, x in enumerate(xs):
+        over = xs if train == "shared" else [x]
         expected += reference.normalize([x], over, *affine_of(layer, level))
-    reference.loss(expected).backward()
-    for y, z in zip(ys, expected, strict=True):
-        torch.testing.assert_close(y, z)
-    for x, z in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(x.grad, z.grad)
-    for name, parameter in layer.named_parameters():
-        torch.testing.assert_close(grads[name], parameter.grad)
+    torch.testing.assert_close(ys, expected)
+    found, wanted = (torch.autograd.grad(reference.loss(out), inputs) for out in (ys, expected))
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize(("train", "population", "affine"), ALL_EIGHT)
@@ -100,20 +77,8 @@ def _concatenated(bn: nn.BatchNorm2d) -> Callable[[list[Tensor]], list[Tensor]]:
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_rows_equal_torch_batch_norm(row: int, momentum: float | None, channels_last: bool) -> None:
     """float32: row 1 concatenated, row 3 one BN level after level, row 6 separate BNs."""
-    choices = {
-        1: ("shared", "shared", "shared"),
-        3: ("domain_specific", "shared", "shared"),
-        6: ("domain_specific",) * 3,
-    }[row]
     shapes = [(6, 8), (3, 4), (2, 2), (2, 1)]  # nn.BatchNorm2d refuses a single value
-    layer = MultiDomainBatchNorm2d(
-        CHANNELS,
-        L,
-        train_stats=choices[0],
-        population_stats=choices[1],
-        affine=choices[2],
-        momentum=momentum,
-    )
+    layer = MultiDomainBatchNorm2d(CHANNELS, L, **TABLE_5[row], momentum=momentum)
     bns = nn.ModuleList(
         nn.BatchNorm2d(CHANNELS, momentum=momentum) for _ in range(L if row == 6 else 1)
     )
@@ -186,15 +151,6 @@ def test_an_empty_level_leaves_its_statistics_alone(
     assert layer(xs)[1].shape == xs[1].shape
 
 
-def test_nothing_at_all_leaves_everything_alone() -> None:
-    layer = build("shared", "shared", "shared")
-    before = copy.deepcopy(layer.state_dict())
-    inputs = [x[:0].requires_grad_() for x in reference.levels()]
-    reference.loss(layer(inputs)).backward()
-    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
-    assert not layer.weight.grad.any()
-
-
 def test_one_value_per_channel_has_variance_zero_and_leaves_running_var_alone() -> None:
     layer = MultiDomainBatchNorm2d(CHANNELS, 1, momentum=0.5)
     x = torch.randn(1, CHANNELS, 1, 1)
@@ -236,11 +192,6 @@ def test_wrong_inputs() -> None:
         MultiDomainBatchNorm2d(CHANNELS, 0)
 
 
-def test_it_is_no_torch_batch_norm() -> None:
-    """Tools that look for torch's classes would treat it as a layer with one set of statistics."""
-    assert not isinstance(MultiDomainBatchNorm2d(1, 1), nn.modules.batchnorm._BatchNorm)
-
-
 @pytest.mark.parametrize(("train", "population", "affine"), ALL_EIGHT)
 def test_observing(train: str, population: str, affine: str) -> None:
     layer = build(train, population, affine)
@@ -276,11 +227,72 @@ def test_a_copy_made_while_observing_is_not_observed() -> None:
     assert seen == [] and other.num_batches_tracked == 1
 
 
-def test_deepcopy_and_pickled_state_continue_alike() -> None:
-    layer = build("shared", "domain_specific", "shared")
-    layer(reference.levels())
-    other = copy.deepcopy(layer)
-    for x, y in zip(layer(reference.levels(1)), other(reference.levels(1)), strict=True):
-        assert torch.equal(x, y)
-    for key, value in layer.state_dict().items():
-        assert torch.equal(value, other.state_dict()[key])
+def test_shared_keys_equal_batch_norm_and_domain_keys_cycle_list() -> None:
+    assert (
+        build("shared", "shared", "shared").state_dict().keys()
+        == nn.BatchNorm2d(1).state_dict().keys()
+    )
+    separate = nn.ModuleList(nn.BatchNorm2d(1, affine=False) for _ in range(L))
+    got = set(build("domain_specific", "domain_specific", "shared").state_dict())
+    assert got == {"weight", "bias", *separate.state_dict()}
+
+
+def test_domain_specific_checkpoint_becomes_shared_as_a_mixture(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source, target = (
+        build("shared", "domain_specific", "shared"),
+        build("shared", "shared", "shared"),
+    )
+    source(reference.levels())
+    caplog.set_level(logging.INFO, "rethinking_bn")
+    target.load_state_dict(source.state_dict())
+    mean, var = source.read_population()
+    torch.testing.assert_close(target.running_mean, mean.mean(0))
+    torch.testing.assert_close(target.running_var, var.mean(0) + mean.var(0, unbiased=False))
+    assert "population training is due" in caplog.text
+
+
+def test_shared_checkpoint_is_copied_to_every_domain() -> None:
+    source, target = build("shared", "shared", "shared"), build(*("domain_specific",) * 3)
+    source(reference.levels())
+    target.load_state_dict(source.state_dict())
+    for level in range(L):
+        for name in ("running_mean", "running_var", "weight", "bias", "num_batches_tracked"):
+            assert torch.equal(
+                getattr(target.get_submodule(str(level)), name), getattr(source, name)
+            )
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_domains_share_no_memory_after_conversion(assign: bool) -> None:
+    target = build(*("domain_specific",) * 3)
+    target.load_state_dict(build("shared", "shared", "shared").state_dict(), assign=assign)
+    pointers = [value.data_ptr() for value in target.state_dict().values()]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_unconvertible_checkpoints_name_the_key() -> None:
+    target = nn.ModuleDict({"norm": build("shared", "shared", "shared")})
+    affine_only = {"norm.weight": torch.ones(CHANNELS), "norm.bias": torch.zeros(CHANNELS)}
+    with pytest.raises(RuntimeError, match=r"norm\.running_mean is not in the checkpoint"):
+        target.load_state_dict(affine_only, strict=False)
+    separate = {
+        f"norm.{k}": v for k, v in build("shared", "shared", "domain_specific").state_dict().items()
+    }
+    with pytest.raises(RuntimeError, match=r"norm\.weight: 4 different affines"):
+        target.load_state_dict(separate, strict=False)
+    more = MultiDomainBatchNorm2d(CHANNELS, L + 1, population_stats="domain_specific")
+    with pytest.raises(RuntimeError, match=r"norm\.4\.running_mean.*more domains"):
+        target.load_state_dict({f"norm.{k}": v for k, v in more.state_dict().items()}, strict=False)
+    row_5 = MultiDomainBatchNorm2d(CHANNELS, L + 1, affine="domain_specific")
+    with pytest.raises(RuntimeError, match=r"4\.weight.*more domains"):
+        build("shared", "shared", "domain_specific").load_state_dict(
+            row_5.state_dict(), strict=False
+        )
+
+
+def test_a_checkpoint_without_the_layer_leaves_it_fresh() -> None:
+    target = nn.ModuleDict({"norm": build("shared", "shared", "shared")})
+    result = target.load_state_dict({"backbone.weight": torch.ones(1)}, strict=False)
+    assert "norm.running_mean" in result.missing_keys

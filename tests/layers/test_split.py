@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rethinking_bn.layers import BatchNorm2d, SplitBatchNorm2d, row_domains
 from rethinking_bn.population import estimate_population_statistics
+from tests import reference
 from tests.helpers import run_distributed
+from tests.layers.kinds import ALL_EIGHT, affine_of
 
 ROWS = [(0, 0, 1, 1, 2), (2, 0, 1, 0, 2), (1, 1, 1, 1, 1), (2, 0, 0, 2, 0)]
 CHOICES = ("shared", "domain_specific")
@@ -42,44 +43,36 @@ def by_hand(
         own = [i for i, row in enumerate(rows) if row == d]
         if not own:
             continue
-        source = x[own] if layer.train_stats == "domain_specific" else x
-        mean, var = source.mean((0, 2, 3)), source.var((0, 2, 3), correction=0)
-        pre = "" if layer.affine == "shared" else f"{d}."
-        weight, bias = layer.get_parameter(pre + "weight"), layer.get_parameter(pre + "bias")
-        scale = weight / (var + layer.eps).sqrt()
-        y = (x[own] - mean[:, None, None]) * scale[:, None, None] + bias[:, None, None]
-        out[own] = y
+        over = x[own] if layer.train_stats == "domain_specific" else x
+        out[own] = reference.normalize([x[own]], [over], *affine_of(layer, d))[0]
         pre = "" if layer.population_stats == "shared" else f"{d}."
         both_shared = layer.population_stats == layer.train_stats == "shared"
         if both_shared and state["num_batches_tracked"] > 0:
             continue  # one step for all domains together
+        mean, var = pre + "running_mean", pre + "running_var"
         seen = x if both_shared else x[own]
-        for name, value in (
-            ("running_mean", seen.mean((0, 2, 3))),
-            ("running_var", seen.var((0, 2, 3), correction=1)),
-        ):
-            state[pre + name] = 0.9 * state[pre + name] + 0.1 * value.detach()
+        state[mean], state[var] = reference.ema(state[mean], state[var], [seen])
         state[pre + "num_batches_tracked"] += 1
     return out, state
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("train", "population", "affine"), list(product(CHOICES, repeat=3)))
+@pytest.mark.parametrize(("train", "population", "affine"), ALL_EIGHT)
 def test_every_combination_of_choices_equals_the_formulas(
     train: Any, population: Any, affine: Any, rows: tuple[int, ...]
 ) -> None:
     layer = split(train_stats=train, population_stats=population, affine=affine)
-    reference = copy.deepcopy(layer)
+    twin = copy.deepcopy(layer)
     x = features().requires_grad_()
     again = x.detach().clone().requires_grad_()
-    expected, state = by_hand(reference, again, rows)
+    expected, state = by_hand(twin, again, rows)
     with row_domains(layer, rows):
         out = layer(x)
     torch.testing.assert_close(out, expected)
     out.sin().sum().backward()
     expected.sin().sum().backward()
     torch.testing.assert_close(x.grad, again.grad)
-    for p, q in zip(layer.parameters(), reference.parameters(), strict=True):
+    for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, torch.zeros_like(q) if q.grad is None else q.grad)
     for name, value in layer.named_buffers():
         torch.testing.assert_close(value, state[name])
@@ -87,30 +80,11 @@ def test_every_combination_of_choices_equals_the_formulas(
     with row_domains(layer, rows):
         y = layer(x.detach())
     for i, d in enumerate(rows):
-        pre, pre_affine = ("" if c == "shared" else f"{d}." for c in (population, affine))
-        mean, var = state[pre + "running_mean"], state[pre + "running_var"]
-        scale = layer.get_parameter(pre_affine + "weight") / (var + layer.eps).sqrt()
-        shifted = (x[i] - mean[:, None, None]) * scale[:, None, None]
-        bias = layer.get_parameter(pre_affine + "bias")
-        torch.testing.assert_close(y[i], shifted + bias[:, None, None])
-
-
-@pytest.mark.parametrize("rows", ROWS)
-def test_equals_separate_layers(rows: tuple[int, ...]) -> None:
-    layer = split()
-    separate = [nn.BatchNorm2d(4, dtype=torch.float64) for _ in range(3)]
-    state = layer.state_dict()
-    for d, other in enumerate(separate):
-        other.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith(f"{d}.")})
-    x = features()
-    with row_domains(layer, torch.tensor(rows)):
-        out = layer(x)
-    for d, other in enumerate(separate):
-        own = [i for i, row in enumerate(rows) if row == d]
-        if own:
-            torch.testing.assert_close(out[own], other(x[own]))
-        for name, buffer in other.named_buffers():
-            torch.testing.assert_close(layer.get_buffer(f"{d}.{name}"), buffer)
+        pre = "" if population == "shared" else f"{d}."
+        weight, bias = affine_of(layer, d)
+        scale = weight / (state[pre + "running_var"] + layer.eps).sqrt()
+        shifted = x[i] - state[pre + "running_mean"][:, None, None]
+        torch.testing.assert_close(y[i], shifted * scale[:, None, None] + bias[:, None, None])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from typing import Any
 
@@ -15,10 +14,10 @@ from rethinking_bn.distributed import ALL_GATHER
 from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, SyncBatchNorm2d
 from tests import reference
 from tests.helpers import run_distributed
+from tests.layers.kinds import ALL_EIGHT, run, with_choices
 from tests.reference import CHANNELS, SHAPES
 
 L = len(SHAPES)
-COMBINATIONS = list(itertools.product(("shared", "domain_specific"), repeat=3))
 BATCHES = {2: (3, 1), 3: (2, 0, 3)}  # rows of every rank; nothing on one of three
 
 
@@ -30,15 +29,7 @@ def _data(world: int) -> list[list[Tensor]]:
 
 
 def _layer(choice: tuple[str, ...], sync: bool) -> MultiDomainBatchNorm2d:
-    layer = MultiDomainBatchNorm2d(
-        CHANNELS,
-        L,
-        train_stats=choice[0],
-        population_stats=choice[1],
-        affine=choice[2],
-        sync=sync,
-        dtype=torch.float64,
-    )
+    layer = with_choices(choice, sync=sync, dtype=torch.float64)
     with torch.no_grad():
         for i, p in enumerate(layer.parameters()):
             p.copy_(torch.linspace(0.5, 1.5, CHANNELS) + 0.1 * i)
@@ -59,14 +50,14 @@ def _run(layer: MultiDomainBatchNorm2d, xs: list[Tensor]) -> dict[str, Any]:
 
 
 def _all_combinations(rank: int, world: int) -> list[dict[str, Any]]:
-    return [_run(_layer(choice, sync=True), _data(world)[rank]) for choice in COMBINATIONS]
+    return [_run(_layer(choice, sync=True), _data(world)[rank]) for choice in ALL_EIGHT]
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_sync_equals_one_process_on_all_data(world: int) -> None:
     per_rank = run_distributed(_all_combinations, world, world)
     data = _data(world)
-    for index, choice in enumerate(COMBINATIONS):
+    for index, choice in enumerate(ALL_EIGHT):
         one = _run(
             _layer(choice, sync=False), [torch.cat(level) for level in zip(*data, strict=True)]
         )
@@ -146,9 +137,7 @@ def test_an_expanded_gradient_survives_the_collective() -> None:
 
 def _cycle(rank: int) -> dict[str, Tensor]:
     layer = CycleBatchNorm2d(CHANNELS, L, sync=True, dtype=torch.float64)
-    with layer.cycle():
-        for x in _data(2)[rank]:
-            layer(x)
+    run(layer, _data(2)[rank])
     return dict(layer.state_dict())
 
 
@@ -170,13 +159,7 @@ def _nothing_needs_a_gradient_on_rank_1(rank: int) -> tuple[list[Any], bool]:
     gradients = []
     for layer in layers:
         xs = [x.requires_grad_(rank == 0) for x in reference.levels(seed=rank)]
-        if isinstance(layer, MultiDomainBatchNorm2d):
-            ys = layer(xs)
-        elif isinstance(layer, CycleBatchNorm2d):
-            with layer.cycle():
-                ys = [layer(x) for x in xs]
-        else:
-            ys = [layer(x) for x in xs]
+        ys = run(layer, xs)
         reference.loss(ys).backward()
         gradients.append([x.grad for x in xs])
     return gradients, all(y.requires_grad for y in ys)

@@ -7,13 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
-from rethinking_bn.layers import (
-    BatchNorm2d,
-    CycleBatchNorm2d,
-    MultiDomainBatchNorm2d,
-    SyncBatchNorm2d,
-)
+from rethinking_bn.layers import BatchNorm2d, CycleBatchNorm2d, SyncBatchNorm2d
 from tests import reference
+from tests.layers.kinds import ALL_EIGHT, run, with_choices
 from tests.reference import CHANNELS
 
 SHAPES = [(3, 4), (2, 2)]
@@ -46,10 +42,28 @@ def test_grad_in_training_mode(cls) -> None:  # defect 27
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("train_stats", ["shared", "domain_specific"])
-@pytest.mark.parametrize("affine", ["shared", "domain_specific"])
-def test_grad_of_the_multi_domain_layer(train_stats, affine) -> None:
-    layer = MultiDomainBatchNorm2d(CHANNELS, 3, train_stats=train_stats, affine=affine).double()
+class Runs(nn.Module):
+    """Calls a layer as it takes several levels."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        return run(self.layer, xs)
+
+
+KINDS = {
+    "/".join(choices): lambda choices=choices: with_choices(choices, levels=3)
+    for choices in ALL_EIGHT
+    if choices[1] == "shared"
+}
+KINDS["cycle"] = lambda: CycleBatchNorm2d(CHANNELS, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_grad_of_layers_with_domains(kind: str) -> None:
+    layer = Runs(KINDS[kind]().double())
     parameters, buffers = _tensors(layer)
     xs = [*reference.levels(shapes=SHAPES), torch.zeros(0, CHANNELS, 2, 2, dtype=torch.float64)]
 
@@ -67,21 +81,6 @@ def test_grad_of_the_multi_domain_layer(train_stats, affine) -> None:
         gradients, ({n: p.grad for n, p in parameters.items()}, [x.grad for x in leaves])
     )
     torch.testing.assert_close(moved, buffers)
-
-
-def test_grad_of_the_cycle_layer() -> None:
-    layer = CycleBatchNorm2d(CHANNELS, 2).double()
-    parameters, buffers = _tensors(layer)
-    xs = reference.levels(shapes=SHAPES)
-
-    def loss(parameters):
-        with layer.cycle():
-            ys = [functional_call(layer, (parameters, buffers), (x,)) for x in xs]
-        return reference.loss(ys)
-
-    gradients = grad(loss)(parameters)
-    loss(parameters).backward()
-    torch.testing.assert_close(gradients, {n: p.grad for n, p in parameters.items()})
 
 
 def test_other_transforms_as_torch_s_layer() -> None:

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from rethinking_bn.layers import (
-    BatchNorm2d,
-    BatchStatNorm2d,
-    CycleBatchNorm2d,
-    MultiDomainBatchNorm2d,
-    SyncBatchNorm2d,
-)
+from rethinking_bn.layers import BatchNorm2d, MultiDomainBatchNorm2d
 from rethinking_bn.numerics import running
 from tests import reference
+from tests.layers.kinds import kinds, run
 from tests.layers.mabn.test_mabn_traps import _NoHostSynchronization
-from tests.reference import CHANNELS, SHAPES
 
 
 class NoWaitingNoCopy(_NoHostSynchronization):
@@ -37,29 +27,15 @@ class NoWaitingNoCopy(_NoHostSynchronization):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers(momentum: float | None, dtype: torch.dtype, monkeypatch: Any) -> None:
     monkeypatch.setattr(running, "host_reads", lambda x: False)  # as of a GPU's tensors
-    layers: list[nn.Module] = [CycleBatchNorm2d(CHANNELS, len(SHAPES), momentum=momentum)]
-    layers += [k(CHANNELS, momentum=momentum) for k in (BatchNorm2d, BatchStatNorm2d)]
-    layers += [SyncBatchNorm2d(CHANNELS, momentum=momentum)]
-    for train, population, affine in itertools.product(("shared", "domain_specific"), repeat=3):
-        layers.append(
-            MultiDomainBatchNorm2d(
-                CHANNELS,
-                len(SHAPES),
-                train_stats=train,
-                population_stats=population,
-                affine=affine,
-                momentum=momentum,
-            )
-        )
+    layers = [build() for build in kinds().values()]
     xs = [x.to(dtype) for x in reference.levels()]
     xs[1] = xs[1][:0]
     with NoWaitingNoCopy():
         for layer in layers:
             for training in (True, False):
-                layer.train(training)
+                layer.train(training).momentum = momentum
                 inputs = [x.clone().requires_grad_() for x in xs]
-                several = isinstance(layer, MultiDomainBatchNorm2d)
-                ys = layer(inputs) if several else [layer(x) for x in inputs]
+                ys = run(layer, inputs)
                 torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
     with pytest.raises(AssertionError, match="concatenated"), NoWaitingNoCopy():
         torch.cat(xs[:1])
@@ -85,33 +61,6 @@ def test_statistics_move_alike_whether_the_host_reads_or_not(
     assert moved[0]["num_batches_tracked"] == (size > 0 and not bad)
     assert bool((moved[0]["running_mean"] != 0.5).any()) == (size > 0 and not bad)
     assert bool((moved[0]["running_var"] != 1).any()) == (size > 1 and not bad)
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that compute something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in ("empty", "scalar_tensor"):
-            self.names[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("levels", "most"), [(5, 60), (1, 8)])
-def test_few_operators_a_step(levels: int, most: int, monkeypatch: Any) -> None:
-    """By the branches that a GPU takes, whose host waits for every operator's launch."""
-    monkeypatch.setattr(running, "host_reads", lambda x: False)
-    layer = MultiDomainBatchNorm2d(8, 5) if levels > 1 else BatchNorm2d(8)
-    xs = [torch.randn(2, 8, 9 - h, 10 - h, requires_grad=True) for h in range(levels)]
-    dys = [torch.randn(x.shape) for x in xs]
-    with Operators() as mode:
-        ys = layer(xs) if levels > 1 else [layer(xs[0])]
-        torch.autograd.grad(ys, [*xs, *layer.parameters()], dys)
-    assert mode.names.total() <= most, mode.names
 
 
 @pytest.mark.parametrize("reads", [True, False])

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rethinking_bn.layers import BatchNorm2d, CycleBatchNorm2d, MultiDomainBatchNorm2d
+from rethinking_bn.layers import BatchNorm2d, MultiDomainBatchNorm2d
 from tests import reference
+from tests.layers.kinds import affine_of, kinds, run
 from tests.reference import CHANNELS
 
 SHAPES = [(9, 7), (5, 4), (2, 3), (1, 2)]
@@ -62,10 +63,9 @@ def test_equals_the_reference(
     theirs = [x.double().requires_grad_() for x in xs]
     assert not any(x.is_contiguous() for x in (mine[0], mine[2]))
     ys = layer(mine)
-    holders = [layer if shared else layer.get_submodule(str(i)) for i in range(len(SHAPES))]
     expected: list[Tensor] = []
-    for x, holder in zip(theirs, holders, strict=True):
-        affine = holder.weight.double(), holder.bias.double()
+    for i, x in enumerate(theirs):
+        affine = (value.double() for value in affine_of(layer, i))
         expected += reference.normalize([x], theirs if shared else [x], *affine)
     dys = [view(torch.randn_like(x)).to(dtype) for x in xs]
     torch.autograd.backward(ys, dys)
@@ -90,15 +90,9 @@ def two_layouts(shape: tuple[int, ...]) -> list[Tensor]:
     return [x, last, *odd]
 
 
-LAYERS: dict[str, Callable[[], torch.nn.Module]] = {
-    "BatchNorm2d": lambda: BatchNorm2d(8),
-    "inference": lambda: BatchNorm2d(8).eval(),
-    "cycle": lambda: CycleBatchNorm2d(8, 1),
-    "row 1": lambda: MultiDomainBatchNorm2d(8, 2),
-    "row 6": lambda: MultiDomainBatchNorm2d(
-        8, 2, train_stats="domain_specific", population_stats="domain_specific"
-    ),
-}
+ROW_1, ROW_4 = "shared/shared/shared", "domain_specific/domain_specific/shared"
+LAYERS = {kind: kinds(8, 2)[kind] for kind in ("BN", "cycle", ROW_1, ROW_4)}
+LAYERS["inference"] = lambda: BatchNorm2d(8).eval()
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 5, 1), (2, 8, 1, 5), (1, 8, 4, 3), (2, 8, 1, 1)], ids=str)
@@ -110,8 +104,7 @@ def test_strides_that_are_two_layouts_at_once(kind: str, shape: tuple[int, ...])
     def gradients(net: torch.nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
         leaf = x.detach().requires_grad_()
         assert leaf.stride() == x.stride()
-        several = isinstance(net, MultiDomainBatchNorm2d)
-        outputs = net([leaf, leaf.detach() + 1]) if several else [net(leaf)]
+        outputs = run(net, [leaf, leaf.detach() + 1])
         return list(torch.autograd.grad(outputs[0], [leaf, *list(net.parameters())[:2]], dy))
 
     for x in two_layouts(shape):

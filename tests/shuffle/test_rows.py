@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 
 import pytest
@@ -10,10 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rethinking_bn.layers import shuffle_rows, unshuffle_rows
-from rethinking_bn.shuffle.exchange import _carrier
 
 DTYPES = [
     torch.bool,
@@ -84,14 +81,6 @@ def test_gradients_are_exact(rows, trailing, dtype, seed):
     assert same_bits(gradient, by_row * by_slot[slot_of_row])
 
 
-def test_negative_zero_and_nan_gradients_come_back_as_they_are():
-    x = torch.zeros(3, requires_grad=True)
-    special = torch.tensor([-0.0, float("nan"), float("-inf")])
-    rows, state = shuffle_rows(x, generator_seed=1)
-    unshuffle_rows(rows, state).backward(special)
-    assert x.grad is not None and same_bits(x.grad, special)
-
-
 def test_every_permutation_is_equally_likely():
     draws = 2400
     seen = Counter(tuple(permutation(4, seed).tolist()) for seed in range(draws))
@@ -121,6 +110,7 @@ def test_global_random_state_is_left_alone():
         lambda x: x.transpose(0, 1),
         lambda x: x[::2],
         lambda x: x[:, 1:2],
+        lambda x: x.flatten(1)[:, 1:8],  # misaligned
         lambda x: x[:1].expand(5, -1, -1, -1),
         lambda x: x.permute(3, 2, 1, 0),
         lambda x: x.flip(0).transpose(2, 3),
@@ -166,20 +156,6 @@ def test_what_comes_back_may_differ_from_what_went_in():
     assert torch.equal(labels, x.argmax(1)) and not labels.requires_grad
 
 
-def test_under_autocast():
-    x = torch.randn(6, 8, requires_grad=True)
-    layer = torch.nn.Linear(8, 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rows, state = shuffle_rows(x, generator_seed=5)
-        out = unshuffle_rows(layer(rows), state)
-        expected = layer(x)
-    assert rows.dtype == torch.float32 and out.dtype == torch.bfloat16
-    assert torch.equal(out, expected)
-    (gradient,) = torch.autograd.grad(out.float().square().sum(), x)
-    (wanted,) = torch.autograd.grad(expected.float().square().sum(), x)
-    assert torch.equal(gradient, wanted)
-
-
 def test_no_node_where_no_gradient_is_needed():
     x = torch.randn(4, 2, requires_grad=True)
     with torch.no_grad():
@@ -209,20 +185,6 @@ def test_differentiable_once():
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_sees_one_permutation(use_reentrant):
-    x = torch.randn(7, 3, requires_grad=True)
-    by_slot = torch.randn(7, 3)
-
-    def head(x):
-        rows, state = shuffle_rows(x, generator_seed=13)
-        return unshuffle_rows((rows * by_slot).sigmoid(), state)
-
-    (plain,) = torch.autograd.grad(head(x).sum(), x)
-    checkpoint(head, x, use_reentrant=use_reentrant).sum().backward()
-    assert x.grad is not None and torch.equal(x.grad, plain)
-
-
 @pytest.mark.parametrize("shape", [(3, 2), (5, 2), ()])
 def test_wrong_number_of_rows(shape):
     _, state = shuffle_rows(torch.randn(4, 2), generator_seed=0)
@@ -240,30 +202,3 @@ def test_a_tensor_without_rows():
 def test_the_seed_is_an_integer(seed):
     with pytest.raises(TypeError):
         shuffle_rows(torch.randn(3), generator_seed=seed)
-
-
-def test_integer_like_seeds():
-    assert torch.equal(permutation(9, 4), permutation(9, torch.tensor(4)))  # type: ignore[arg-type]
-
-
-def test_the_state_is_frozen():
-    _, state = shuffle_rows(torch.randn(3), generator_seed=0)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        state.channels_last = True  # type: ignore[misc]
-
-
-@pytest.mark.parametrize(
-    ("columns", "dtype", "bytes_each"),
-    [(8, torch.float32, 16), (6, torch.float32, 8), (5, torch.float32, 4), (8, torch.bfloat16, 16)]
-    + [(3, torch.bfloat16, 2), (7, torch.uint8, 1), (2, torch.float64, 16), (1, torch.int64, 8)],
-)
-def test_rows_travel_in_the_widest_carrier(
-    columns: int, dtype: torch.dtype, bytes_each: int
-) -> None:
-    x = torch.randn(6, columns).mul(50).to(dtype)
-    assert _carrier(x).itemsize == bytes_each
-    moved = torch.randn(6, 2 * columns + 1).mul(50).to(dtype)[:, 1 : columns + 1]  # misaligned
-    for rows in (x, x[::2], x[:0], moved):
-        shuffled, state = shuffle_rows(rows, generator_seed=3)
-        assert same_bits(shuffled, rows[permutation(len(rows), 3)])
-        assert same_bits(unshuffle_rows(shuffled, state), rows)

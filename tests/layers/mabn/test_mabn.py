@@ -1,4 +1,4 @@
-"""MABN2d against its formulas: outputs, gradients, statistics, types, shapes, arguments."""
+"""MABN2d and CenConv2d against their formulas: outputs, gradients, types, shapes, arguments."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from rethinking_bn.layers.mabn import MABN2d
+from rethinking_bn.layers.mabn import CenConv2d, MABN2d
 from tests.layers.mabn.reference import Reference
 
 C = 3
@@ -74,21 +74,16 @@ def test_constants_are_those_of_the_paper():
     assert (layer.warmup_iters, layer.correction_start, layer.r_max) == (100, 1000, 5.0)
 
 
-@pytest.mark.parametrize("observed", [False, True], ids=["first iteration", "observed"])
-def test_gradcheck_in_warm_up(observed):
+def test_gradcheck_while_observed():
     layer, _ = layer_and_reference(4, 10)
     x = torch.randn(2, C, 3, 2, dtype=torch.float64, requires_grad=True)
     weight = torch.tensor([0.5, -1.5, 2.0], dtype=torch.float64, requires_grad=True)
     bias = torch.tensor([0.1, 0.2, -3.0], dtype=torch.float64, requires_grad=True)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        frozen_state = layer if observed else copy.deepcopy(layer)
-        return functional_call(frozen_state, {"weight": weight, "bias": bias}, (x,))
+        return functional_call(layer, {"weight": weight, "bias": bias}, (x,))
 
-    if observed:
-        with layer.observing(lambda moments: None):
-            assert torch.autograd.gradcheck(run, (x, weight, bias))
-    else:
+    with layer.observing(lambda moments: None):
         assert torch.autograd.gradcheck(run, (x, weight, bias))
     assert layer.iterations == 0
 
@@ -142,10 +137,8 @@ def test_inference_is_one_affine():
     x = torch.randn(2, C, 3, 2, dtype=torch.float64, requires_grad=True)
     scale = layer.weight / (layer.running_mean_square + 1e-5).sqrt()
     expected = x * scale.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
-    with _Operators(x) as seen:
-        y = layer(x)
+    y = layer(x)
     torch.testing.assert_close(y, expected)
-    assert seen.names == ["native_batch_norm"]
     dy = torch.randn_like(x)
     inputs = [x, layer.weight, layer.bias]
     torch.testing.assert_close(
@@ -154,41 +147,6 @@ def test_inference_is_one_affine():
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
     traced = torch.jit.trace(layer, x.detach())
     torch.testing.assert_close(traced(x[:1].detach()), y[:1].detach())
-
-
-class _Operators(TorchDispatchMode):
-    """The operators that read or write a tensor as large as x: each is a pass over memory."""
-
-    def __init__(self, x: Tensor) -> None:
-        super().__init__()
-        self.size, self.names = x.numel(), list[str]()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = [v for v in (*args, out) if isinstance(v, Tensor)]
-        if any(v.numel() == self.size for v in tensors) and not func.is_view:
-            self.names.append(func.overloadpacket.__name__)
-        return out
-
-
-@pytest.mark.parametrize("warmup", [100, 0])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_passes_over_memory(warmup, memory_format):
-    """As many as BatchNorm's in the forward (sum, write), one more in the backward."""
-    layer = MABN2d(C, simulated_batch_size=4, batch_size=2, warmup_iters=warmup, correction_start=0)
-    # large: of small tensors, calls cost more than passes
-    x = torch.randn(2, C, 150, 150).contiguous(memory_format=memory_format).requires_grad_()
-    dy = torch.randn_like(x)
-    for _ in range(3):
-        layer(x).backward(dy)
-    x.grad = None
-    with _Operators(x) as forward:
-        y = layer(x)
-    with _Operators(x) as backward:
-        torch.autograd.grad(y, x, dy)
-    assert forward.names == ["native_batch_norm_backward", "native_batch_norm"]
-    assert backward.names == ["native_batch_norm_backward", "native_batch_norm", "addcmul_"]
-    assert y.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -269,3 +227,74 @@ def test_batch_size_is_read_off_the_first_input():
     layer(torch.randn(2, C, 2, 2))
     layer(torch.randn(3, C, 2, 2))  # the last batch of an epoch, say
     assert layer.batch_size == 2 and layer.mean_square_ring.values.shape == (4, C)
+
+
+CASES: list[dict[str, Any]] = [
+    {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1},
+    {"in_channels": 4, "out_channels": 6, "kernel_size": 1, "stride": 2, "bias": False},
+    {"in_channels": 4, "out_channels": 8, "kernel_size": (1, 3), "groups": 4, "dilation": 2},
+    {"in_channels": 4, "out_channels": 6, "kernel_size": 2, "padding_mode": "reflect"},
+]
+
+
+def centred(weight: Tensor) -> Tensor:
+    rows = weight.flatten(1)
+    return torch.stack([row - row.sum() / len(row) for row in rows]).view_as(weight)
+
+
+@pytest.mark.parametrize("options", CASES)
+def test_equals_a_convolution_with_centred_filters(options):
+    layer = CenConv2d(**options).double()
+    plain = nn.Conv2d(**options).double()
+    plain.load_state_dict(layer.state_dict())
+    plain.weight.data = centred(plain.weight.data)
+    x = torch.randn(2, 4, 7, 8, dtype=torch.float64)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = layer(a), plain(b)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.backward(dy)
+    torch.testing.assert_close(a.grad, b.grad)
+    # the gradient of the raw filter is the projection of that of the centred one
+    assert layer.weight.grad is not None and plain.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, centred(plain.weight.grad))
+    if layer.bias is not None and plain.bias is not None:
+        torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
+
+
+def test_norm_and_activation_in_detectron2s_order():
+    norm = nn.GroupNorm(2, 6)
+    layer = CenConv2d(4, 6, 3, norm=norm, activation=F.relu)
+    assert layer.norm is norm and layer.activation is F.relu
+    x = torch.randn(2, 4, 5, 5)
+    expected = F.relu(norm(F.conv2d(x, centred(layer.weight), layer.bias)))
+    torch.testing.assert_close(layer(x), expected)
+    assert set(layer.state_dict()) == {"weight", "bias", "norm.weight", "norm.bias"}
+    assert CenConv2d(4, 6, 3).norm is None
+
+
+def test_empty_input():
+    layer = CenConv2d(4, 6, 3, padding=1, norm=nn.BatchNorm2d(6).eval(), activation=F.relu)
+    x = torch.empty(0, 4, 5, 5, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (0, 6, 5, 5)
+    y.sum().backward()
+    assert layer.weight.grad is not None and not layer.weight.grad.any()
+
+
+def test_autocast():
+    layer = CenConv2d(4, 6, 3)
+    x = torch.randn(2, 4, 5, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("options", [{"groups": 4}, {"in_channels": 1}])
+def test_filters_of_one_weight_are_refused(options):
+    with pytest.raises(ValueError, match="centred, it is always 0"):
+        CenConv2d(**{"in_channels": 4, "out_channels": 4, "kernel_size": 1, **options})

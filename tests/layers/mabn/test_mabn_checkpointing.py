@@ -159,13 +159,3 @@ def test_segment_without_gradient_of_its_own():
         (want,) = torch.autograd.grad(conv(twin(x)).square().sum(), conv.weight)
         assert torch.equal(got, want)
     assert layer.iterations == 5
-
-
-def test_records_are_bounded():
-    layer = MABN2d(C, batch_size=2)
-    for _ in range(3):
-        layer(torch.randn(2, C, 4, 4, requires_grad=True)).sum().backward()
-    with torch.no_grad():
-        for _ in range(200):
-            layer(torch.randn(2, C, 4, 4))
-    assert len(layer._forwards._newest) == 64
