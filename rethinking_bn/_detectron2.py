@@ -27,14 +27,11 @@ def detectron2_failure() -> Exception | None:
 
 
 def require_detectron2(name: str) -> None:
-    """Refuse the use of a name that is built on detectron2 when that cannot be imported.
-
-    Args:
-        name: what was asked for, for example ``"rethinking_bn.engine"``.
+    """Refuse the use of a name that is built on detectron2, such as ``"rethinking_bn.engine"``.
 
     Raises:
         ImportError: saying what to install and where its installation guide is; of an installed
-            detectron2 that is broken, what it raises, chained.
+            detectron2 that fails to import, what that raises, chained.
     """
     rest = "rethinking_bn.layers and rethinking_bn.population work without it."
     if not detectron2_installed():

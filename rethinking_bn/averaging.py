@@ -1,9 +1,9 @@
 """Weights averaged over a training, and the population statistics that belong to them.
 
 EMA as in Tarvainen and Valpola, "Mean teachers" (arXiv 1703.01780), SWA as in Izmailov et al.,
-"Averaging weights leads to wider optima" (arXiv 1803.05407). The statistics of any single model of
-the training belong to its weights and not to their average, which is why SWA estimates them anew;
-by exact moments here (arXiv 2105.07576, section 3).
+"Averaging weights leads to wider optima" (arXiv 1803.05407). The statistics of a single model
+belong to its weights and not to their average: SWA estimates them anew, here by exact moments
+(arXiv 2105.07576, section 3).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class AveragedWeights:
     half-precision weights are kept in float32. A parameter used in several places is averaged once.
 
     The average has a model of its own, ``module``, whose tensors are the average. It may be moved,
-    loaded, copied or pickled like any other; what is there is averaged on. Nothing here ever
-    changes the model that is trained, but for ``copy_to`` when it is given that one.
+    loaded, copied or pickled like any other; what is there is averaged on. Only ``copy_to`` ever
+    changes the model that is trained.
 
     Args:
         model: its architecture and first weights; wrappers are looked through, here and below.
@@ -56,10 +56,10 @@ class AveragedWeights:
         avg_fn: (average, model's tensor, n) -> average, as torch's AveragedModel takes it; in place
             of what ``kind`` stands for.
         device: where the average is kept; None: where the model is. It can be moved at any time.
-        statistics: the BatchNorm statistics that go with the average. "copy": those the model had
-            at the last update; "average": averaged as the weights are; "estimate": those that
-            :meth:`estimate_statistics` finds, and the model's until it is called. All other buffers
-            are copied.
+        statistics: the BatchNorm statistics of the average. "copy": the model's at the last update;
+            "average": averaged as the weights are; "estimate": those that
+            :meth:`estimate_statistics` finds, and until then the model's. All other buffers are
+            copied.
 
     Raises:
         ValueError: for another kind or statistics, a decay outside [0, 1], a lazy layer, or a model
@@ -105,8 +105,7 @@ class AveragedWeights:
         self.estimated = False
 
     def __getstate__(self) -> dict[str, Any]:
-        # in a copy other tensors are in these places
-        return {**vars(self), "_written": {}}
+        return {**vars(self), "_written": {}}  # a copy has other tensors in these places
 
     def _widened(self, name: str, tensor: Tensor) -> Tensor:
         """Return the average behind a tensor of the module: itself, or in float32."""
@@ -126,38 +125,36 @@ class AveragedWeights:
     def update(self, model: nn.Module) -> None:
         """Take the model's present weights into the average.
 
-        The modes of the model's layers, frozen or not, are taken over too, and with "copy" and
-        "estimate" its statistics.
+        The average also takes over which layers are frozen, the modes, and with "copy" and
+        "estimate" the statistics.
 
         Raises:
             ValueError: when the model's parameters are not those of the first model any more.
         """
         tensors = self._follow(unwrap(model))
-        averages = {name: self._widened(name, held) for name, (held, _) in tensors.items()}
-        groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-        for name, average in averages.items():
-            groups.setdefault((average.device, average.dtype), []).append(name)
-        for (device, dtype), names in groups.items():
-            old = [averages[name].detach() for name in names]
-            new = [tensors[name][1].detach().to(device, dtype) for name in names]
+        n = self.updates
+        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        average = get_swa_multi_avg_fn() if self.kind == "swa" else get_ema_multi_avg_fn(decay)
+        groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        for name, (held, theirs) in tensors.items():
+            mine = self._widened(name, held).detach()
+            old, new = groups.setdefault((mine.device, mine.dtype), ([], []))
+            old.append(mine)
+            new.append(theirs.detach().to(mine.device, mine.dtype))
+        for (_, dtype), (old, new) in groups.items():
             if not (dtype.is_floating_point or dtype.is_complex):  # an integer has no mean
                 torch._foreach_copy_(old, new)
             elif self.avg_fn is None:
-                self._multi_avg_fn()(old, new, self.updates)
+                average(old, new, n)
             else:
                 for mine, theirs in zip(old, new, strict=True):
-                    mine.copy_(self.avg_fn(mine, theirs, self.updates))
+                    mine.copy_(self.avg_fn(mine, theirs, n))
         for name, wide in self._wide.items():
             held = tensors[name][0].detach()
             held.copy_(wide)
             self._written[name] = held.data_ptr(), held._version
         self.updates += 1
         self.estimated = False
-
-    def _multi_avg_fn(self) -> Any:
-        n = self.updates
-        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-        return get_swa_multi_avg_fn() if self.kind == "swa" else get_ema_multi_avg_fn(decay)
 
     def _follow(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         """Follow modes and buffers of ``model``; return what is averaged: name -> (own, model's).
@@ -166,10 +163,9 @@ class AveragedWeights:
         """
         self._check(model)
         named, targets = list(model.named_modules()), list(self.module.modules())
-        pairs = [(name, s, t) for (name, s), t in zip(named, targets, strict=False)]
         tensors: dict[str, tuple[Tensor, Tensor]] = {}
         buffers: list[tuple[Tensor, Tensor]] = []
-        for _, source, target in pairs:
+        for (_, source), target in zip(named, targets, strict=False):
             if is_frozen(source):
                 freeze_layer(target)
             elif is_frozen(target):
@@ -178,12 +174,10 @@ class AveragedWeights:
         if [type(source) for _, source in named] != [type(target) for target in targets]:
             raise ValueError("the model's modules are not those it had; begin anew with restart()")
         seen: set[Tensor] = set()  # a parameter in several places is averaged once
-        for prefix, source, target in pairs:
-            if target.training != source.training:
-                target.training = source.training
+        for (prefix, source), target in zip(named, targets, strict=True):
+            target.training = source.training
             if prefix in self._parts:
-                plain = {n: v for n, v in vars(source).items() if type(v) in _PLAIN}
-                vars(target).update(plain)
+                vars(target).update({n: v for n, v in vars(source).items() if type(v) in _PLAIN})
             _adopt(target, source, self.device)
             averages = self.statistics == "average" and prefix in self._parts
             for name, theirs in [*source._parameters.items(), *source._buffers.items()]:
@@ -205,11 +199,8 @@ class AveragedWeights:
         """Estimate the population statistics of the averaged model, until the next update.
 
         Layers that the model had frozen (in eval mode while the model was in training mode) keep
-        the model's statistics.
-
-        Args:
-            batches, num_batches, options: as in
-                :func:`rethinking_bn.population.estimate_population_statistics`.
+        the model's statistics. Arguments are those of
+        :func:`rethinking_bn.population.estimate_population_statistics`.
 
         Raises:
             ValueError: with ``statistics="average"``, and as that function.
@@ -218,7 +209,7 @@ class AveragedWeights:
             raise ValueError('statistics="average" averages them: take statistics="estimate"')
         with modes_kept(self.module):
             if not self.module.training:
-                self.module.train()
+                self.module.train()  # all of it: a part in eval mode is frozen
             report = estimate_population_statistics(self.module, batches, num_batches, **options)
         self.estimated = True
         return report
@@ -228,7 +219,7 @@ class AveragedWeights:
         """Write the averaged weights and their statistics into ``model``, in place.
 
         With ``statistics="estimate"`` and no estimate since the last update the statistics are
-        those of the last model, which do not belong to the average: a warning says so.
+        the last model's: a warning says so.
 
         Raises:
             ValueError: when the parameters of ``model`` are others; nothing is written then.
@@ -237,8 +228,8 @@ class AveragedWeights:
         self._check(model)
         if self.statistics == "estimate" and not self.estimated:
             logger.warning(
-                "averaged weights: no estimate of the statistics since the last update; the last "
-                "model's are copied; estimate_statistics finds those of the average"
+                "averaged weights: no estimate of the statistics since the last update, the last "
+                "model's are copied: call estimate_statistics"
             )
         # by way of the state dict: layers that count beside their buffers load what they need
         model.load_state_dict(self.module.state_dict())
@@ -283,32 +274,30 @@ class AveragedWeights:
 
     def _check(self, model: nn.Module) -> None:
         """Refuse a model whose parameters are not, by name and shape, those of the average."""
-        weights, held = dict(model.named_parameters()), dict(self.module.named_parameters())
-        if weights.keys() != held.keys():
-            added = [name for name in weights if name not in held] or ["none"]
-            missing = [name for name in held if name not in weights] or ["none"]
+        new, old = ({n: p.shape for n, p in m.named_parameters()} for m in (model, self.module))
+        changes = {
+            "added": [name for name in new if name not in old],
+            "missing": [name for name in old if name not in new],
+            "resized": [f"{n} {(*new[n],)}" for n in new if new[n] != old.get(n, new[n])],
+        }
+        found = ", ".join(f"{what} {shorten(names)}" for what, names in changes.items() if names)
+        if found:
             raise ValueError(
-                f"the model's parameters are not those that are averaged: added {shorten(added)}, "
-                f"missing {shorten(missing)}; begin anew with restart()"
+                f"the model's parameters are not those that are averaged: {found}; begin anew with "
+                "restart()"
             )
-        for name, weight in weights.items():
-            if weight.shape != held[name].shape:
-                raise ValueError(
-                    f"the parameter {name} is {tuple(weight.shape)} now, but its average is "
-                    f"{tuple(held[name].shape)}; begin anew with restart()"
-                )
 
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
         return deepcopy(model)
-    except Exception as error:
+    except Exception:
         for name, module in reversed(list(model.named_modules())):  # parts before what holds them
             try:
                 deepcopy(module)
-            except Exception as of_part:
+            except Exception as error:
                 what = f"{name or 'the model'} ({type(module).__name__}) cannot be copied"
-                raise ValueError(f"{what}, so there is no average of it: {of_part}") from error
+                raise ValueError(f"{what}, so there is no average of it: {error}") from error
         raise
 
 

@@ -76,7 +76,7 @@ def add_import(parser: argparse.ArgumentParser) -> None:
 
 
 def at_least_one(text: str) -> int:
-    """Read an option that counts something; the ``type`` for ``add_argument``."""
+    """Read an option that counts something: a ``type`` for ``add_argument``."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -86,18 +86,9 @@ def at_least_one(text: str) -> int:
 def require_detectron2(description: str, argv: Sequence[str] | None = None) -> None:
     """End a tool in one line where detectron2 is not installed, unless it is asked for its help.
 
-    To be called before what needs detectron2 is imported.
-
-    Args:
-        description: for ``--help``.
-        argv: default ``sys.argv[1:]``.
+    To be called before what needs detectron2 is imported; ``description`` is for ``--help``.
     """
-    if detectron2_installed():
-        return
-    argument_parser(description).parse_known_args(argv)  # ends here for --help
-    name = os.path.basename(sys.argv[0])
-    print(
-        f"{name}: error: needs detectron2, which is not installed: see {INSTALL_GUIDE}",
-        file=sys.stderr,
-    )
-    sys.exit(1)
+    if not detectron2_installed():
+        argument_parser(description).parse_known_args(argv)  # ends here for --help
+        tool = os.path.basename(sys.argv[0])
+        sys.exit(f"{tool}: error: needs detectron2, which is not installed: see {INSTALL_GUIDE}")

@@ -26,13 +26,13 @@ def our_keys() -> CfgNode:
     require_detectron2("rethinking_bn.config")
     from detectron2.config import CfgNode
 
-    c = CfgNode()
-    c.DATASETS = CfgNode()
-    c.MODEL = CfgNode()
-    c.SOLVER = CfgNode()
-    c.TEST = CfgNode()
+    parts = ("BACKBONE", "DISTILL", "DOMAIN_BN", "GN", "MABN", "RETINANET", "ROI_HEADS")
+    c = CfgNode({"DATASETS": {}, "MODEL": {part: {} for part in parts}})
+    c.MODEL.RETINANET.BN = CfgNode()
+    c.SOLVER = CfgNode({"AVERAGE": {}, "FREEZE_BN": {}})
+    c.TEST = CfgNode({"DIAGNOSE": {}, "PRECISE_BN": {}})
 
-    # --- Data of one's own ---------------------------------------------------------------------
+    # --- Data of one's own -----------------------------------------------------------------------
     # Data sets in COCO's format, each (name, annotations.json, folder of the images); registered in
     # every process. Relative paths begin at the folder that DETECTRON2_DATASETS names (./datasets).
     c.DATASETS.COCO_FORMAT = ()
@@ -44,7 +44,6 @@ def our_keys() -> CfgNode:
     c.SOLVER.ACCUMULATION_STEPS = 1
 
     # --- Weights averaged over the training ------------------------- docs/averaging.md
-    c.SOLVER.AVERAGE = CfgNode()
     # "ema", "swa" (the mean of the weights at the updates) or "" (none).
     c.SOLVER.AVERAGE.KIND = ""
     # The EMA keeps min(DECAY, (1 + n) / (10 + n)) of itself at the update after n others.
@@ -60,7 +59,6 @@ def our_keys() -> CfgNode:
     c.SOLVER.AVERAGE.STATISTICS = "estimate"
 
     # --- Freezing near the end ------------------------------------------------ section 4, Figure 6
-    c.SOLVER.FREEZE_BN = CfgNode()
     # The first iteration whose BN-like layers normalise by population statistics, which are
     # estimated as TEST.PRECISE_BN says (whether it is enabled or not) and stay. -1: never. Not
     # scaled with SOLVER.REFERENCE_WORLD_SIZE.
@@ -74,7 +72,6 @@ def our_keys() -> CfgNode:
     c.SOLVER.TRAIN_ONLY = ()
 
     # --- RetinaNet taught by another (META_ARCHITECTURE: DistilledRetinaNet) docs/distillation.md
-    c.MODEL.DISTILL = CfgNode()
     # The teacher: a config file of any detectron2 RetinaNet, and its trained weights. They are read
     # when training begins; inference needs neither.
     c.MODEL.DISTILL.TEACHER_CONFIG = ""
@@ -94,11 +91,9 @@ def our_keys() -> CfgNode:
     c.MODEL.COMPILE_NORMS = False
 
     # --- RetinaNet's head (META_ARCHITECTURE: ConfigurableHeadRetinaNet) ---------- section 5
-    c.MODEL.RETINANET = CfgNode()
     # Which head, by its name in RETINANET_HEAD. Ours read MODEL.RETINANET.NORM as "BN" (statistics
     # of this rank), "SyncBN" (pooled over ranks) or another name of rethinking_bn.layers.get_norm.
     c.MODEL.RETINANET.HEAD_NAME = "RetinaNetHead"
-    c.MODEL.RETINANET.BN = CfgNode()
     # The next three are each "shared" (one set for all feature levels), "domain_specific" (one set
     # per level) or "" (the head's own choice; MultiDomainBNRetinaNetHead's is "shared").
     # The statistics that a layer normalises by during SGD training. Table 5, "SGD statistics".
@@ -109,22 +104,18 @@ def our_keys() -> CfgNode:
     c.MODEL.RETINANET.BN.AFFINE = ""
 
     # --- Norms in Mask R-CNN's heads ----------------------------------------------- section 6
-    c.MODEL.ROI_HEADS = CfgNode()
     # Images whose RoIs are normalised together by a BN of this rank, in training and in population
     # training; must divide the images per rank. 0: all images on the rank. Tables 3 and 6.
     c.MODEL.ROI_HEADS.NORM_IMAGES = 0
 
     # --- Norms in the backbone (build_norm_*_backbone) ------------------------------ section 4
-    c.MODEL.BACKBONE = CfgNode()
     # Images that a BN of backbone and FPN normalises together in training (ghost BN); must divide
     # the images of one forward on a rank. 0: all of them. Figure 5.
     c.MODEL.BACKBONE.NORM_IMAGES = 0
     # Groups of "GN" in this package's components, which must divide the channels.
-    c.MODEL.GN = CfgNode()
     c.MODEL.GN.NUM_GROUPS = 32
 
     # --- Domains in the data: BN of build_norm_*_backbone and RetinaNet's head ------- section 5
-    c.MODEL.DOMAIN_BN = CfgNode()
     # One group (list of data set names) per domain, such as [["clean"], ["fog", "snow"]]; every
     # data set of the run, test sets too, is in one of them. Empty: no domains.
     c.MODEL.DOMAIN_BN.DATASETS = ()
@@ -134,7 +125,6 @@ def our_keys() -> CfgNode:
     c.MODEL.DOMAIN_BN.AFFINE = "domain_specific"
 
     # --- Moving Average Batch Normalization (norm "MABN") ------------------------- MABN, section 4
-    c.MODEL.MABN = CfgNode()
     # Images whose statistics the backward pass averages over time; a multiple of BATCH_SIZE.
     c.MODEL.MABN.SIMULATED_BATCH_SIZE = 32
     # Images in one forward of a rank. 0: SOLVER.IMS_PER_BATCH divided by the number of ranks and
@@ -156,13 +146,11 @@ def our_keys() -> CfgNode:
     c.TEST.STATISTICS = "population"
 
     # --- Diagnosis of a run's BatchNorm ---------------------------------------- sections 3 to 6
-    c.TEST.DIAGNOSE = CfgNode()
     # Iterations between two diagnoses during training, on the images of TEST.PRECISE_BN (NUM_ITER
     # batches, 32 at most); their numbers are scalars, diagnose/*. 0: never.
     c.TEST.DIAGNOSE.PERIOD = 0
 
     # --- Population training; ENABLED and NUM_ITER are detectron2's ----------------- section 3
-    c.TEST.PRECISE_BN = CfgNode()
     # Names of registered data sets, labelled or not. Empty: DATASETS.TRAIN. Another domain's images
     # give that domain's statistics (Table 4).
     c.TEST.PRECISE_BN.DATASETS = ()
@@ -194,12 +182,12 @@ def with_our_keys(cfg: CfgNode) -> CfgNode:
     """Return a config of any project with our keys: itself, or a copy with our defaults."""
     if next(_lacking(our_keys(), cfg), None) is None:
         return cfg
-    frozen, cfg = cfg.is_frozen(), cfg.clone()
-    cfg.defrost()
-    add_rethinking_bn_config(cfg)
-    if frozen:
-        cfg.freeze()
-    return cfg
+    full = cfg.clone()
+    full.defrost()
+    add_rethinking_bn_config(full)
+    if cfg.is_frozen():
+        full.freeze()
+    return full
 
 
 def check_has_keys(cfg: CfgNode) -> None:
@@ -211,15 +199,13 @@ def check_has_keys(cfg: CfgNode) -> None:
         )
 
 
-def _lacking(
-    source: CfgNode, target: CfgNode, prefix: str = ""
-) -> Iterator[tuple[CfgNode, str, Any, str]]:
-    """Yield what ``target`` lacks: the node that lacks it, key, value, and the key with dots."""
-    for key, value in source.items():
-        if key not in target:
-            yield target, key, value, prefix + key
+def _lacking(ours: CfgNode, cfg: Any, prefix: str = "") -> Iterator[tuple[CfgNode, str, Any, str]]:
+    """Yield the keys that ``cfg`` lacks: the node that lacks it, key, value, and key with dots."""
+    for key, value in ours.items():
+        if key not in cfg:
+            yield cfg, key, value, prefix + key
         elif isinstance(value, dict):
-            yield from _lacking(value, target[key], f"{prefix}{key}.")
+            yield from _lacking(value, cfg[key], f"{prefix}{key}.")
 
 
 def check_divides(key: str, images: int, ranks: int) -> None:
@@ -229,11 +215,7 @@ def check_divides(key: str, images: int, ranks: int) -> None:
 
 
 def images_per_pass(cfg: CfgNode, ranks: int) -> int:
-    """Return how many images a rank's forward/backward pass has in training.
-
-    Args:
-        cfg: with this project's keys.
-        ranks: processes of the run.
+    """Return how many images a forward/backward pass of a rank has in training.
 
     Raises:
         ValueError: naming the keys, where SOLVER.IMS_PER_BATCH cannot be divided so.
@@ -267,9 +249,9 @@ def check_transforms(cfg: CfgNode) -> str:
     return _one_of("TEST.PRECISE_BN.TRANSFORMS", cfg.TEST.PRECISE_BN.TRANSFORMS, ("train", "test"))
 
 
-def _one_of(key: str, chosen: str, values: tuple[str, str]) -> str:
+def _one_of(key: str, chosen: str, values: tuple[str, ...]) -> str:
     if chosen not in values:
-        raise ValueError(f'{key} must be "{values[0]}" or "{values[1]}", got {chosen!r}')
+        raise ValueError(f"{key} must be one of {values}, got {chosen!r}")
     return chosen
 
 
@@ -291,8 +273,7 @@ def get_config_file(name: str) -> str:
     """Return the absolute path of one of the project's config files.
 
     Args:
-        name: relative to ``configs/``, for example ``"retinanet_bn_row1.yaml"`` or
-            ``"shapes/retinanet_bn_row1.yaml"``.
+        name: relative to ``configs/``, for example ``"shapes/retinanet_bn_row1.yaml"``.
 
     Raises:
         ValueError: if there is no such file; the message lists close names.

@@ -1,8 +1,8 @@
 """Files that are there in full or not at all, and folders that can be written to.
 
 A file is written under a hidden name beside its place, then renamed. So processes that write the
-same file do not meet, and a killed process leaves nothing but hidden files. The next one that
-writes there removes these when they are an hour old.
+same file do not meet. A killed process leaves hidden files, which the next one that writes there
+removes when they are an hour old.
 """
 
 from __future__ import annotations
@@ -91,16 +91,16 @@ def locked_folder(
     """Hold a folder for this process alone, or refuse; a process may nest locks of one folder.
 
     The lock ends with the process, and forked processes do not inherit it. A file system without
-    locks gets a warning. The file of the lock stays, as removing it could remove another's.
+    locks gets a warning. The file of the lock stays: removing it could remove another's.
 
     Raises:
         BlockingIOError: with ``name``, the key or option that names the folder, and its holder.
     """
-    path = os.path.join(os.path.realpath(folder), ".lock")
+    path, said = os.path.join(os.path.realpath(folder), ".lock"), f"{name} {str(folder)!r}"
     if path in _locked:  # closing any descriptor of the file would give up the lock
         yield
         return
-    said, alone = f"{name} {str(folder)!r}", kind == fcntl.LOCK_EX
+    alone = kind == fcntl.LOCK_EX
     with open(path, "a+" if alone else "r", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.lockf(file, kind | fcntl.LOCK_NB)
@@ -136,7 +136,7 @@ def _remove_abandoned(hidden: Iterable[Path]) -> None:
     """Remove hidden files and folders that nobody has changed for an hour."""
     for old in hidden:
         with contextlib.suppress(OSError):  # its writer may be removing it right now
-            parts = (list(old.iterdir()) if old.is_dir() else []) or [old]
+            parts = [old, *(old.iterdir() if old.is_dir() else ())]
             if all(time.time() - part.stat().st_mtime > _ABANDONED for part in parts):
                 _remove(old)
 

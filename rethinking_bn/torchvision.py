@@ -22,6 +22,7 @@ Population statistics are estimated on batches as torchvision's data loaders mak
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,53 +38,13 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from rethinking_bn.layers import MABN2d, MultiDomainBatchNorm2d, get_norm
 from rethinking_bn.layers.levels import layer_by_layer
+from rethinking_bn.layers.multi_domain import TABLE_5
 from rethinking_bn.shuffle.layers import ShuffledLayers, mixes_rows_of_a_rank
 
-NormFactory = Callable[..., nn.Module]
-NormLayer = str | NormFactory | None
+NormLayer = str | Callable[..., nn.Module] | None
 
 
-def level_norm(
-    norm_layer: NormLayer,
-    num_levels: int,
-    *,
-    train_stats: str = "",
-    population_stats: str = "",
-    affine: str = "",
-    **options: Any,
-) -> NormFactory | None:
-    """Return what torchvision's blocks take as ``norm_layer``, for a subnet over L levels.
-
-    Args:
-        norm_layer: "BN" (statistics of this rank) or "SyncBN" (pooled over ranks): one
-            MultiDomainBatchNorm2d over all levels. Any other name that
-            :func:`rethinking_bn.layers.get_norm` knows but "MABN", or a callable from channels to
-            a layer, gives a layer that is called once per level; None or "": no norm.
-        num_levels: L, the domains of "BN" and "SyncBN".
-        train_stats, population_stats, affine: "shared" (one set for all levels),
-            "domain_specific" (one per level) or "" ("shared"); see
-            :class:`~rethinking_bn.layers.MultiDomainBatchNorm2d`. Only for "BN" and "SyncBN".
-        options: further arguments of the layer, such as eps and momentum.
-
-    Returns:
-        channels -> layer, or None for no norm.
-
-    Raises:
-        ValueError: for a choice given to a norm that has none; and, when called for a layer, for
-            an unknown name or choice.
-    """
-    choices = {"train_stats": train_stats, "population_stats": population_stats, "affine": affine}
-    if norm_layer in ("BN", "SyncBN"):
-        options |= {name: choice or "shared" for name, choice in choices.items()}
-        options["sync"] = norm_layer == "SyncBN"
-        return lambda channels: MultiDomainBatchNorm2d(channels, num_levels, **options)
-    chosen = [f"{name}={choice!r}" for name, choice in choices.items() if choice]
-    if chosen:
-        raise ValueError(f"{chosen[0]} needs norm_layer to be 'BN' or 'SyncBN', got {norm_layer!r}")
-    return _factory(norm_layer, **options)
-
-
-def _factory(norm_layer: NormLayer, **options: Any) -> NormFactory | None:
+def _factory(norm_layer: NormLayer, **options: Any) -> Callable[[int], nn.Module] | None:
     """Return channels -> layer for a name or callable, None for no norm."""
     if norm_layer is None or norm_layer == "":
         return None
@@ -100,40 +61,34 @@ def _factory(norm_layer: NormLayer, **options: Any) -> NormFactory | None:
     return build
 
 
-class MultiDomainBNClassificationHead(RetinaNetClassificationHead):
-    """torchvision's classification head, run layer by layer; for ``norm_layer`` :func:`level_norm`.
-
-    Construction, state dict and loss are torchvision's.
-    """
+class _LayerByLayer:
+    """Mixin, before a subnet of torchvision's RetinaNet head: it runs layer by layer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs)  # torchvision's
         self.conv: Any = layer_by_layer(self.conv)
-
-    def forward(self, x: list[Tensor]) -> Tensor:
-        """Return logits (N, sum of H_l * W_l * A, K) for L feature maps (N, C, H_l, W_l)."""
-        return _flatten([self.cls_logits(y) for y in self.conv(x)], self.num_classes)
-
-
-class MultiDomainBNRegressionHead(RetinaNetRegressionHead):
-    """torchvision's regression head, run layer by layer; for ``norm_layer`` :func:`level_norm`.
-
-    Construction, state dict and loss are torchvision's.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.conv: Any = layer_by_layer(self.conv)
-
-    def forward(self, x: list[Tensor]) -> Tensor:
-        """Return deltas (N, sum of H_l * W_l * A, 4) for L feature maps (N, C, H_l, W_l)."""
-        return _flatten([self.bbox_reg(y) for y in self.conv(x)], 4)
 
 
 def _flatten(maps: list[Tensor], width: int) -> Tensor:
     """Turn predictions (N, A * width, H_l, W_l) into (N, sum of H_l * W_l * A, width)."""
     each = [x.permute(0, 2, 3, 1).unflatten(3, (-1, width)).flatten(1, 3) for x in maps]
     return torch.cat(each, dim=1)
+
+
+class MultiDomainBNClassificationHead(_LayerByLayer, RetinaNetClassificationHead):
+    """torchvision's classification head, run layer by layer; the rest is torchvision's."""
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        """Return logits (N, sum of H_l * W_l * A, K) for L feature maps (N, C, H_l, W_l)."""
+        return _flatten([self.cls_logits(y) for y in self.conv(x)], self.num_classes)
+
+
+class MultiDomainBNRegressionHead(_LayerByLayer, RetinaNetRegressionHead):
+    """torchvision's regression head, run layer by layer; the rest is torchvision's."""
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        """Return deltas (N, sum of H_l * W_l * A, 4) for L feature maps (N, C, H_l, W_l)."""
+        return _flatten([self.bbox_reg(y) for y in self.conv(x)], 4)
 
 
 class MultiDomainBNRetinaNetHead(RetinaNetHead):
@@ -151,8 +106,14 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
         in_channels: C of every level.
         num_anchors: anchors per location A.
         num_classes: K, the background included, as torchvision counts.
-        norm_layer, train_stats, population_stats, affine, options: as for :func:`level_norm`.
+        norm_layer: "BN" (statistics of this rank) or "SyncBN" (pooled over ranks): layers over all
+            levels. Any other name that :func:`rethinking_bn.layers.get_norm` knows but "MABN", or a
+            callable from channels to a layer: layers that are called once per level. None or "": no
+            norm.
         num_levels: L; the maps a backbone returns, 5 for p3 to p7.
+        train_stats, population_stats, affine: "shared" (one set for all levels) or
+            "domain_specific" (one per level); "" is "shared". Only for "BN" and "SyncBN".
+        options: further arguments of the norm layers, such as eps and momentum.
 
     Raises:
         ValueError: for a norm or a choice that does not exist or fit; in the forward, for another
@@ -173,14 +134,19 @@ class MultiDomainBNRetinaNetHead(RetinaNetHead):
         **options: Any,
     ) -> None:
         super(RetinaNetHead, self).__init__()  # torchvision's would make its own two subnets
-        norm = level_norm(
-            norm_layer,
-            num_levels,
-            train_stats=train_stats,
-            population_stats=population_stats,
-            affine=affine,
-            **options,
-        )
+        given = {"train_stats": train_stats, "population_stats": population_stats, "affine": affine}
+        chosen = {name: choice for name, choice in given.items() if choice}
+        norm: Any
+        if norm_layer in ("BN", "SyncBN"):
+            options |= {**TABLE_5[1], **chosen, "sync": norm_layer == "SyncBN"}
+            norm = partial(MultiDomainBatchNorm2d, num_domains=num_levels, **options)
+        elif chosen:
+            raise ValueError(
+                f"{'{}={!r}'.format(*chosen.popitem())} needs norm_layer to be 'BN' or 'SyncBN', "
+                f"got {norm_layer!r}"
+            )
+        else:
+            norm = _factory(norm_layer, **options)
         self.classification_head = MultiDomainBNClassificationHead(
             in_channels, num_anchors, num_classes, norm_layer=norm
         )
@@ -217,8 +183,7 @@ class ShuffleBNBoxHead(_ShuffledBlocks, FastRCNNConvFCHead):
     the last normalised layer: after the fully connected layers (1,024 numbers), or as the last
     feature map where there are none or they are wider. As many numbers travel in the backward.
     Rows that stay on their rank are not sent. At inference nothing is shuffled, and the state dict
-    is the unshuffled head's. In one process rows are permuted among themselves, which leaves
-    BN's statistics as they are.
+    is the unshuffled head's.
 
     **Which permutation.** Call :func:`rethinking_bn.randomness.announce_iteration` (model, run
     seed, iteration) before each training step, and a resumed run draws the permutations it would
@@ -254,7 +219,7 @@ class ShuffleBNBoxHead(_ShuffledBlocks, FastRCNNConvFCHead):
         norm_layer: NormLayer = "BN",
     ) -> None:
         norm = _factory(norm_layer)
-        super().__init__(input_size, list(conv_layers), list(fc_layers), norm_layer=norm)
+        super().__init__(input_size, [*conv_layers], [*fc_layers], norm_layer=norm)
 
 
 class ShuffleBNMaskHead(_ShuffledBlocks, MaskRCNNHeads):
@@ -277,11 +242,7 @@ class ShuffleBNMaskHead(_ShuffledBlocks, MaskRCNNHeads):
     seed_of_head = 1
 
     def __init__(
-        self,
-        in_channels: int,
-        layers: Sequence[int],
-        dilation: int,
-        norm_layer: NormLayer = "BN",
+        self, in_channels: int, layers: Sequence[int], dilation: int, norm_layer: NormLayer = "BN"
     ) -> None:
         super().__init__(in_channels, list(layers), dilation, norm_layer=_factory(norm_layer))
 
@@ -291,7 +252,7 @@ def run_detector(model: nn.Module, batch: Any) -> Any:
 
     It is the ``forward`` argument of
     :func:`rethinking_bn.population.estimate_population_statistics`; batches without targets need
-    its ``labelled=False``. Returned are losses in training mode, else detections.
+    its ``labelled=False``. It returns losses in training mode, else detections.
 
     Args:
         model: called as ``model(images, targets)`` in training mode, else as ``model(images)``.

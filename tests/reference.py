@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +14,14 @@ CHANNELS = 4
 
 
 def levels(
-    seed: int = 0, batch: int = 2, shapes: Sequence[tuple[int, int]] = SHAPES
+    seed: int = 0,
+    batch: int = 2,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    channels: int = CHANNELS,
 ) -> list[Tensor]:
     """Feature maps whose mean and spread differ from level to level; float64 (N, C, H, W)."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(batch, CHANNELS, h, w, generator=generator, dtype=torch.float64) * (1 + i)
-        + 3 * i
-        for i, (h, w) in enumerate(shapes)
-    ]
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return [draw(batch, channels, *size) * (1 + i) + 3 * i for i, size in enumerate(shapes)]
 
 
 def values_per_channel(xs: Sequence[Tensor]) -> Tensor:
@@ -37,6 +38,22 @@ def normalize(
     variance = (values - mean[:, None]).square().mean(1)
     scale, shift = (v.view(1, -1, 1, 1) for v in (weight / torch.sqrt(variance + eps), bias))
     return [(x - mean.view(1, -1, 1, 1)) * scale + shift for x in xs]
+
+
+def run_levels(
+    layers: Iterable[Any], xs: Sequence[Tensor], train_stats: str, affine: str
+) -> Sequence[Tensor]:
+    """Run layers on all levels in training mode, the norms (those with the choices) written out."""
+    for layer in layers:
+        if not hasattr(layer, "train_stats"):
+            xs = [layer(x) for x in xs]
+            continue
+        own = [layer if affine == "shared" else layer.get_submodule(str(i)) for i in range(len(xs))]
+        xs = [
+            normalize([x], xs if train_stats == "shared" else [x], n.weight, n.bias, layer.eps)[0]
+            for x, n in zip(xs, own, strict=True)
+        ]
+    return xs
 
 
 def ema(

@@ -1,7 +1,9 @@
-"""Every YAML under configs/: safe to load, trains and infers, and says what the paper says."""
+"""The config keys, and every YAML: safe to load, trains, infers, and says what the paper says."""
 
 from __future__ import annotations
 
+import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +16,35 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from rethinking_bn import add_rethinking_bn_config, get_config_file
-from rethinking_bn.config import list_config_files
+from rethinking_bn.config import list_config_files, our_keys
 from rethinking_bn.engine import load_config
 from rethinking_bn.engine.unread_keys import unread_keys
 from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d, CenConv2d, SyncBatchNorm2d
-from tests.test_config import flat
 
 FILES = [name for name in list_config_files() if not Path(name).name.startswith("Base-")]
 PAPER = [name for name in FILES if "/" not in name]
 TABLE = [name for name in PAPER if name.startswith("retinanet_") and "mabn" not in name]
 TWINS = [("shapes", name) for name in PAPER] + [("bccd", name) for name in TABLE]
-# what small batches do to a norm, on shapes only
+# what small batches do to a norm; what is added to a trained detector, or to its training
 SHAPES_ONLY = [
-    f"shapes/retinanet_{norm}_2im{step}.yaml"
-    for norm in ("bn", "gn", "mabn")
-    for step in ("", "_of_16")
-]
-SHAPES_ONLY.append("shapes/retinanet_bn_2im_freeze.yaml")
-# what is added to a trained detector, or to its training
-SHAPES_ONLY += [
     f"shapes/retinanet_{name}.yaml"
     for name in (
-        "bn_domains",
-        "bn_row1_ema",
-        "bn_row1_swa",
-        "bn_row1_fixres",
-        "narrow",
-        "narrow_distilled",
+        *("bn_2im", "bn_2im_of_16", "bn_2im_freeze", "gn_2im", "gn_2im_of_16"),
+        *("mabn_2im", "mabn_2im_of_16", "bn_domains", "bn_row1_ema", "bn_row1_swa"),
+        *("bn_row1_fixres", "narrow", "narrow_distilled"),
     )
 ]
 SHARED, SEPARATE = "shared", "domain_specific"
 BOX, MASK = "MODEL.ROI_BOX_HEAD.", "MODEL.ROI_MASK_HEAD."
+
+
+def flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """Return every key with dots, and its value."""
+    found: dict[str, Any] = {}
+    for key, value in cfg.items():
+        nested = flat(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else None
+        found.update({f"{prefix}{key}": value} if nested is None else nested)
+    return found
 
 
 def load(name: str) -> CfgNode:
@@ -52,6 +52,43 @@ def load(name: str) -> CfgNode:
     add_rethinking_bn_config(cfg)
     cfg.merge_from_file(get_config_file(name))
     return cfg
+
+
+def test_keys_are_added_to_detectron2s_and_each_has_its_comment() -> None:
+    cfg, stock = get_cfg(), flat(get_cfg())
+    add_rethinking_bn_config(cfg)
+    everything, ours = flat(cfg), flat(our_keys())
+    assert {key: everything[key] for key in stock} == stock
+    assert {key: v for key, v in everything.items() if key not in stock} == ours and len(ours) > 35
+    lines = inspect.getsource(our_keys).splitlines()
+    keys = {line.split(" = ")[0].strip()[2:]: number for number, line in enumerate(lines)}
+    assert ours.keys() <= keys.keys()
+    for key in ours:  # up to three keys beside each other may share a comment
+        assert any("#" in line for line in lines[keys[key] - 3 : keys[key]]), key
+
+
+def test_adding_twice_keeps_values() -> None:
+    cfg = get_cfg()
+    add_rethinking_bn_config(cfg)
+    cfg.MODEL.RETINANET.HEAD_NAME = "SharedBNRetinaNetHead"
+    cfg.TEST.PRECISE_BN.DATASETS = ("other",)
+    cfg.MODEL.MABN.pop("R_MAX")
+    before = cfg.clone()
+    add_rethinking_bn_config(cfg)
+    before.MODEL.MABN.R_MAX = 5.0
+    assert cfg == before
+    cfg.freeze()
+    add_rethinking_bn_config(cfg)  # nothing to add, so nothing to refuse
+
+
+def test_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("retinanet_bn_row1.yaml", "shapes/retinanet_bn_row1.yaml"):
+        path = get_config_file(name)
+        assert os.path.isabs(path) and path.endswith(name) and os.path.isfile(path)
+    for name in ("retinanet_bn_row7.yaml", "retinanet_bn_row1", "../setup.py"):
+        with pytest.raises(ValueError, match=rf"'{name}'.* retinanet_bn_row1.yaml"):
+            get_config_file(name)
 
 
 @pytest.mark.parametrize("name", list_config_files())
@@ -121,10 +158,8 @@ def test_a_twin_is_about_the_same_thing(data: str, name: str) -> None:
         or key in ("TEST.PRECISE_BN.ENABLED", "TEST.PRECISE_BN.DATASETS", "MODEL.MASK_ON")
     }
     sizes = {"MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"}
-    sizes |= {"MODEL.ROI_BOX_HEAD.FC_DIM", "MODEL.ROI_BOX_HEAD.CONV_DIM"}
-    sizes |= {"MODEL.ROI_MASK_HEAD.CONV_DIM", "MODEL.MABN.WARMUP_ITERS"}
-    sizes |= {"MODEL.MABN.REQUIRE_WEIGHTS"}  # no twin has weights
-    assert changed & kept <= sizes
+    sizes |= {BOX + "FC_DIM", BOX + "CONV_DIM", MASK + "CONV_DIM", "MODEL.MABN.WARMUP_ITERS"}
+    assert changed & kept <= sizes | {"MODEL.MABN.REQUIRE_WEIGHTS"}  # no twin has weights
     assert twin["DATASETS.TRAIN"] == (f"{data}_train",) and twin["MODEL.WEIGHTS"] == ""
     assert paper["OUTPUT_DIR"] == f"output/{Path(name).stem}"
     assert twin["OUTPUT_DIR"] == f"output/{data}/{Path(name).stem}"
@@ -262,20 +297,14 @@ def test_mabn_throughout_is_the_published_recipe(name: str) -> None:
 def test_mabn_is_where_its_authors_put_it(name: str) -> None:
     cfg = load(f"shapes/{name}.yaml")
     model = build_model(cfg)
-    plain = {
-        module: type(layer) is CenConv2d
-        for module, layer in model.named_modules()
-        if isinstance(layer, torch.nn.Conv2d)
-    }
-    centred = {module for module, is_centred in plain.items() if is_centred}
-    left = plain.keys() - centred
+    convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)]
+    centred = [name for name, layer in convolutions if type(layer) is CenConv2d]
+    left = {name for name, _ in convolutions} - {*centred}
     assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if cfg.MODEL.MASK_ON:
         assert len(centred) == 53 + 8 + 4 + 4
-        assert {module.split(".")[0] for module in left} == {"proposal_generator", "roi_heads"}
-        assert {module for module in left if "roi_heads" in module} == {
-            "roi_heads.mask_head.predictor"
-        }
+        left = {module for module in left if not module.startswith("proposal_generator.")}
+        assert left == {"roi_heads.mask_head.predictor"}
     else:
         assert len(centred) == 53 + 6 + 8
         top = {"backbone.top_block.p6", "backbone.top_block.p7"}

@@ -41,7 +41,6 @@ BOTH: Any = pytest.mark.parametrize(("loss", "reference"), LOSSES)
 @pytest.mark.parametrize("temperature", [1.0, 5.0])
 @pytest.mark.parametrize("shape", [(4, 3), (2, 3, 5), (2, 3, 2, 2)])
 def test_value_and_gradient(loss: Any, reference: Any, temperature: float, shape: Any) -> None:
-    torch.manual_seed(0)
     student = (3 * torch.randn(shape)).requires_grad_()
     teacher = (3 * torch.randn(shape)).requires_grad_()
     value = loss(student, teacher, temperature)
@@ -55,7 +54,6 @@ def test_value_and_gradient(loss: Any, reference: Any, temperature: float, shape
 
 
 def test_gradients_are_the_formulas() -> None:
-    torch.manual_seed(0)
     s, t = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     s.requires_grad_()
     (grad,) = torch.autograd.grad(kl_soft_loss(s, t, 3.0), s)
@@ -78,14 +76,11 @@ def test_zero_against_itself(loss: Any, reference: Any, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types(loss: Any, reference: Any, dtype: torch.dtype) -> None:
     """A mean over 100000 positions, near certainty, at the values the types can hold."""
-    torch.manual_seed(0)
     student = (8 * torch.randn(1000, 4)).to(dtype).requires_grad_()
     teacher = (8 * torch.randn(1000, 4)).to(dtype)
     value = loss(student.repeat(100, 1), teacher.repeat(100, 1), 1.0)
-    expected = sigmoid_reference if loss is binary_kl_soft_loss else softmax_reference
-    torch.testing.assert_close(
-        value.double(), expected(student.detach(), teacher, 1.0), rtol=1e-4, atol=1e-6
-    )
+    expected = reference(student.detach(), teacher, 1.0)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-6)
     value.backward()
     assert student.grad.dtype == dtype and student.grad.isfinite().all()
 
@@ -116,9 +111,8 @@ def test_nothing_costs_nothing(loss: Any, reference: Any, shape: Any) -> None:
 
 @BOTH
 def test_wrong_arguments(loss: Any, reference: Any) -> None:
-    if loss is kl_soft_loss:
-        with pytest.raises(ValueError, match="dimension 1"):
-            loss(torch.zeros(3), torch.zeros(3))
+    with pytest.raises(ValueError, match="dimension 1"):
+        kl_soft_loss(torch.zeros(3), torch.zeros(3))
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
         loss(torch.zeros(2, 3), torch.zeros(2, 4))
     for temperature in (0.0, -1.0, math.nan):

@@ -1,11 +1,14 @@
-"""The house's rules: imports point down, in no circle; no long files; rooms without detectron2."""
+"""The house's rules: imports point down, in no circle, to what is declared; no long files."""
 
 from __future__ import annotations
 
 import ast
+import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rethinking_bn"
@@ -23,6 +26,10 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 WITH_DETECTRON2 = {"config", "checkpointer", "modeling", "engine"}
+# distributions whose modules have another name, and what comes along or is ours
+NAMES = {"PIL": "Pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "PyYAML"}
+NO_EXTRAS = {"detectron2", "iopath", "omegaconf", "yacs", "torch", "torchvision", "rethinking_bn"}
+NO_EXTRAS |= {*sys.stdlib_module_names, *(path.stem for path in (ROOT / "tools").iterdir())}
 
 
 def module_of(file: Path, root: Path) -> str:
@@ -98,6 +105,36 @@ def test_rooms_without_detectron2() -> None:
         and module not in of_detectron2
     }
     assert not found
+
+
+def distributions(*patterns: str) -> set[str]:
+    """Return the distributions that files import, beside torch and the standard library."""
+    found: set[str] = set()
+    for file in (file for pattern in patterns for file in ROOT.glob(pattern)):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add((node.module or "").split(".")[0])
+    assert found
+    return {NAMES.get(name, name) for name in found - NO_EXTRAS}
+
+
+def test_an_extra_declares_what_its_part_imports() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    studies, detection = (
+        set(project["optional-dependencies"][n]) for n in ("studies", "detection")
+    )
+    shapes = "rethinking_bn/data/[!r]*.py"  # all but what registers them
+    assert distributions("tools/studies/*.py", "tools/run_study.py", shapes) == studies
+    rooms = [f"rethinking_bn/{room}*/*.py" for room in ("modeling", "engine", "data")]
+    files = ("rethinking_bn/c*.py", "tools/*.py", "tools/benchmarks/precise_bn.py")
+    assert distributions(*rooms, *files) == detection
+    assert distributions("tools/**/*.py") <= studies | detection
+    rest = FLOOR.keys() - WITH_DETECTRON2 - {"data"}
+    torch_only = [f"rethinking_bn/{room}{end}" for room in rest for end in (".py", "/*.py")]
+    assert distributions(*torch_only) <= {"matplotlib", "typing_extensions"}
 
 
 def test_no_file_is_too_long() -> None:

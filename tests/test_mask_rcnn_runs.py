@@ -16,7 +16,6 @@ from rethinking_bn.engine.check_config import check_batch_size
 from rethinking_bn.shuffle import rows
 from tests.helpers import run_distributed
 from tests.modeling.roi_cases import SHUFFLED, mask_config, norms, register_masks
-from tests.test_configs import load
 
 
 def _train(rank: int, folder: str) -> list[Any]:
@@ -39,17 +38,9 @@ RUNS: list[dict[str, Any]] = [
 
 def run_config(folder: str | Path, output_dir: str | Path, **keys: Any) -> CfgNode:
     """Return a config that trains 2 iterations of 4 shapes images and then a population."""
-    return mask_config(
-        register_masks(folder),
-        output_dir,
-        **{
-            "SOLVER__MAX_ITER": 2,
-            "TEST__EVAL_PERIOD": 2,
-            "TEST__PRECISE_BN__ENABLED": True,
-            "TEST__PRECISE_BN__NUM_ITER": 1,
-            **keys,
-        },
-    )
+    run = {"SOLVER__MAX_ITER": 2, "TEST__EVAL_PERIOD": 2, "TEST__PRECISE_BN__NUM_ITER": 1}
+    run["TEST__PRECISE_BN__ENABLED"] = True
+    return mask_config(register_masks(folder), output_dir, **{**run, **keys})
 
 
 def test_two_processes_train_a_population_and_evaluate(tmp_path: Path) -> None:
@@ -98,12 +89,11 @@ def test_a_resumed_run_shuffles_as_the_uninterrupted_one(tmp_path: Path) -> None
 
 
 def test_normalisation_batches_that_do_not_fit_are_found_before_the_start() -> None:
-    cfg = load("mask_rcnn_bn_head_1im.yaml")
-    check_batch_size(cfg, 16)
-    cfg.MODEL.ROI_HEADS.NORM_IMAGES = 2
+    cfg = mask_config(MODEL__ROI_HEADS__NORM_IMAGES=2, SOLVER__IMS_PER_BATCH=16)
     check_batch_size(cfg, 8)
     with pytest.raises(ValueError, match="NORM_IMAGES 2 does not divide the 1 images"):
         check_batch_size(cfg, 16)
+    cfg.TEST.PRECISE_BN.ENABLED = True
     cfg.TEST.PRECISE_BN.IMS_PER_BATCH = 8
     with pytest.raises(ValueError, match=r"PRECISE_BN.IMS_PER_BATCH 8, 8 process"):
         check_batch_size(cfg, 8)

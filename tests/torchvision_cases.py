@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ from rethinking_bn.torchvision import (
     ShuffleBNBoxHead,
     ShuffleBNMaskHead,
 )
+from tests.reference import levels
 
 SIZE, CHANNELS, LEVELS, ANCHORS, CLASSES = 64, 8, 3, 2, 4
 CHOICES = ("shared", "domain_specific")
-ROW1 = {"train_stats": CHOICES[0], "population_stats": CHOICES[0], "affine": CHOICES[0]}
-ROW6 = {"train_stats": CHOICES[1], "population_stats": CHOICES[1], "affine": CHOICES[1]}
+ROW1, ROW6 = (dict.fromkeys(("train_stats", "population_stats", "affine"), c) for c in CHOICES)
 
 
 class TinyBackbone(nn.Module):
@@ -39,11 +38,9 @@ class TinyBackbone(nn.Module):
         self.fpn = FeaturePyramidNetwork([CHANNELS] * LEVELS, CHANNELS)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = self.stem(x)
-        maps: OrderedDict[str, Tensor] = OrderedDict()
+        x, maps = self.stem(x), {}
         for level, stage in enumerate(self.stages):
-            x = stage(x.relu())
-            maps[str(level)] = x
+            maps[str(level)] = x = stage(x.relu())
         return self.fpn(maps)
 
 
@@ -73,7 +70,7 @@ def retinanet(head: nn.Module) -> RetinaNet:
 def mask_rcnn(norm_layer: Any = "BN") -> MaskRCNN:
     """Return a tiny Mask R-CNN with the shuffling heads."""
     torch.manual_seed(1)
-    levels = [str(level) for level in range(LEVELS)]
+    names = [str(level) for level in range(LEVELS)]
     return MaskRCNN(
         TinyBackbone(),
         min_size=SIZE,
@@ -82,11 +79,11 @@ def mask_rcnn(norm_layer: Any = "BN") -> MaskRCNN:
         rpn_post_nms_top_n_train=20,
         rpn_post_nms_top_n_test=10,
         box_batch_size_per_image=16,
-        box_roi_pool=MultiScaleRoIAlign(levels, 4, 2),
+        box_roi_pool=MultiScaleRoIAlign(names, 4, 2),
         box_head=ShuffleBNBoxHead((CHANNELS, 4, 4), [8, 8], [16], norm_layer),
         box_predictor=FastRCNNPredictor(16, CLASSES),
         box_score_thresh=0.0,
-        mask_roi_pool=MultiScaleRoIAlign(levels, 6, 2),
+        mask_roi_pool=MultiScaleRoIAlign(names, 6, 2),
         mask_head=ShuffleBNMaskHead(CHANNELS, [8, 8], 1, norm_layer),
         mask_predictor=MaskRCNNPredictor(8, 8, CLASSES),
     )
@@ -109,10 +106,4 @@ def batch(seed: int = 0, images: int = 2) -> tuple[tuple[Tensor, ...], tuple[Any
 
 def features(seed: int = 0, images: int = 2) -> list[Tensor]:
     """Return feature maps whose statistics differ from level to level; float64."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(images, CHANNELS, side, side, generator=generator, dtype=torch.float64)
-        * (1 + level)
-        + 2 * level
-        for level, side in enumerate((6, 4, 2))
-    ]
+    return levels(seed, images, [(6, 6), (4, 4), (2, 2)], CHANNELS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,22 +50,15 @@ def corrupt(
             f"got {image.dtype} of shape {image.shape}"
         )
     constant = SEVERITIES[name][severity - 1]
-    if name == "jpeg":
-        return _jpeg(image, int(constant))
+    if name == "jpeg":  # with the encoder's own chroma subsampling
+        buffer = io.BytesIO()
+        plain = image[:, :, 0] if image.shape[2] == 1 else image  # a grey image has no channel axis
+        Image.fromarray(plain).save(buffer, "JPEG", quality=int(constant))
+        return np.asarray(Image.open(buffer)).reshape(image.shape)
     if name == "contrast":
         mean = image.sum(axis=(0, 1), dtype=np.int64) / (image.shape[0] * image.shape[1])
-        return _to_uint8((image - mean) * constant + mean)
-    noise = np.random.default_rng(seed).standard_normal(image.shape)
-    return _to_uint8(image + 255 * constant * noise)
-
-
-def _to_uint8(values: NDArray[Any]) -> NDArray[np.uint8]:
+        values = (image - mean) * constant + mean
+    else:
+        noise = np.random.default_rng(seed).standard_normal(image.shape)
+        values = image + 255 * constant * noise
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
-
-
-def _jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
-    """Encode and decode in memory, with the encoder's own chroma subsampling."""
-    buffer = io.BytesIO()
-    plain = image[:, :, 0] if image.shape[2] == 1 else image  # a grey image has no channel axis
-    Image.fromarray(plain).save(buffer, "JPEG", quality=quality)
-    return np.asarray(Image.open(buffer)).reshape(image.shape)

@@ -33,11 +33,11 @@ def domain_groups(cfg: CfgNode) -> tuple[tuple[str, ...], ...]:
     """
     groups = cfg.MODEL.get("DOMAIN_BN", {}).get("DATASETS", ())  # absent in other projects
     key = f"MODEL.DOMAIN_BN.DATASETS {list(groups)}"
+    names: list[str] = []
     for group in groups:
-        is_list = isinstance(group, (list, tuple)) and len(group) > 0
-        if not is_list or not all(isinstance(name, str) for name in group):
+        if not isinstance(group, (list, tuple)) or {*map(type, group)} != {str}:
             raise ValueError(f"{key} must be a list of groups, each a list of data set names")
-    names = [name for group in groups for name in group]
+        names += group
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{key} names {name!r} twice: a data set has one domain")
@@ -45,15 +45,11 @@ def domain_groups(cfg: CfgNode) -> tuple[tuple[str, ...], ...]:
 
 
 def domain_of(cfg: CfgNode, name: str) -> int:
-    """Return the domain of a data set.
-
-    Raises:
-        ValueError: when it is in no group.
-    """
-    for domain, group in enumerate(domain_groups(cfg)):
+    """Return the domain of a data set; a ValueError when it is in no group."""
+    groups = domain_groups(cfg)
+    for domain, group in enumerate(groups):
         if name in group:
             return domain
-    groups = [list(group) for group in domain_groups(cfg)]
     raise ValueError(
         f"data set {name!r} is in no group of MODEL.DOMAIN_BN.DATASETS {groups}: add it to one"
     )
@@ -77,15 +73,14 @@ def marked_training_dicts(cfg: CfgNode) -> list[Sample]:
         ValueError: for a data set that is in no group, or is no list.
     """
     least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
     marked: list[Sample] = []
     for index, name in enumerate(cfg.DATASETS.TRAIN):
         samples = get_detection_dataset_dicts(
             [name],
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=least,
-            proposal_files=[cfg.DATASETS.PROPOSAL_FILES_TRAIN[index]]
-            if cfg.MODEL.LOAD_PROPOSALS
-            else None,
+            proposal_files=proposals and [proposals[index]],
         )
         if not isinstance(samples, list):
             raise ValueError(

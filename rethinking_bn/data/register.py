@@ -15,7 +15,7 @@ require_detectron2("rethinking_bn.data.register")
 
 from detectron2.config import CfgNode  # noqa: E402
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog  # noqa: E402
-from detectron2.data.datasets import load_coco_json  # noqa: E402
+from detectron2.data.datasets import load_coco_json, register_coco_instances  # noqa: E402
 
 from rethinking_bn.data.shapes import CLASSES  # noqa: E402
 from rethinking_bn.data.storage import (  # noqa: E402
@@ -58,19 +58,19 @@ def register_shapes() -> None:
                 name,
             )
             continue
-        DatasetCatalog.register(name, partial(_load, name))
-        MetadataCatalog[name] = ShapesMetadata(
+        metadata = ShapesMetadata(
             name=name,
             evaluator_type="coco",
             thing_classes=list(CLASSES),
             thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
         )
+        DatasetCatalog.register(name, partial(_load, metadata))
+        MetadataCatalog[name] = metadata
 
 
-def _load(name: str) -> list[dict[str, Any]]:
+def _load(metadata: ShapesMetadata) -> list[dict[str, Any]]:
     """Return the data set in detectron2's format (boxes, polygons)."""
-    folder = ensure_shapes(name)
-    return load_coco_json(str(folder / ANNOTATIONS), str(folder / "images"), name)
+    return load_coco_json(metadata.json_file, metadata.image_root, metadata.name)
 
 
 def register_coco_format(cfg: CfgNode) -> None:
@@ -90,14 +90,12 @@ def register_coco_format(cfg: CfgNode) -> None:
             )
         name, *places = entry
         json_file, images = (p if "://" in p else str(datasets_root() / p) for p in places)
-        keys = {"json_file": json_file, "image_root": images, "coco_format": places}
         before = MetadataCatalog.get(name)
         if before.get("coco_format") == places and before.json_file != json_file:
             DatasetCatalog.remove(name)  # $DETECTRON2_DATASETS has changed
             MetadataCatalog.remove(name)
         if name not in DatasetCatalog:
-            DatasetCatalog.register(name, partial(load_coco_json, json_file, images, name))
-            MetadataCatalog.get(name).set(evaluator_type="coco", **keys)
+            register_coco_instances(name, {"coco_format": places}, json_file, images)
         elif before.get("coco_format") != places:
             raise ValueError(
                 f"DATASETS.COCO_FORMAT: {name!r} is registered already, for "
@@ -113,9 +111,8 @@ def read_classes(name: str, *, evaluated: bool = False) -> list[str]:
         evaluated: whether its annotations must do for COCO's evaluation, too.
 
     Raises:
-        ValueError: naming data set and file, for what is no COCO annotation file or does not fit
-            together.
-        FileNotFoundError: likewise, for an image that is not there.
+        ValueError, FileNotFoundError: naming data set and file, for what is no COCO annotation file
+            or does not fit together, and for an image that is not there.
     """
     metadata = MetadataCatalog.get(name)
     place = f"data set {name!r}: {metadata.json_file}"
@@ -137,11 +134,10 @@ def read_classes(name: str, *, evaluated: bool = False) -> list[str]:
         said = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{place} is no COCO annotation file: {said}") from error
     again += len(files) - len(images)
-    if wrong or again or not classes:
-        what = f"annotation {wrong[0]} has no valid image, category or box" if wrong else ""
-        what = what or (
-            f"{again} annotations or images have ids of others" if again else "no categories"
-        )
+    if wrong:
+        raise ValueError(f"{place}: annotation {wrong[0]} has no valid image, category or box")
+    if again or not classes:
+        what = f"{again} annotations or images have ids of others" if again else "no categories"
         raise ValueError(f"{place}: {what}")
     if evaluated and any(o["id"] == 0 for o in objects):
         logging.getLogger(__name__).warning(

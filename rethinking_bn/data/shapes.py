@@ -1,12 +1,10 @@
 """Draw the shapes data set: circles, squares and triangles over textured backgrounds.
 
 One sample depends only on (seed, split, index), so a data set of fewer images is a prefix of a
-larger one and images can be drawn in any order. The random numbers are uniform doubles and the
-pixels come from elementwise arithmetic (no BLAS, no drawing library), so that the same pixels
-come out everywhere. A changed drawing needs a new :data:`VERSION`.
-
-Coordinates are COCO's: continuous, x to the right and y down, pixel (row i, column j) covers
-[j, j + 1] x [i, i + 1].
+larger one. The random numbers are uniform doubles and the pixels come from elementwise arithmetic
+(no BLAS, no drawing library), so that the same pixels come out everywhere. A changed drawing needs
+a new :data:`VERSION`. Coordinates are COCO's: continuous, x to the right and y down, pixel (row i,
+column j) covers [j, j + 1] x [i, i + 1].
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ _TRIES = 20  # places tried per shape before it is left out
 
 
 class Shape(NamedTuple):
-    """One object; boxes and polygons are of the full shape, also where a later one hides it."""
+    """One object; box and polygon are of the full shape, also where a later one hides it."""
 
     label: int  # index into CLASSES
     polygon: NDArray[np.float64]  # (V, 2) convex, in pixels, rounded to 0.01
@@ -74,12 +72,10 @@ def draw_sample(split: str, index: int) -> tuple[NDArray[np.uint8], list[Shape]]
     visible = np.array([np.inf])  # pixels to be seen of each owner, and the fewest allowed
     allowed = np.array([0.0])
 
-    low, high = OBJECTS
-    count = low + int(rng.random() * (high - low + 1))
-    log_low, log_high = np.log(OBJECT_SIZES)
-    sizes = np.sort(np.exp(log_low + (log_high - log_low) * rng.random(count)))[::-1]
+    count = OBJECTS[0] + int(rng.random() * (OBJECTS[1] - OBJECTS[0] + 1))
+    low, high = np.log(OBJECT_SIZES)
     shapes: list[Shape] = []
-    for size in sizes:
+    for size in np.sort(np.exp(low + (high - low) * rng.random(count)))[::-1]:
         label = int(rng.random() * len(CLASSES))
         outline = _outline(rng, label)
         extent = outline.max(axis=0)

@@ -8,10 +8,8 @@ require_detectron2("rethinking_bn.modeling")
 
 from rethinking_bn.layers.convert import centre_convolutions, convert_norms  # noqa: E402
 from rethinking_bn.modeling import backbone  # noqa: E402, F401
-from rethinking_bn.modeling.box_head import NormBoxHead, ShuffleBNBoxHead  # noqa: E402
 from rethinking_bn.modeling.distilled import DistilledRetinaNet  # noqa: E402
 from rethinking_bn.modeling.domains import DomainRCNN, FollowsDomains  # noqa: E402
-from rethinking_bn.modeling.mask_head import NormMaskHead, ShuffleBNMaskHead  # noqa: E402
 from rethinking_bn.modeling.retinanet import (  # noqa: E402
     RETINANET_HEAD,
     ConfigurableHeadRetinaNet,
@@ -22,8 +20,12 @@ from rethinking_bn.modeling.retinanet import (  # noqa: E402
     build_retinanet_head,
 )
 from rethinking_bn.modeling.roi_heads import (  # noqa: E402
+    NormBoxHead,
     NormImagesCascadeROIHeads,
     NormImagesROIHeads,
+    NormMaskHead,
+    ShuffleBNBoxHead,
+    ShuffleBNMaskHead,
 )
 
 __all__ = [

@@ -1,9 +1,8 @@
 """detectron2's ResNets and FPNs with any norm, as the keys say or GN or MABN throughout.
 
 Registered are build_norm_resnet_backbone, build_norm_resnet_fpn_backbone and
-build_norm_retinanet_resnet_fpn_backbone, which are detectron2's builders of the same names without
-"norm" (see :func:`build_with_norms`), and the same three with "gn" or "mabn" for "norm": those have
-GN or MABN throughout, whatever the keys say.
+build_norm_retinanet_resnet_fpn_backbone (see :func:`build_with_norms`), and the same three with
+"gn" or "mabn" for "norm", which have GN or MABN throughout, whatever the keys say.
 """
 
 from __future__ import annotations
@@ -23,21 +22,17 @@ from detectron2.modeling.backbone.fpn import (
 from torch import nn
 
 from rethinking_bn.config import check_has_keys
-from rethinking_bn.layers import (
-    BatchNorm2d,
-    MABN2d,
-    SplitBatchNorm2d,
-    SyncBatchNorm2d,
-    norm_names,
-)
+from rethinking_bn.layers import BatchNorm2d, MABN2d, SplitBatchNorm2d, SyncBatchNorm2d
 from rethinking_bn.layers.convert import replace_norms
 from rethinking_bn.modeling.domains import check_architecture, domain_norm
-from rethinking_bn.modeling.norm_head import NORM_OPTIONS, norm_options
+from rethinking_bn.modeling.norm_head import NORM_OPTIONS, check_norm, norm_options
 
 logger = logging.getLogger(__name__)
 
 # no norm, and detectron2's own FrozenBN, which loads weights of all ages
 _STOCK = ("", "FrozenBN")
+# which pool more, or less, than the images of a rank
+_POOLS = (SyncBatchNorm2d, MABN2d, SplitBatchNorm2d)
 
 Builder = Callable[[CfgNode, ShapeSpec], Backbone]
 
@@ -47,14 +42,12 @@ def build_with_norms(
 ) -> Backbone:
     """Build one of detectron2's backbones with our norms in every place that may have one.
 
-    These are the stem, all convolutions of the blocks and the shortcuts (MODEL.RESNETS.NORM), and
-    the FPN's lateral and output convolutions (MODEL.FPN.NORM). RetinaNet's P6 and P7, which have no
-    norm in detectron2 and are not among the layers that MABN's authors name, stay plain
-    convolutions. All other keys keep their meaning. The first MODEL.BACKBONE.FREEZE_AT stages are
-    frozen: no gradients, FrozenBN in place of BN, and MABN keeps its statistics.
-
-    MODEL.BACKBONE.NORM_IMAGES makes BN normalise so many images at a time, and MODEL.DOMAIN_BN lets
-    BN and SyncBN follow the domains of the images.
+    MODEL.RESNETS.NORM is for the stem, the blocks and the shortcuts, MODEL.FPN.NORM for the FPN's
+    lateral and output convolutions. RetinaNet's P6 and P7 have none, as in detectron2 (MABN's
+    authors do not name them either). The first MODEL.BACKBONE.FREEZE_AT stages are frozen: no
+    gradients, FrozenBN in place of BN, and MABN keeps its statistics. MODEL.BACKBONE.NORM_IMAGES
+    makes BN normalise so many images at a time, and MODEL.DOMAIN_BN lets BN and SyncBN follow the
+    domains of the images. All other keys keep their meaning.
 
     Args:
         builder, cfg, input_shape: of detectron2's registry, and its arguments.
@@ -70,8 +63,7 @@ def build_with_norms(
     check_architecture(cfg)
     norms = {key: preset or cfg.MODEL[key].NORM for key in ("RESNETS", "FPN")}
     for key, norm in norms.items():
-        if norm not in norm_names():
-            raise ValueError(f"MODEL.{key}.NORM must be one of {norm_names()}, got {norm!r}")
+        check_norm(f"MODEL.{key}.NORM", norm)
     if norms["RESNETS"] == "MABN" and any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
         raise ValueError(
             f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE}, but "
@@ -86,15 +78,15 @@ def build_with_norms(
     backbone = builder(stock, input_shape)
     resnet = backbone if isinstance(backbone, ResNet) else backbone.bottom_up
     keys = ("RESNETS",) if backbone is resnet else ("RESNETS", "FPN")
-    if all(norms[key] == norms["RESNETS"] for key in keys):
-        _replace(backbone, norms, "RESNETS", cfg)
+    if len({norms[key] for key in keys}) == 1:
+        _replace(backbone, norms["RESNETS"], "RESNETS", cfg)
     else:
-        _replace(resnet, norms, "RESNETS", cfg)
+        _replace(resnet, norms["RESNETS"], "RESNETS", cfg)
         backbone.bottom_up = nn.Identity()  # not to be seen twice
-        _replace(backbone, norms, "FPN", cfg)
+        _replace(backbone, norms["FPN"], "FPN", cfg)
         backbone.bottom_up = resnet
-    for key in keys if preset else ():
-        if (configured := cfg.MODEL[key].NORM) != preset:
+    for key in keys:
+        if (configured := cfg.MODEL[key].NORM) != norms[key]:
             logger.info("The backbone has %s where MODEL.%s.NORM says %r", preset, key, configured)
     _freeze(resnet, cfg.MODEL.BACKBONE.FREEZE_AT)
     _normalize_images(backbone, cfg.MODEL.BACKBONE.NORM_IMAGES)
@@ -123,8 +115,7 @@ for _builder in (
         _register(_builder, _prefix, _preset)
 
 
-def _replace(part: nn.Module, norms: dict[str, str], key: str, cfg: CfgNode) -> None:
-    norm = norms[key]
+def _replace(part: nn.Module, norm: str, key: str, cfg: CfgNode) -> None:
     follows_domains = domain_norm(cfg, norm, f"MODEL.{key}.NORM")
     if follows_domains is not None:
         replace_norms(part, follows_domains)
@@ -135,10 +126,9 @@ def _replace(part: nn.Module, norms: dict[str, str], key: str, cfg: CfgNode) -> 
 def _freeze(resnet: ResNet, freeze_at: int) -> None:
     resnet.freeze(freeze_at)  # detectron2's, which replaces BN alone
     for layer in resnet.modules():
-        if isinstance(layer, (MABN2d, SplitBatchNorm2d)) and not any(
-            p.requires_grad for p in layer.parameters()
-        ):
-            layer.freeze()
+        if isinstance(layer, (MABN2d, SplitBatchNorm2d)):
+            if not any(p.requires_grad for p in layer.parameters()):
+                layer.freeze()
 
 
 def _normalize_images(backbone: nn.Module, images: int) -> None:
@@ -146,20 +136,14 @@ def _normalize_images(backbone: nn.Module, images: int) -> None:
     key = f"MODEL.BACKBONE.NORM_IMAGES is {images}"
     if images < 0:
         raise ValueError(f"{key} < 0")
-    if not images:
-        return
-    pools = {
-        SyncBatchNorm2d: "pools all ranks",
-        MABN2d: "averages over iterations",
-        SplitBatchNorm2d: "takes a domain's images (MODEL.DOMAIN_BN)",
-    }
-    norms: list[Any] = [m for m in backbone.modules() if isinstance(m, (BatchNorm2d, *pools))]
-    for norm in norms:
-        if type(norm) in pools:
+    norms: list[Any] = [m for m in backbone.modules() if isinstance(m, (BatchNorm2d, *_POOLS))]
+    for norm in norms if images else ():
+        if isinstance(norm, _POOLS):
             raise ValueError(
-                f"{key}, but {type(norm).__name__} {pools[type(norm)]} and knows no groups of "
-                "images: set it to 0, or MODEL.RESNETS.NORM and MODEL.FPN.NORM to BN or BatchStatBN"
+                f"{key}, but {type(norm).__name__} knows no groups of images: set it to 0, or "
+                "MODEL.RESNETS.NORM and MODEL.FPN.NORM to BN or BatchStatBN (without "
+                "MODEL.DOMAIN_BN)"
             )
         norm.rows_at_a_time = images
-    if not norms:
+    if images and not norms:
         raise ValueError(f"{key}, but no norm of the backbone normalises several images together")

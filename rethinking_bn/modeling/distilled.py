@@ -29,21 +29,20 @@ def teacher_config(name: str) -> CfgNode:
     Raises:
         ValueError: when there is no such file.
     """
+    path, installed = name, False
+    if not os.path.isfile(name) and name in list_config_files():
+        path = get_config_file(name)
+    elif not os.path.isfile(name):
+        try:
+            path = model_zoo.get_config_file(name)
+        except RuntimeError as error:
+            raise ValueError(
+                f"MODEL.DISTILL.TEACHER_CONFIG {name!r} is no file, and no name under configs/ or "
+                "in detectron2's model zoo"
+            ) from error
+        installed = ".." not in Path(name).parts
     cfg = get_cfg()
     add_rethinking_bn_config(cfg)
-    path, installed = name, False
-    if not os.path.isfile(name):
-        if name in list_config_files():
-            path = get_config_file(name)
-        else:
-            try:
-                path = model_zoo.get_config_file(name)
-                installed = ".." not in Path(name).parts
-            except RuntimeError as error:
-                raise ValueError(
-                    f"MODEL.DISTILL.TEACHER_CONFIG {name!r} is no file, and no name under "
-                    "configs/ or in detectron2's model zoo"
-                ) from error
     # the zoo's Base-RetinaNet.yaml holds a tag that runs code, which is detectron2's own
     cfg.merge_from_file(path, allow_unsafe=installed)
     return cfg
@@ -99,8 +98,7 @@ class Teacher:
     def logits(self, batched_inputs: list[dict[str, Any]], like: Tensor) -> list[Tensor]:
         """Return L tensors (N, anchors, K): what the teacher says of the classes."""
         model = self.model(like)
-        images = model.preprocess_image(batched_inputs)
-        features = model.backbone(images.tensor)
+        features = model.backbone(model.preprocess_image(batched_inputs).tensor)
         predictions = model.head([features[name] for name in model.head_in_features])
         return model._transpose_dense_predictions([predictions[0]], [model.num_classes])[0]
 
@@ -110,11 +108,9 @@ class DistilledRetinaNet(ConfigurableHeadRetinaNet):
     """ConfigurableHeadRetinaNet with one loss more, against a teacher (docs/distillation.md).
 
     ``loss_distill`` is WEIGHT · :func:`rethinking_bn.distillation.binary_kl_soft_loss` over all
-    classes of the anchors that the focal loss counts, those that are not ignored: it is divided by
-    their number times the number of classes, over all levels and images. Apart from it
-    this is the model it would be without a teacher, whose checkpoints it shares.
-
-    The teacher gets the same images, normalised by its own pixel statistics.
+    classes of the anchors that the focal loss counts, those that are not ignored, over all levels
+    and images. Apart from it this is the model it would be without a teacher, whose checkpoints it
+    shares. The teacher gets the same images, normalised by its own pixel statistics.
 
     Raises (in training):
         ValueError: when teacher and student predict for other anchors or classes.
@@ -170,12 +166,7 @@ class DistilledRetinaNet(ConfigurableHeadRetinaNet):
             self._targets = None
 
     def losses(
-        self,
-        anchors: Any,
-        pred_logits: list[Tensor],
-        gt_labels: list[Tensor],
-        pred_anchor_deltas: list[Tensor],
-        gt_boxes: Any,
+        self, anchors: Any, pred_logits: list[Tensor], gt_labels: list[Tensor], *rest: Any
     ) -> dict[str, Tensor]:
         """As RetinaNet's, and ``loss_distill``."""
         targets = self._targets
@@ -187,7 +178,7 @@ class DistilledRetinaNet(ConfigurableHeadRetinaNet):
                 f"level (images, anchors, classes), the student's are {shapes[0]}, the teacher's "
                 f"{shapes[1]}"
             )
-        found = super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+        found = super().losses(anchors, pred_logits, gt_labels, *rest)
         counts = torch.stack(gt_labels) >= 0  # (N, anchors of all levels)
         soft = binary_kl_soft_loss(
             torch.cat(pred_logits, dim=1)[counts],

@@ -25,8 +25,7 @@ def domain_norm(cfg: CfgNode, norm: str, key: str) -> partial[SplitBatchNorm2d] 
     None where there are no domains, or the norm takes each image by itself.
 
     Args:
-        cfg, norm, key: a name that :func:`rethinking_bn.layers.get_norm` knows, and the config key
-            that gives it.
+        cfg, norm, key: the config, a norm's name, and the config key that gives it.
 
     Raises:
         ValueError: for a norm that mixes images and knows no domains, or an unknown choice.
@@ -34,9 +33,9 @@ def domain_norm(cfg: CfgNode, norm: str, key: str) -> partial[SplitBatchNorm2d] 
     groups = domain_groups(cfg)
     if not groups or norm in _EACH_IMAGE_APART:
         return None
-    keys = ("TRAIN_STATS", "POPULATION_STATS", "AFFINE")
-    choices: dict[str, Any] = {name: cfg.MODEL.DOMAIN_BN[name] for name in keys}
-    for name, choice in choices.items():
+    choices: dict[str, Any] = {}
+    for name in ("TRAIN_STATS", "POPULATION_STATS", "AFFINE"):
+        choices[name.lower()] = choice = cfg.MODEL.DOMAIN_BN[name]
         if choice not in CHOICES:
             raise ValueError(f"MODEL.DOMAIN_BN.{name} must be one of {CHOICES}, got {choice!r}")
     if norm not in ("BN", "SyncBN"):
@@ -44,12 +43,8 @@ def domain_norm(cfg: CfgNode, norm: str, key: str) -> partial[SplitBatchNorm2d] 
             f"{key} is {norm!r}, which knows no domains, but MODEL.DOMAIN_BN.DATASETS has "
             f"{len(groups)}: set it to BN or SyncBN, or to a norm that takes each image by itself"
         )
-    return partial(
-        SplitBatchNorm2d,
-        num_domains=len(groups),
-        sync=norm == "SyncBN",
-        **{name.lower(): choice for name, choice in choices.items()},
-    )
+    sync = norm == "SyncBN"
+    return partial(SplitBatchNorm2d, num_domains=len(groups), sync=sync, **choices)
 
 
 def check_architecture(cfg: CfgNode) -> None:
@@ -68,9 +63,7 @@ def check_architecture(cfg: CfgNode) -> None:
 def check_norms(cfg: CfgNode, parts: Iterable[tuple[str, Any]]) -> None:
     """Raise a ValueError if the data has domains and a norm knows none, or no norm follows them.
 
-    Args:
-        cfg: with MODEL.DOMAIN_BN.
-        parts: names and parts of the model; only modules are looked at.
+    Of the named ``parts`` of the model, only modules are looked at.
     """
     if not domain_groups(cfg):
         return
@@ -126,11 +119,7 @@ class DomainRCNN(FollowsDomains, GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Return GeneralizedRCNN's arguments.
-
-        Raises:
-            ValueError: as :func:`check_norms`.
-        """
+        """Return GeneralizedRCNN's arguments; a ValueError as :func:`check_norms`."""
         arguments = super().from_config(cfg)
         check_norms(cfg, arguments.items())
         return arguments

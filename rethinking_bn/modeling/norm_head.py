@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from rethinking_bn.checkpoint import require_statistics
 from rethinking_bn.config import check_has_keys, images_per_pass
-from rethinking_bn.layers import MABN2d, get_norm, norm_names
+from rethinking_bn.layers import get_norm, norm_names
 from rethinking_bn.layers.bn_like import communicates
 from rethinking_bn.layers.convert import centre_convolutions
-from rethinking_bn.shuffle.layers import (
-    ShuffledLayers,
-    mixes_rows,
-    mixes_rows_of_a_rank,
-)
-
-logger = logging.getLogger(__name__)
+from rethinking_bn.shuffle.layers import ShuffledLayers, mixes_rows, mixes_rows_of_a_rank
 
 Norm = str | Callable[[int], nn.Module] | None
 
@@ -34,23 +26,15 @@ NORM_OPTIONS = {"GN": "MODEL.GN", "MABN": "MODEL.MABN"}
 
 
 def norm_options(cfg: CfgNode, norm: str) -> dict[str, Any]:
-    """Return the keyword arguments that the config has for layers of a norm.
+    """Return the options that the config has for ``get_norm(norm, channels, **options)``.
 
-    Args:
-        cfg: with ``MODEL.MABN`` and ``MODEL.GN``.
-        norm: a name that :func:`rethinking_bn.layers.get_norm` knows.
-
-    Returns:
-        arguments of ``get_norm(norm, channels, ...)``. MABN's ``batch_size`` is in images, for
-        layers that see RoIs as well. It is None where MODEL.MABN.BATCH_SIZE is 0 and the images of
-        a forward on the ranks now running do not fit: a model trained on other ranks can be
-        evaluated, and a training stops at its first layer.
+    MABN's ``batch_size`` is in images, for layers that see RoIs as well. It is None where
+    MODEL.MABN.BATCH_SIZE is 0 and the images of a forward on the ranks now running do not fit: a
+    model trained on other ranks can be evaluated, and a training stops at its first layer.
 
     Raises:
-        ValueError: when MODEL.MABN.BATCH_SIZE does not divide MODEL.MABN.SIMULATED_BATCH_SIZE, or
-            the config lacks this project's keys.
+        ValueError: when MODEL.MABN.BATCH_SIZE does not divide MODEL.MABN.SIMULATED_BATCH_SIZE.
     """
-    check_has_keys(cfg)
     if norm == "GN":
         return {"num_groups": cfg.MODEL.GN.NUM_GROUPS}
     if norm != "MABN":
@@ -75,15 +59,10 @@ def norm_options(cfg: CfgNode, norm: str) -> dict[str, Any]:
     }
 
 
-def _norm_factory(norm: Norm, options: Mapping[str, Any], key: str) -> Any:
-    """Return what detectron2's heads take as ``conv_norm``: channels -> layer, or "" for none."""
-    if norm is None or norm == "":
-        return ""
-    if callable(norm):
-        return norm
-    if norm not in norm_names():
+def check_norm(key: str, norm: Any) -> None:
+    """Raise a ValueError unless the norm that a config key gives is a known one or a callable."""
+    if not callable(norm) and (norm or "") not in norm_names():
         raise ValueError(f"{key} must be one of {norm_names()} or a callable, got {norm!r}")
-    return lambda channels: get_norm(norm, channels, **options)
 
 
 class RequiresStatistics:
@@ -92,14 +71,11 @@ class RequiresStatistics:
     #: MODEL.ALLOW_MISSING_STATISTICS: the statistics then stay as they are
     allow_missing_statistics = False
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        error_msgs = kwargs["error_msgs"] if "error_msgs" in kwargs else args[-1]
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        module: Any = self
         allowed = self.allow_missing_statistics
-        assert isinstance(self, nn.Module)  # for the type checker
-        require_statistics(self, state_dict, prefix, error_msgs, allow_missing=allowed)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+        require_statistics(module, state_dict, prefix, args[-1], allow_missing=allowed)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
 
 class NormHead(RequiresStatistics):
@@ -119,7 +95,7 @@ class NormHead(RequiresStatistics):
     section = ""
 
     if TYPE_CHECKING:  # TorchScript would read annotations of attributes
-        conv_norm_relus: list[nn.Module]
+        conv_norm_relus: list[Any]
         norm_images: int
         _image_rows: tuple[int, ...] | None
     _image_rows = None
@@ -153,27 +129,22 @@ class NormHead(RequiresStatistics):
             ValueError: for an unknown norm, a negative ``norm_images``, or a positive one with a
                 norm whose batch it cannot divide (SyncBN, MABN).
         """
-        norm = _norm_factory(conv_norm, norm_arguments or {}, f"MODEL.{self.section}.NORM")
+        check_norm(f"MODEL.{self.section}.NORM", conv_norm)
+        options = norm_arguments or {}
+        norm = (lambda channels: get_norm(conv_norm, channels, **options)) if conv_norm else ""
         super().__init__(input_shape, conv_norm=norm, **kwargs)  # type: ignore[call-arg]
-        self.allow_missing_statistics = allow_missing_statistics
-        norms = self._norms()
-        if any(isinstance(norm, MABN2d) for norm in norms):
-            assert isinstance(self, nn.Module)  # for the type checker
-            centre_convolutions(self)
+        module: Any = self
+        centre_convolutions(module)  # before MABN
+        self.allow_missing_statistics, self.norm_images = allow_missing_statistics, norm_images
         if norm_images < 0:
             raise ValueError(f"norm_images (MODEL.ROI_HEADS.NORM_IMAGES) is {norm_images} < 0")
-        for norm in norms if norm_images else ():
-            pooled = communicates(norm)
-            if mixes_rows(norm) and (pooled or not hasattr(norm, "row_groups")):
-                why = "pools all images of all ranks" if pooled else "takes all rows together"
+        for layer in self.batch_norms() if norm_images else ():
+            if communicates(layer) or not hasattr(layer, "row_groups"):
                 raise ValueError(
                     f"norm_images (MODEL.ROI_HEADS.NORM_IMAGES) is {norm_images}, but "
-                    f"{type(norm).__name__} {why}: set it to 0, or the norm to BN or BatchStatBN"
+                    f"{type(layer).__name__} takes the rows of all images together: set it to 0, "
+                    "or the norm to BN or BatchStatBN"
                 )
-        self.norm_images = norm_images
-        kinds = " and ".join(sorted({type(norm).__name__ for norm in norms})) or "no norm"
-        together = f"{norm_images} image(s) at a time" if norm_images else "all images together"
-        logger.info("%s: %s, %s", type(self).__name__, kinds, together)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -192,9 +163,8 @@ class NormHead(RequiresStatistics):
 
     def __prepare_scriptable__(self) -> Any:
         # called by torch.jit.script
-        if self.norm_images and any(
-            getattr(norm, "batch_stats_at_inference", False) for norm in self.batch_norms()
-        ):
+        norms = self.batch_norms() if self.norm_images else []
+        if any(getattr(norm, "batch_stats_at_inference", False) for norm in norms):
             raise ValueError(
                 f"{type(self).__name__} normalises each image by itself at inference (MODEL."
                 "ROI_HEADS.NORM_IMAGES with BatchStatBN), which TorchScript cannot express: trace "
@@ -202,24 +172,18 @@ class NormHead(RequiresStatistics):
             )
         return self
 
-    def batch_norms(self) -> list[nn.Module]:
+    def batch_norms(self) -> list[Any]:
         """Return the norm layers whose result for a row depends on the other rows."""
-        return [norm for norm in self._norms() if mixes_rows(norm)]
+        norms = [layer.norm for layer in self.conv_norm_relus]
+        return [norm for norm in norms if norm is not None and mixes_rows(norm)]
 
-    def _norms(self) -> list[nn.Module]:
-        norms = [getattr(layer, "norm", None) for layer in self.conv_norm_relus]
-        return [norm for norm in norms if isinstance(norm, nn.Module)]
-
-    def forward_unshuffled(self, x: Tensor) -> Tensor:
-        """Run all layers one after the other, on all rows together; TorchScript compiles it."""
-        for layer in self:  # type: ignore[attr-defined]
-            x = layer(x)
-        return x
+    #: runs all layers one after the other, on all rows together
+    forward_unshuffled = ShuffledLayers.forward_unshuffled
 
     def forward_images(self, x: Tensor) -> Tensor:
         """Run all layers, with the rows normalised that belong together."""
         with self.normalizing_images(len(x)):
-            return self.forward_unshuffled(x)
+            return self.forward_unshuffled(x)  # type: ignore[misc]
 
     @contextmanager
     def image_rows(self, rows: Sequence[int]) -> Iterator[None]:
@@ -247,7 +211,7 @@ class NormHead(RequiresStatistics):
                 training = any(norm.training for norm in norms)
                 sizes = self._group_sizes(num_rows, training=training, shuffled=shuffled)
                 for norm in norms:
-                    stack.enter_context(norm.row_groups(sizes))  # type: ignore[operator]
+                    stack.enter_context(norm.row_groups(sizes))
             yield
 
     def _group_sizes(self, num_rows: int, *, training: bool, shuffled: bool) -> list[int] | None:
@@ -264,16 +228,15 @@ class NormHead(RequiresStatistics):
             return None
         if not training:
             return list(rows)
-        if len(rows) % k:
+        groups, remainder = divmod(len(rows), k)
+        if remainder:
             raise ValueError(
                 f"MODEL.ROI_HEADS.NORM_IMAGES {k} does not divide the {len(rows)} images of a "
                 "batch on this rank"
             )
         if not shuffled:
             return [sum(rows[i : i + k]) for i in range(0, len(rows), k)]
-        groups = len(rows) // k
-        ends = [group * num_rows // groups for group in range(groups + 1)]
-        return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        return [(i + 1) * num_rows // groups - i * num_rows // groups for i in range(groups)]
 
 
 class ShuffleHead(ShuffledLayers, NormHead):
@@ -305,9 +268,3 @@ class ShuffleHead(ShuffledLayers, NormHead):
         """Run layers on rows that came from a shuffle, normalised in equal batches."""
         with self.normalizing_images(len(rows), shuffled=True):
             return super().run_on_shuffled(layers, rows)
-
-
-def rows_of_images(instances: Sequence[Instances]) -> list[int]:
-    """Return how many instances each image has."""
-    # not len(), which would make constants of what torch.jit.trace follows
-    return [of_image.__len__() for of_image in instances]

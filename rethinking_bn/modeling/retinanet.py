@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -53,11 +54,9 @@ def build_retinanet_head(cfg: CfgNode, input_shape: list[ShapeSpec]) -> nn.Modul
         ValueError: when RETINANET_HEAD has no head of that name.
     """
     name = cfg.MODEL.RETINANET.HEAD_NAME
-    known = [registered for registered, _ in RETINANET_HEAD]
-    if name not in known:
-        raise ValueError(
-            f"MODEL.RETINANET.HEAD_NAME is {name!r}; registered heads: {', '.join(sorted(known))}"
-        )
+    if name not in RETINANET_HEAD:
+        known = ", ".join(sorted(registered for registered, _ in RETINANET_HEAD))
+        raise ValueError(f"MODEL.RETINANET.HEAD_NAME is {name!r}; registered heads: {known}")
     return RETINANET_HEAD.get(name)(cfg, input_shape)
 
 
@@ -93,8 +92,7 @@ class ConfigurableHeadRetinaNet(FollowsDomains, RetinaNet):
             # are dropped, and their draws from the random state undone
             stock = cfg.clone()
             stock.defrost()
-            stock.MODEL.RETINANET.NORM = ""
-            stock.MODEL.RETINANET.NUM_CONVS = 1
+            stock.MODEL.RETINANET.NORM, stock.MODEL.RETINANET.NUM_CONVS = "", 1
             if cfg.TEST.PRECISE_BN.ENABLED:
                 logger.info(
                     "TEST.PRECISE_BN is on. detectron2's own hook passes over multi-domain layers: "
@@ -108,10 +106,9 @@ class ConfigurableHeadRetinaNet(FollowsDomains, RetinaNet):
 
 def _refuse_choices(cfg: CfgNode) -> None:
     """Raise a ValueError for keys that detectron2's own head ignores or does not know."""
-    keys = {"NORM": cfg.MODEL.RETINANET.NORM if cfg.MODEL.RETINANET.NORM in _OUR_NORMS else ""}
-    keys |= {f"BN.{name}": value for name, value in cfg.MODEL.RETINANET.BN.items()}
-    for name, value in keys.items():
-        if value:
+    keys = cfg.MODEL.RETINANET
+    for name, value in (("NORM", keys.NORM), *((f"BN.{n}", v) for n, v in keys.BN.items())):
+        if value and (name != "NORM" or value in _OUR_NORMS):
             raise ValueError(
                 f"MODEL.RETINANET.{name} is {value!r}, which detectron2's RetinaNetHead does not "
                 "know: set MODEL.RETINANET.HEAD_NAME to MultiDomainBNRetinaNetHead"
@@ -137,7 +134,7 @@ class MultiDomainBNRetinaNetHead(RequiresStatistics, RetinaNetHead):
     choices: Mapping[str, Choice] = TABLE_5[1]
     #: whether other choices than these are refused
     is_preset: bool = False
-    #: (channels, levels, sync=, and the three choices) -> layer
+    #: (channels, num_domains=, sync=, and the three choices) -> layer
     norm_layer: Callable[..., nn.Module] = MultiDomainBatchNorm2d
 
     @configurable
@@ -169,8 +166,7 @@ class MultiDomainBNRetinaNetHead(RequiresStatistics, RetinaNetHead):
                 must stay unset. "MABN" has one set of statistics for all levels, one iteration per
                 pass, and centres the convolutions, which lose their bias.
             train_stats, population_stats, affine: "shared" (one set for all levels),
-                "domain_specific" (one per level) or "" (this class's own choice); the columns of
-                Table 5.
+                "domain_specific" (one per level) or "" (this class's own); Table 5's columns.
             prior_prob: initial foreground probability of every anchor.
             norm_arguments: keyword arguments of the layers of another norm than "BN" and "SyncBN".
             domain_norm: for data with domains, channels -> a SplitBatchNorm2d that stands for "BN"
@@ -199,8 +195,8 @@ class MultiDomainBNRetinaNetHead(RequiresStatistics, RetinaNetHead):
             replace_norms(self, norm, **options)
         else:
             centre_convolutions(self)  # for a callable that makes MABN2d
-        self.cls_subnet: Any = layer_by_layer(self.cls_subnet)
-        self.bbox_subnet: Any = layer_by_layer(self.bbox_subnet)
+        self.cls_subnet: nn.Sequential = layer_by_layer(self.cls_subnet)
+        self.bbox_subnet: nn.Sequential = layer_by_layer(self.bbox_subnet)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
@@ -229,52 +225,31 @@ class MultiDomainBNRetinaNetHead(RequiresStatistics, RetinaNetHead):
         domain_norm: NormFactory | None,
     ) -> NormFactory | None:
         """Return channels -> layer for the requested norm, or None for no norm."""
-        if norm in _BN_NAMES:
-            choices = cls._resolve(given, {*CHOICES} if domain_norm is None else {"shared"})
-            if domain_norm is not None:
-                logger.info("%s: %s, shared between levels", cls.__name__, domain_norm(1))
-                return domain_norm
-            described = ", ".join(f"{name} {choice}" for name, choice in choices.items())
-            logger.info(
-                "%s: %s over %d feature levels, %s", cls.__name__, norm, num_domains, described
-            )
-            return lambda channels: cls.norm_layer(
-                channels, num_domains, sync=norm == "SyncBN", **choices
-            )
-        chosen = [f"{name}={value!r}" for name, value in given.items() if value]
-        if cls.is_preset or chosen:
-            raise ValueError(
-                f"{cls.__name__}{f' with {chosen[0]}' if chosen else ''} needs the norm "
-                f"(MODEL.RETINANET.NORM) to be one of {', '.join(_BN_NAMES)}; got {norm!r}"
-            )
-        if norm is None or norm == "":
-            return None
-        if norm == "MABN":
-            return nn.BatchNorm2d  # stands in until the convolutions can be centred, too
-        return lambda channels: get_norm(norm, channels, **options)
-
-    @classmethod
-    def _resolve(cls, given: Mapping[str, str], possible: set[str]) -> dict[str, Choice]:
-        """Return the three choices, the class's own where none is given.
-
-        Args:
-            given: by name; "" where none is.
-            possible: "shared" alone where the data has domains.
-        """
-        resolved = dict(cls.choices)
+        if norm not in _BN_NAMES:
+            chosen = [f"{name}={value!r}" for name, value in given.items() if value]
+            if cls.is_preset or chosen:
+                raise ValueError(
+                    f"{cls.__name__}{f' with {chosen[0]}' if chosen else ''} needs the norm "
+                    f"(MODEL.RETINANET.NORM) to be one of {', '.join(_BN_NAMES)}; got {norm!r}"
+                )
+            if norm == "MABN":
+                return nn.BatchNorm2d  # stands in until the convolutions can be centred, too
+            return (lambda channels: get_norm(norm, channels, **options)) if norm else None
+        choices = dict(cls.choices)
         for name, value in given.items():
             key = f"{cls.__name__}: {name} (MODEL.RETINANET.BN.{name.upper()})"
             allowed = (cls.choices[name],) if cls.is_preset else CHOICES
             if value and value not in allowed:
                 listed = " or ".join(repr(choice) for choice in (*allowed, ""))
                 raise ValueError(f"{key} must be {listed}, got {value!r}")
-            resolved[name] = value or resolved[name]
-            if resolved[name] not in possible:
+            choices[name] = cast(Choice, value) or choices[name]
+            if domain_norm is not None and choices[name] != "shared":
                 raise ValueError(
-                    f"{key} is {resolved[name]!r}, but with domains in the data "
+                    f"{key} is {choices[name]!r}, but with domains in the data "
                     "(MODEL.DOMAIN_BN.DATASETS) the feature levels must share theirs"
                 )
-        return resolved
+        sync = norm == "SyncBN"
+        return domain_norm or partial(cls.norm_layer, num_domains=num_domains, sync=sync, **choices)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """
@@ -315,13 +290,13 @@ class DomainBNRetinaNetHead(MultiDomainBNRetinaNetHead):
 class CycleBNRetinaNetHead(MultiDomainBNRetinaNetHead):
     """Row 4 of Table 5: statistics of its own for every level, one affine.
 
-    Built of layers that are called once per level, as detectron2's ``CycleBatchNormList`` is (its
-    checkpoints load). A synchronised layer takes one collective per level; the general head with
-    the same choices takes one for all.
+    Its layers are called once per level, as detectron2's ``CycleBatchNormList`` is, whose
+    checkpoints load. A synchronised layer takes one collective per level; the general head with the
+    same choices takes one for all.
     """
 
     choices = TABLE_5[4]
     is_preset = True
     norm_layer = staticmethod(
-        lambda c, domains, *, sync, **_: CycleBatchNorm2d(c, domains, sync=sync)
+        lambda c, *, num_domains, sync, **_: CycleBatchNorm2d(c, num_domains, sync=sync)
     )

@@ -1,22 +1,135 @@
-"""ROI heads that tell their heads which RoIs are of one image, for MODEL.ROI_HEADS.NORM_IMAGES."""
+"""Mask R-CNN's heads with the package's norms, with and without shuffled RoIs.
+
+The ROI heads are detectron2's, but tell box and mask heads which RoIs are of one image
+(MODEL.ROI_HEADS.NORM_IMAGES). Box and mask heads are detectron2's but for their norms: layers,
+names, state dict, initialisation and losses are the same (Tables 3 and 6 of arXiv 2105.07576).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import (
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    CascadeROIHeads,
+    FastRCNNConvFCHead,
+    MaskRCNNConvUpsampleHead,
+    StandardROIHeads,
+)
+from detectron2.modeling.roi_heads.mask_head import mask_rcnn_inference
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from rethinking_bn.config import check_has_keys
-from rethinking_bn.modeling.norm_head import NormHead, rows_of_images
+from rethinking_bn.modeling.norm_head import NormHead, ShuffleHead
 
 _KEY = "MODEL.ROI_HEADS.NORM_IMAGES"
 _STOCK = StandardROIHeads._forward_box
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class NormBoxHead(NormHead, FastRCNNConvFCHead):
+    """detectron2's box head with the package's norms.
+
+    Its BN and SyncBN take empty batches: in training they leave the running statistics alone.
+    Arguments are those of :class:`~rethinking_bn.modeling.norm_head.NormHead`.
+    """
+
+    section = "ROI_BOX_HEAD"
+    norm_keys = ("MODEL.ROI_BOX_HEAD.NORM",)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """As NormHead's; a ValueError for NORM_IMAGES in ROI heads that tell no image rows."""
+        arguments = super().from_config(cfg, input_shape)
+        name = cfg.MODEL.ROI_HEADS.NAME
+        if arguments["norm_images"] and name in ROI_HEADS_REGISTRY:
+            if _KEY not in getattr(ROI_HEADS_REGISTRY.get(name), "reads", ()):
+                raise ValueError(
+                    f"{_KEY} is {arguments['norm_images']}, but {name} does not tell the box head "
+                    "which RoIs are of one image: set MODEL.ROI_HEADS.NAME to NormImagesROIHeads "
+                    "or NormImagesCascadeROIHeads"
+                )
+        return arguments
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (R, C, H, W), one row per RoI; R may be 0.
+
+        Returns:
+            (R, fc_dims[-1]), or (R, conv_dims[-1], H, W) without fully connected layers.
+
+        Raises:
+            ValueError: with ``norm_images``, outside of ``image_rows(...)``.
+        """
+        return self.forward_unshuffled(x) if torch.jit.is_scripting() else self.forward_images(x)
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class ShuffleBNBoxHead(ShuffleHead, NormBoxHead):
+    """NormBoxHead that normalises RoIs shuffled over all ranks ("shuffle BN", section 6).
+
+    In training, each row travels to a rank as pooled: C·H·W numbers, 12,544 for 256x7x7. It
+    returns where it is smallest after the last normalised layer: after the fully connected
+    layers (1,024 numbers in the 4conv1fc head), or as the last feature map where there are none
+    or they are wider. As many numbers travel in the backward. Rows that stay on their rank are
+    not sent. See :class:`~rethinking_bn.modeling.norm_head.ShuffleHead`.
+    """
+
+    seed_of_head = 0
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class NormMaskHead(NormHead, MaskRCNNConvUpsampleHead):
+    """detectron2's mask head with the package's norms.
+
+    The deconvolution and the predictor have no norm, as in detectron2's. All that is said of
+    :class:`NormBoxHead` holds here, too.
+    """
+
+    section = "ROI_MASK_HEAD"
+    norm_keys = ("MODEL.ROI_MASK_HEAD.NORM",)
+
+    def forward(self, x: Tensor, instances: list[Instances]):  # type: ignore[no-untyped-def]
+        """
+        Args:
+            x: (R, C, H, W), one row per RoI; R may be 0.
+            instances: of each image, R in all; see detectron2's BaseMaskRCNNHead.
+
+        Returns:
+            the losses in training, otherwise the instances with their masks.
+        """
+        if torch.jit.is_scripting():
+            mask_rcnn_inference(self.forward_unshuffled(x), instances)
+            return instances
+        else:  # not compiled by TorchScript
+            with _image_rows(self, instances):
+                return super().forward(x, instances)
+
+    def layers(self, x: Tensor) -> Tensor:
+        """Return logits (R, K, 2H, 2W) for (R, C, H, W)."""
+        return self.forward_images(x)
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class ShuffleBNMaskHead(ShuffleHead, NormMaskHead):
+    """NormMaskHead that normalises RoIs shuffled over all ranks ("shuffle BN", section 6).
+
+    Rows travel as those of :class:`ShuffleBNBoxHead`: each as pooled (50,176 numbers for
+    256x14x14), and back as the last normalised feature map (50,176 numbers) or as logits, which
+    are K·2H·2W: 2,352 for 3 classes, but 62,720 for 80, which therefore take the former.
+    """
+
+    seed_of_head = 1
 
 
 class _TellsImageRows:
@@ -81,20 +194,9 @@ class NormImagesCascadeROIHeads(_TellsImageRows, CascadeROIHeads):
             return super()._run_stage(features, proposals, stage)
 
 
-def check_image_rows_are_told(cfg: CfgNode) -> None:
-    """Raise a ValueError if NORM_IMAGES is set and MODEL.ROI_HEADS.NAME tells no image rows."""
-    name = cfg.MODEL.ROI_HEADS.NAME
-    if not cfg.MODEL.ROI_HEADS.NORM_IMAGES or name not in ROI_HEADS_REGISTRY:
-        return
-    if _KEY not in getattr(ROI_HEADS_REGISTRY.get(name), "reads", ()):
-        raise ValueError(
-            f"{_KEY} is {cfg.MODEL.ROI_HEADS.NORM_IMAGES}, but {name} does not tell the box head "
-            "which RoIs are of one image: set MODEL.ROI_HEADS.NAME to NormImagesROIHeads or "
-            "NormImagesCascadeROIHeads"
-        )
-
-
-def _image_rows(head: nn.Module, proposals: list[Instances]) -> AbstractContextManager[None]:
+def _image_rows(head: nn.Module, instances: Sequence[Instances]) -> AbstractContextManager[None]:
+    """Tell a head of ours how many of the instances are of each image."""
     if not isinstance(head, NormHead):
         return nullcontext()
-    return head.image_rows(rows_of_images(proposals))
+    # not len(), which would make constants of what torch.jit.trace follows
+    return head.image_rows([of_image.__len__() for of_image in instances])

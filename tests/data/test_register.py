@@ -10,18 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, BoxMode, Instances
 from torch import nn
 
-pytest.importorskip("detectron2")
-
-from detectron2.config import get_cfg  # noqa: E402
-from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
-from detectron2.engine import DefaultTrainer  # noqa: E402
-from detectron2.evaluation import COCOEvaluator  # noqa: E402
-from detectron2.structures import Boxes, BoxMode, Instances  # noqa: E402
-
-from rethinking_bn.data import CLASSES, SHAPES_DATASETS, ShapesDataset, shapes  # noqa: E402
-from rethinking_bn.data.register import ShapesMetadata, register_shapes  # noqa: E402
+from rethinking_bn.data import CLASSES, SHAPES_DATASETS, ShapesDataset, shapes
+from rethinking_bn.data.register import ShapesMetadata, register_shapes
 
 COUNT = 6
 
@@ -68,21 +65,20 @@ class _Oracle(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.targets = {
-            int(target["image_id"]): (image, target)
-            for image, target in (ShapesDataset(name, masks=True)[i] for i in range(COUNT))
-        }
+        self.targets = [*ShapesDataset(name, masks=True)]
 
     def forward(self, inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
         outputs = []
         for sample in inputs:
-            image, target = self.targets[sample["image_id"]]
+            image, target = self.targets[sample["image_id"] - 1]
             assert torch.equal(sample["image"], image.flip(0))  # detectron2 reads BGR
-            instances = Instances((sample["height"], sample["width"]))
-            instances.pred_boxes = Boxes(target["boxes"])
-            instances.pred_classes = target["labels"]
-            instances.scores = torch.linspace(1, 0.5, len(target["labels"]))
-            instances.pred_masks = target["masks"].bool()
+            instances = Instances(
+                (sample["height"], sample["width"]),
+                pred_boxes=Boxes(target["boxes"]),
+                pred_classes=target["labels"],
+                scores=torch.linspace(1, 0.5, len(target["labels"])),
+                pred_masks=target["masks"].bool(),
+            )
             outputs.append({"instances": instances})
         return outputs
 

@@ -33,14 +33,6 @@ def test_drawing_belongs_to_this_version() -> None:
     assert (shapes.VERSION, digest.hexdigest()) == (1, DIGEST)
 
 
-def test_objects_lie_inside_the_image(samples: list[Sample]) -> None:
-    for image, objects in samples:
-        assert 1 <= len(objects) <= 9
-        for shape in objects:
-            x0, y0, x1, y1 = shape.box
-            assert 0 <= x0 < x1 <= image.shape[1] and 0 <= y0 < y1 <= image.shape[0]
-
-
 def test_sizes_are_log_uniform_and_reach_every_pyramid_level(samples: list[Sample]) -> None:
     boxes = np.array([shape.box for _, objects in samples for shape in objects])
     sizes = np.sort(np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])))
@@ -56,9 +48,12 @@ def test_sizes_are_log_uniform_and_reach_every_pyramid_level(samples: list[Sampl
     assert (share[:4] > 0.15).all() and share[4] > 0.04
 
 
-def test_shapes_are_what_their_class_says(samples: list[Sample]) -> None:
-    for _, objects in samples:
+def test_shapes_are_what_their_class_says_and_lie_inside_the_image(samples: list[Sample]) -> None:
+    for image, objects in samples:
+        assert 1 <= len(objects) <= 9
         for shape in objects:
+            x0, y0, x1, y1 = shape.box
+            assert 0 <= x0 < x1 <= image.shape[1] and 0 <= y0 < y1 <= image.shape[0]
             vertices = shape.polygon
             sides = np.linalg.norm(np.roll(vertices, -1, axis=0) - vertices, axis=1)
             if CLASSES[shape.label] == "circle":

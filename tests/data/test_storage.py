@@ -1,4 +1,4 @@
-"""On disk: valid COCO, whole or not at all, the same bytes whoever writes them."""
+"""On disk: valid COCO, whole or not at all, the same bytes whoever writes them; read by torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from PIL import Image
 from pycocotools.coco import COCO
 
-from rethinking_bn.data import CLASSES, datasets_root, ensure_shapes, shapes
+from rethinking_bn.data import CLASSES, ShapesDataset, datasets_root, ensure_shapes, shapes
 from rethinking_bn.data.corruptions import corrupt
 from tests.helpers import run_distributed
 
@@ -39,33 +40,24 @@ def _entries(root: Path) -> list[str]:
     return sorted(os.listdir(root / "shapes" / f"v{shapes.VERSION}"))
 
 
-def test_files(train: Path, root: Path) -> None:
+def test_files_and_annotations_are_valid_coco(
+    train: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train == root / "shapes" / f"v{shapes.VERSION}" / f"train_first{COUNT}"
     names = [f"{i:06d}.png" for i in range(1, COUNT + 1)]
-    assert sorted(os.listdir(train)) == ["annotations.json", "images"]
-    assert sorted(os.listdir(train / "images")) == names
-    for index, name in enumerate(names):
-        drawn, _ = shapes.draw_sample("train", index)
-        np.testing.assert_array_equal(np.asarray(Image.open(train / "images" / name)), drawn)
-
-
-def test_annotations_are_valid_coco(train: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sorted(_content(train)) == ["annotations.json", *(f"images/{name}" for name in names)]
     coco = COCO(str(train / "annotations.json"))
     capsys.readouterr()
-    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(CLASSES)
-    assert coco.getCatIds() == [1, 2, 3]
+    assert [c["name"] for c in coco.loadCats([1, 2, 3])] == list(CLASSES)
     assert coco.getImgIds() == list(range(1, COUNT + 1))
-    assert len(set(coco.getAnnIds())) == len(coco.dataset["annotations"]) > COUNT
+    annotations = coco.dataset["annotations"]
+    assert len(set(coco.getAnnIds())) == len(annotations) > COUNT
     assert 0 not in coco.getAnnIds()  # COCOeval takes a match with annotation 0 for no match
-    assert coco.getAnnIds(iscrowd=True) == []
-    for image in coco.dataset["images"]:
-        stored = Image.open(train / "images" / image["file_name"])
+    for image, name in zip(coco.dataset["images"], names, strict=True):
+        stored = Image.open(train / "images" / name)
         assert stored.size == (image["width"], image["height"]) and stored.mode == "RGB"
-
-
-def test_boxes_and_areas_are_those_of_the_polygons_and_masks(train: Path) -> None:
-    coco = COCO(str(train / "annotations.json"))
-    for annotation in coco.dataset["annotations"]:
+        assert image["file_name"] == name
+    for annotation in annotations:
         (flat,) = annotation["segmentation"]
         x, y = np.array(flat[0::2]), np.array(flat[1::2])
         box = [x.min(), y.min(), np.ptp(x), np.ptp(y)]
@@ -79,37 +71,69 @@ def test_boxes_and_areas_are_those_of_the_polygons_and_masks(train: Path) -> Non
         np.testing.assert_allclose(extents, corners, atol=1.5)
 
 
-def test_fewer_images_are_a_prefix(train: Path, root: Path) -> None:
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_targets(train: Path, root: Path, in_memory: bool) -> None:
+    dataset = ShapesDataset(
+        "shapes_train", root=root, num_images=COUNT, masks=True, first_label=1, in_memory=in_memory
+    )
+    coco = COCO(str(dataset.json_file))
+    assert len(dataset) == COUNT
+    for index in [*range(COUNT), 0]:
+        image, target = dataset[index]
+        drawn, objects = shapes.draw_sample("train", index)
+        assert image.dtype == torch.uint8
+        np.testing.assert_array_equal(image.permute(1, 2, 0), drawn)
+        np.testing.assert_allclose(target["boxes"], [shape.box for shape in objects], rtol=1e-6)
+        assert target["labels"].tolist() == [shape.label + 1 for shape in objects]
+        np.testing.assert_allclose(target["area"], [shape.area for shape in objects], atol=0.01)
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=int(target["image_id"])))
+        assert target["boxes"].dtype == target["area"].dtype == torch.float32
+        assert target["labels"].dtype == torch.int64
+        assert target["iscrowd"].tolist() == [0] * len(annotations)
+        masks = torch.from_numpy(np.stack([coco.annToMask(a) for a in annotations]))
+        assert torch.equal(target["masks"], masks)
+        # What the caller does to its sample stays with the caller.
+        image.zero_(), target["boxes"].zero_(), target["area"].zero_(), target["labels"].zero_()
+
+
+def test_fewer_images_are_a_prefix_and_one_may_have_no_objects(train: Path, root: Path) -> None:
     few = ensure_shapes("shapes_train", root=root, num_images=2)
     short, long = (json.loads((f / "annotations.json").read_text()) for f in (few, train))
     assert short["images"] == long["images"][:2]
     assert short["annotations"] == [a for a in long["annotations"] if a["image_id"] <= 2]
     for name in os.listdir(few / "images"):
         assert (few / "images" / name).read_bytes() == (train / "images" / name).read_bytes()
+    # not drawn today, but a torchvision detector needs (0, 4) boxes, not (0,)
+    short["annotations"] = [a for a in short["annotations"] if a["image_id"] == 1]
+    (few / "annotations.json").write_text(json.dumps(short))
+    dataset = ShapesDataset("shapes_train", root=root, num_images=2)
+    first, second = (dataset[index][1] for index in (0, 1))
+    assert first["labels"].tolist() == [s.label for s in shapes.draw_sample("train", 0)[1]]
+    assert "masks" not in first
+    assert second["boxes"].shape == (0, 4) and second["labels"].shape == (0,)
 
 
 @pytest.mark.parametrize("corruption", ["contrast", "gaussian_noise", "jpeg"])
 def test_twins(corruption: str, train: Path, root: Path, tmp_path: Path) -> None:
     name = f"shapes_train_{corruption}"
     twin = ensure_shapes(name, root=root, num_images=COUNT)
-    annotations = (train / "annotations.json").read_bytes()
-    assert (twin / "annotations.json").read_bytes() == annotations
-    assert sorted(os.listdir(twin / "images")) == sorted(os.listdir(train / "images"))
+    clean, corrupted = _content(train), _content(twin)
+    assert corrupted.keys() == clean.keys()
+    assert corrupted["annotations.json"] == clean["annotations.json"]
     seen = []
     for path in sorted((train / "images").iterdir()):
-        clean = np.asarray(Image.open(path)).astype(int)
-        seen.append(np.asarray(Image.open(twin / "images" / path.name)) - clean)
+        pixels = np.asarray(Image.open(path))
+        seen.append(np.asarray(Image.open(twin / "images" / path.name)) - pixels.astype(int))
         if corruption != "gaussian_noise":
-            expected = corrupt(np.asarray(Image.open(path)), corruption, severity=3)
-            np.testing.assert_array_equal(seen[-1] + clean, expected)
+            expected = corrupt(pixels, corruption, severity=3)
+            np.testing.assert_array_equal(seen[-1] + pixels, expected)
     if corruption == "gaussian_noise":
         inner = [d[np.abs(d) < 255] for d in seen]
         assert all(0.12 < np.std(d) / 255 < 0.19 for d in inner)  # 0.18, less for clipping
         same_shape = [d for d in seen if d.shape == seen[0].shape]
         assert not np.array_equal(same_shape[0], same_shape[1])  # each image has its own noise
     # Asked for alone, it generates the clean images first and comes out the same.
-    again = ensure_shapes(name, root=tmp_path, num_images=COUNT)
-    assert _content(again) == _content(twin)
+    assert _content(ensure_shapes(name, root=tmp_path, num_images=COUNT)) == corrupted
 
 
 def test_root_is_the_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,21 +141,10 @@ def test_root_is_the_environment_variable(tmp_path: Path, monkeypatch: pytest.Mo
     assert datasets_root() == tmp_path / "elsewhere"
     folder = ensure_shapes("shapes_val", num_images=1)
     assert folder.is_relative_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(shapes, "draw_sample", None)  # what is there is not drawn again
+    assert ensure_shapes("shapes_val", num_images=1) == folder
     monkeypatch.delenv("DETECTRON2_DATASETS")
     assert datasets_root() == Path("datasets")
-
-
-def test_what_is_there_is_not_drawn_again(train: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "draw_sample", None)
-    assert ensure_shapes("shapes_train", root=train.parents[2], num_images=COUNT) == train
-
-
-def test_bad_arguments(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'shapes_test'.*shapes_train, .*shapes_val_jpeg"):
-        ensure_shapes("shapes_test", root=tmp_path)
-    with pytest.raises(ValueError, match="num_images.*0"):
-        ensure_shapes("shapes_val", root=tmp_path, num_images=0)
-    assert os.listdir(tmp_path) == []
 
 
 def _generate(rank: int, root: str) -> dict[str, bytes]:
@@ -147,7 +160,11 @@ def test_processes_starting_together_share_one_whole_data_set(tmp_path: Path) ->
     assert _entries(tmp_path) == ["val_first10", "val_jpeg_first10"]
 
 
-def test_something_else_in_the_way(tmp_path: Path) -> None:
+def test_what_cannot_be_generated(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'shapes_test'.*shapes_train, .*shapes_val_jpeg"):
+        ensure_shapes("shapes_test", root=tmp_path)
+    with pytest.raises(ValueError, match="num_images.*0"):
+        ensure_shapes("shapes_val", root=tmp_path, num_images=0)
     place = tmp_path / "shapes" / f"v{shapes.VERSION}" / "val_first1"
     place.mkdir(parents=True)
     (place / "notes.txt").write_text("mine")

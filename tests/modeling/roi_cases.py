@@ -13,21 +13,16 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.layers import ShapeSpec
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
-from torch import Tensor, nn
+from torch import Tensor
 
 from rethinking_bn.data.storage import ensure_shapes
-from rethinking_bn.layers import shuffle_rows
-from rethinking_bn.modeling import (
-    NormBoxHead,
-    NormMaskHead,
-    ShuffleBNBoxHead,
-    ShuffleBNMaskHead,
-)
-from rethinking_bn.randomness import derive_seed
+from rethinking_bn.modeling import NormBoxHead, NormMaskHead, ShuffleBNBoxHead, ShuffleBNMaskHead
+from tests import rois
 from tests.engine.tiny import tiny_config
-from tests.reference import ema, normalize
+from tests.rois import CHANNELS, SIDE
 
-CHANNELS, SIDE, SIZE = 4, 3, (48, 64)
+KINDS = ("box", "mask")
+SIZE = (48, 64)
 INPUT = ShapeSpec(channels=CHANNELS, height=SIDE, width=SIDE)
 BOX, MASK = {"conv_dims": [4, 8], "fc_dims": [6]}, {"conv_dims": [4, 8, 4], "num_classes": 2}
 LEVELS = ("p2", "p3", "p4", "p5")
@@ -57,70 +52,24 @@ def call(head: Any, x: Tensor) -> Tensor:
     return head.layers(x) if isinstance(head, NormMaskHead) else head(x)
 
 
-def rois(count: int, seed: int = 0) -> Tensor:
-    """Return RoI features whose statistics drift from row to row."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, CHANNELS, SIDE, SIDE, generator=generator, dtype=torch.float64)
-    row = torch.arange(count, dtype=torch.float64)[:, None, None, None]
-    return x * (1 + row / 4) + row
-
-
-def written_out(
-    head: Any, x: Tensor, groups: Sequence[int]
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Return a BN head's output with each group of rows normalised by itself, and the running
-    statistics of each layer after one EMA step per group from mean 0 and variance 1."""
-    assert sum(groups) == len(x)
-    running = []
-    for conv in head.conv_norm_relus:
-        x = F.conv2d(x, conv.weight, None, padding=1)
-        parts = [part for part in x.split(list(groups)) if len(part)]
-        mean, var = torch.zeros(x.shape[1]).double(), torch.ones(x.shape[1]).double()
-        for part in parts:
-            mean, var = ema(mean, var, [part])
-        running.append((mean, var))
-        affine = conv.norm.weight, conv.norm.bias
-        parts = [normalize([part], [part], *affine)[0] for part in parts]
-        x = F.relu(torch.cat(parts)) if parts else x
-    return written_out_rest(head, x), running
-
-
-def written_out_rest(head: Any, x: Tensor) -> Tensor:
-    """Return what a head makes of its last normalised feature map."""
+def written_out(head: Any, x: Tensor, groups: Sequence[int]) -> tuple[Tensor, Any]:
+    """As ``tests.rois.written_out``, of all layers."""
+    x, running = rois.written_out(head, x, groups)
     if isinstance(head, NormMaskHead):
         x = F.relu(F.conv_transpose2d(x, head.deconv.weight, head.deconv.bias, stride=2))
-        return F.conv2d(x, head.predictor.weight, head.predictor.bias)
+        return F.conv2d(x, head.predictor.weight, head.predictor.bias), running
     x = x.flatten(1) if head.fcs else x
     for layer in head.fcs:
         x = F.relu(F.linear(x, layer.weight, layer.bias))
-    return x
-
-
-def record_orders(head: Any) -> list[Tensor]:
-    """Return a list to which each forward adds the first value of every row, as shuffled."""
-    orders: list[Tensor] = []
-    first = head.conv_norm_relus[0]
-    first.register_forward_pre_hook(lambda _, args: orders.append(args[0][:, 0, 0, 0].clone()))
-    return orders
+    return x, running
 
 
 def order_of(head: Any, seed: int = 0) -> tuple[float, ...]:
     """Call a head on 30 rows of one image and return their order, as shuffled."""
-    orders = record_orders(head)
+    orders = rois.record_orders(head)
     with head.image_rows((30,)):
-        call(head, rois(30, seed))
+        call(head, rois.rois(30, seed))
     return tuple(orders[0].tolist())
-
-
-def permutation(head: Any, rows: int, run_seed: int, iteration: int) -> Tensor:
-    """Return the row in each slot of a head's first shuffle; not within a process group."""
-    seed = derive_seed(run_seed, iteration, head.seed_of_head, 0)
-    return shuffle_rows(torch.arange(rows), generator_seed=seed)[0]
-
-
-def gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Return copies of all gradients."""
-    return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
 
 
 def mask_config(

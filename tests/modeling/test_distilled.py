@@ -128,15 +128,19 @@ def test_inference_needs_no_teacher() -> None:
         losses(model.train(), training_batch())
 
 
-def test_wrong_teachers(tmp_path: Path) -> None:
+def test_teachers_by_name_and_wrong_ones(tmp_path: Path) -> None:
+    ours = teacher_config("shapes/retinanet_bn_row1.yaml")
+    assert ours.MODEL.RETINANET.HEAD_NAME == "MultiDomainBNRetinaNetHead"
+    zoo = teacher_config("COCO-Detection/retinanet_R_101_FPN_3x.yaml")
+    assert zoo.MODEL.RESNETS.DEPTH == 101
     cfg = student_config(tmp_path, MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS=[[1.0]])
-    with pytest.raises(ValueError, match="not for the student's anchors and classes"):
+    with pytest.raises(ValueError, match="anchors and classes"):
         losses(build_model(cfg), training_batch())
     wrong = cfg.clone()
     wrong.MODEL.DISTILL.TEMPERATURE = 0.0
     with pytest.raises(ValueError, match="TEMPERATURE must be above 0"):
         build_model(wrong)
-    with pytest.raises(ValueError, match="neither|is no file"):
+    with pytest.raises(ValueError, match="nowhere.yaml"):
         teacher_config("nowhere.yaml")
     other = teacher_config(str(tmp_path / "teacher.yaml"))
     other.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
@@ -154,9 +158,3 @@ def test_what_is_missing_is_said_before_a_run(tmp_path: Path) -> None:
     cfg.MODEL.DISTILL.TEACHER_CONFIG = ""
     with pytest.raises(ValueError, match="TEACHER_CONFIG is empty"):
         check_teacher(cfg)
-
-
-def test_names_of_teachers() -> None:
-    ours = teacher_config("shapes/retinanet_bn_row1.yaml")
-    assert ours.MODEL.RETINANET.HEAD_NAME == "MultiDomainBNRetinaNetHead"
-    assert teacher_config("COCO-Detection/retinanet_R_101_FPN_3x.yaml").MODEL.RESNETS.DEPTH == 101

@@ -31,19 +31,14 @@ GROUPS = [["clean"], ["fog", "snow"]]
 
 
 def config(groups: Any = GROUPS, **overrides: Any) -> CfgNode:
-    cfg = tiny_config(
-        "clean",
-        "no output",
-        **{
-            "MODEL__META_ARCHITECTURE": "ConfigurableHeadRetinaNet",
-            "MODEL__BACKBONE__NAME": "build_norm_retinanet_resnet_fpn_backbone",
-            "MODEL__RETINANET__HEAD_NAME": "SharedBNRetinaNetHead",
-            "MODEL__FPN__NORM": "SyncBN",
-            "MODEL__DOMAIN_BN__DATASETS": groups,
-            **overrides,
-        },
-    )
-    return cfg
+    keys = {
+        "MODEL__META_ARCHITECTURE": "ConfigurableHeadRetinaNet",
+        "MODEL__BACKBONE__NAME": "build_norm_retinanet_resnet_fpn_backbone",
+        "MODEL__RETINANET__HEAD_NAME": "SharedBNRetinaNetHead",
+        "MODEL__FPN__NORM": "SyncBN",
+        "MODEL__DOMAIN_BN__DATASETS": groups,
+    }
+    return tiny_config("clean", "no output", **{**keys, **overrides})
 
 
 def splits(model: nn.Module) -> list[SplitBatchNorm2d]:
@@ -63,10 +58,11 @@ def test_backbone_fpn_and_head_follow_the_domains() -> None:
     assert all(layer.sync for layer in (model.backbone.fpn_lateral3.norm,))
     with EventStorage():
         sum(model(marked([1, 1])).values()).backward()
-        assert all(int(layer.get_buffer("0.num_batches_tracked")) == 0 for layer in layers)
-        assert all(int(layer.get_buffer("1.num_batches_tracked")) == 1 for layer in layers)
+        for domain, expected in (("0", {0}), ("1", {1})):
+            name = f"{domain}.num_batches_tracked"
+            assert {int(layer.get_buffer(name)) for layer in layers} == expected
         model(marked([0, 1]))
-        assert all(int(layer.get_buffer("0.num_batches_tracked")) == 1 for layer in layers)
+        assert {int(layer.get_buffer("0.num_batches_tracked")) for layer in layers} == {1}
         with pytest.raises(ValueError, match="has no 'domain'"):
             model(training_batch())
         assert all(layer._rows is None for layer in layers)
@@ -109,7 +105,7 @@ def test_frozen_stages_keep_their_domains_statistics() -> None:
         ({"MODEL__DOMAIN_BN__AFFINE": "both"}, "MODEL.DOMAIN_BN.AFFINE must be one of"),
         ({"MODEL__RETINANET__HEAD_NAME": "CycleBNRetinaNetHead"}, "levels must share theirs"),
         ({"MODEL__RETINANET__HEAD_NAME": "RetinaNetHead"}, "which knows no domains"),
-        ({"MODEL__BACKBONE__NORM_IMAGES": 1}, "NORM_IMAGES is 1, but SplitBatchNorm2d takes"),
+        ({"MODEL__BACKBONE__NORM_IMAGES": 1}, "NORM_IMAGES is 1, but SplitBatchNorm2d"),
         ({"MODEL__META_ARCHITECTURE": "RetinaNet"}, "RetinaNet does not tell which image"),
         (
             {"MODEL__BACKBONE__NAME": "build_retinanet_resnet_fpn_backbone"},
@@ -133,9 +129,8 @@ def test_frozen_stages_keep_their_domains_statistics() -> None:
 def test_what_knows_no_domains_is_refused_before_training(
     overrides: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message) as raised:
+    with pytest.raises(ValueError, match=message):
         check_model(config(**overrides))
-    assert "\n" not in str(raised.value)
 
 
 def test_roi_norms_are_refused() -> None:
@@ -217,9 +212,7 @@ def test_every_loader_marks_images_and_training_follows(
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_selecting_a_domain_names_what_is_wrong(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_selecting_a_domain_names_what_is_wrong() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), SplitBatchNorm2d(4, 2, affine="shared"))
     with torch.no_grad():
         model[1].get_buffer("1.running_var").fill_(3)
@@ -231,13 +224,3 @@ def test_selecting_a_domain_names_what_is_wrong(
         select_domain(model.state_dict(), 2)
     with pytest.raises(ValueError, match="there is none"):
         select_domain(plain.state_dict(), 0)
-    bad = tmp_path / "bad.pth"
-    bad.write_text("nothing")
-    for path in (bad, tmp_path / "absent.pth"):
-        assert (
-            runpy.run_path(str(TOOL))["main"]([str(path), str(tmp_path / "x"), "--domain", "0"])
-            == 1
-        )
-        said = capsys.readouterr().err
-        assert said.startswith("error: ") and said.count("\n") == 1
-    assert not (tmp_path / "x").exists()

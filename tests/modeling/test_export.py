@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from rethinking_bn import add_rethinking_bn_config, get_config_file
-from rethinking_bn.config import list_config_files
 from rethinking_bn.modeling import (
     CycleBNRetinaNetHead,
     DomainBNRetinaNetHead,
@@ -27,6 +24,8 @@ from rethinking_bn.modeling import (
     ShuffleBNMaskHead,
 )
 from tests.helpers import tracer_warnings_ignored
+from tests.modeling.models import head_arguments
+from tests.test_configs import PAPER, load
 
 C, L = 8, 3
 HEADS: dict[str, tuple[Any, str]] = {
@@ -63,9 +62,7 @@ def test_retinanet_heads(kind: str) -> None:  # defects 23 and 24
     cls, norm = HEADS[kind]
     options = {"norm_arguments": {"batch_size": 2}} if norm == "MABN" else {}
     shapes = [ShapeSpec(channels=C)] * L
-    head = cls(
-        input_shape=shapes, num_classes=2, num_anchors=3, conv_dims=[C], norm=norm, **options
-    )
+    head = cls(**head_arguments(input_shape=shapes, conv_dims=[C], norm=norm, **options))
     sum(y.sum() for ys in head(_levels(2, 5)) for y in ys).backward()
     head = _trained(head)
     with tracer_warnings_ignored():
@@ -120,10 +117,6 @@ FIELDS = {
 }
 
 
-# the paper's configs, each with its twin on shapes
-CONFIGS = [name for name in list_config_files() if "/" not in name and "Base" not in name]
-
-
 # TorchScript reads these annotations as they are: no forward references.
 class _RCNN(nn.Module):
     """As detectron2's export tool wraps a GeneralizedRCNN."""
@@ -157,12 +150,9 @@ def _fields(instances: Any, image: Tensor) -> list[Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["trace", "script", "onnx"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", PAPER)
 def test_whole_models_as_detectron2_s_export_tool(name: str, method: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    cfg = get_cfg()
-    add_rethinking_bn_config(cfg)
-    cfg.merge_from_file(get_config_file(f"shapes/{name}"))
+    cfg = load(f"shapes/{name}")
     cfg.MODEL.RESNETS.DEPTH = 18
     cfg.TEST.DETECTIONS_PER_IMAGE = 10
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0

@@ -7,9 +7,8 @@ computed here, where there is no process group.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -20,20 +19,27 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rethinking_bn.population import estimate_population_statistics
-from rethinking_bn.shuffle import exchange as row_exchange
+from rethinking_bn.randomness import announce_iteration
 from tests.helpers import run_distributed
 from tests.modeling.roi_cases import (
     CASCADE,
     SHUFFLED,
     call,
-    gradients,
     make_head,
     mask_config,
     norms,
-    permutation,
     roi_inputs,
-    rois,
     written_out,
+)
+from tests.rois import (
+    assert_equals_one_process,
+    gradients,
+    on_rank,
+    permutation,
+    population,
+    rois,
+    running,
+    shares,
 )
 
 RUN_SEED, ITERATION = 5, 8
@@ -58,131 +64,66 @@ CASES = [
 ]
 
 
-def cases(world: int) -> list[tuple[str, dict[str, Any], list[tuple[int, ...]]]]:
+Case = tuple[str, dict[str, Any], list[tuple[int, ...]]]
+
+
+def cases(world: int) -> list[Case]:
     return [(kind, options, ROWS[world][n]) for kind, options, n in CASES if n < len(ROWS[world])]
-
-
-def shares(total: int, parts: int) -> list[int]:
-    return [(i + 1) * total // parts - i * total // parts for i in range(parts)]
-
-
-def loss(out: Tensor, rows: slice) -> Tensor:
-    """A loss of a part of all rows, with another gradient for each number of each row."""
-    weights = torch.arange(1, 10_000, dtype=torch.float64)
-    return (
-        sum(  # type: ignore[return-value]
-            ((out[i].flatten() * weights[: out[i].numel()]).sin() * (row + 1)).sum()
-            for i, row in enumerate(range(rows.start, rows.stop))
-        )
-        + 0 * out.sum()
-    )
 
 
 def _run_cases(rank: int) -> list[dict[str, Any]]:
     results = []
     for kind, options, rows in cases(dist.get_world_size()):
         head = make_head(kind, **options)
-        if options.get("shuffled"):
-            head.set_iteration(RUN_SEED, ITERATION)
-        first = sum(sum(images) for images in rows[:rank])
-        mine = slice(first, first + sum(rows[rank]))
-        x = rois(sum(map(sum, rows)))[mine].clone().requires_grad_()
-        with (
-            mock.patch.object(
-                row_exchange, "all_to_all_rows", wraps=row_exchange.all_to_all_rows
-            ) as exchange,
-            head.image_rows(rows[rank]),
-        ):
-            out = call(head, x)
-            loss(out, mine).backward()
-        sent = [
-            (len(packed), packed[:1].nbytes, sum(received))
-            for _, (_, packed, received, *_), _ in exchange.mock_calls
-        ]
-        results.append(
-            {
-                "out": out.detach(),
-                "grad": x.grad,
-                "gradients": gradients(head),
-                "running": [
-                    (conv.norm.running_mean, conv.norm.running_var) for conv in head.conv_norm_relus
-                ],
-                "sent": sent,
-            }
-        )
+        announce_iteration(head, RUN_SEED, ITERATION)
+        with head.image_rows(rows[rank]):
+            results.append(on_rank(head, partial(call, head), [*map(sum, rows)], rank))
     return results
 
 
 @cache
-def results(world: int) -> list[list[dict[str, Any]]]:
-    return run_distributed(_run_cases, world)
-
-
-def reference(kind: str, options: dict[str, Any], rows: list[tuple[int, ...]]) -> dict[str, Any]:
-    """Return what all ranks together must compute; "groups" are the normalised row counts."""
-    head, world = make_head(kind, **plain(options)), len(rows)
-    total = sum(map(sum, rows))
-    if options.get("shuffled"):
-        order = permutation(make_head(kind, **options), total, RUN_SEED, ITERATION)
-        k = options.get("norm_images", 0)
-        parts = len(rows[0]) // k if k else 1
-        groups = [shares(share, parts) for share in shares(total, world)]
-    else:
-        order, groups = torch.arange(total), [[total]]
-    x = rois(total).requires_grad_()
-    flat = [size for of_rank in groups for size in of_rank]
-    shuffled, _ = written_out(head, x[order], flat)
-    out = shuffled[order.argsort()]
-    loss(out, slice(0, total)).backward()
-    return {"head": head, "out": out, "x": x, "order": order, "groups": groups}
+def results(world: int) -> list[tuple[Case, list[dict[str, Any]]]]:
+    ranks = run_distributed(_run_cases, world)
+    return list(zip(cases(world), zip(*ranks, strict=True), strict=True))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_equals_one_process_that_normalises_the_same_groups(world: int) -> None:
-    for number, (kind, options, rows) in enumerate(cases(world)):
-        expected = reference(kind, options, rows)
-        ranks = [of_rank[number] for of_rank in results(world)]
-        where = f"{kind} {options} {rows}"
-        torch.testing.assert_close(torch.cat([r["out"] for r in ranks]), expected["out"], msg=where)
-        torch.testing.assert_close(
-            torch.cat([r["grad"] for r in ranks]), expected["x"].grad, msg=where
+    for (kind, options, rows), ranks in results(world):
+        total, order, groups = sum(map(sum, rows)), None, None
+        if options.get("shuffled"):
+            order = permutation(make_head(kind, **options), total, RUN_SEED, ITERATION)
+            k = options.get("norm_images", 0)
+            parts = len(rows[0]) // k if k else 1
+            groups = [shares(share, parts) for share in shares(total, world)]
+        ours = ("shuffled", "norm_images", "conv_norm")
+        head = make_head(kind, **{k: v for k, v in options.items() if k not in ours})
+        assert_equals_one_process(
+            ranks,
+            head,
+            lambda x, sizes, head=head: written_out(head, x, sizes)[0],
+            torch.arange(total) if order is None else order,
+            [[total]] if groups is None else groups,
         )
-        for name, gradient in gradients(expected["head"]).items():
-            summed = sum(r["gradients"][name] for r in ranks)
-            torch.testing.assert_close(summed, gradient, msg=f"{where} {name}")
-        # every rank's moving averages follow what it normalised
-        start, shuffled = 0, rois(sum(map(sum, rows)))[expected["order"]]
-        for rank, of_rank in enumerate(expected["groups"]):
-            share = shuffled[start : start + sum(of_rank)]
-            start += sum(of_rank)
-            _, running = written_out(make_head(kind, **plain(options)), share, of_rank)
-            torch.testing.assert_close(ranks[rank]["running"], running, msg=where)
-        if len(expected["groups"]) == 1:  # SyncBN: one group, on all ranks
-            assert all(str(r["running"]) == str(ranks[0]["running"]) for r in ranks)
-
-
-def plain(options: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in options.items() if k not in ("shuffled", "norm_images", "conv_norm")}
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_each_row_travels_once_and_returns_as_small_as_it_gets(world: int) -> None:
     """Defect 10: rows are shared equally, not padded, not sent to everybody."""
-    for number, (kind, options, rows) in enumerate(cases(world)):
-        ranks = [of_rank[number]["sent"] for of_rank in results(world)]
+    for (kind, options, rows), ranks in results(world):
         if not options.get("shuffled"):
-            assert not any(ranks)
+            assert not any(rank["sent"] for rank in ranks)
             continue
         total = sum(map(sum, rows))
-        if kind == "box":
-            numbers = 6 if options.get("fc_dims", [6]) else 8 * 9
-        else:
-            # logits are 2·6·6 numbers, the last normalised map 8·3·3; of equal ones the later; of
-            # 20·6·6 and 4·3·3 the latter
-            numbers = 2 * 36 if "num_classes" not in options else 4 * 9
-        for rank, sent in enumerate(ranks):
-            held, share = sum(rows[rank]), shares(total, world)[rank]
-            there, back, back_gradient, there_gradient = sent
+        # mask logits are 2·6·6 numbers, the last normalised map 8·3·3; of equal ones the later
+        numbers = {"box": 6, "mask": 2 * 36}[kind]
+        if options.get("fc_dims") == []:
+            numbers = 8 * 9
+        elif "num_classes" in options:  # of 20·6·6 and 4·3·3 the latter
+            numbers = 4 * 9
+        for number, rank in enumerate(ranks):
+            held, share = sum(rows[number]), shares(total, world)[number]
+            there, back, back_gradient, there_gradient = rank["sent"]
             assert there[0] <= held and there[2] <= share
             # a row that arrived returns, and so do the gradients
             assert (back[0], back[2]) == (there[2], there[0])
@@ -191,44 +132,34 @@ def test_each_row_travels_once_and_returns_as_small_as_it_gets(world: int) -> No
                 assert exchange[0] == 0 or exchange[1] == 8 * width
 
 
+class Shuffling(nn.Module):
+    """A box head on a rank's share of the rows of a batch."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.head, self.rank = make_head("box", shuffled=True), rank
+
+    def forward(self, rows: tuple[int, ...]) -> Tensor:
+        first = sum(rows[: self.rank])
+        return self.head(rois(sum(rows), seed=len(rows))[first : first + rows[self.rank]])
+
+
 def _population(rank: int) -> list[tuple[Tensor, Tensor]]:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = make_head("box", shuffled=True)
-
-        def forward(self, rows: tuple[int, ...]) -> Tensor:
-            first = sum(rows[:rank])
-            return self.head(rois(sum(rows), seed=len(rows))[first : first + rows[rank]])
-
-    model = Model()
-    batches = [(4, 5), (0, 3)]
-    estimate_population_statistics(model, batches, 2, seed=RUN_SEED, progress=False)
-    return [(c.norm.running_mean, c.norm.running_var) for c in model.head.conv_norm_relus]
+    model = Shuffling(rank)
+    estimate_population_statistics(model, [(4, 5), (0, 3)], 2, seed=RUN_SEED, progress=False)
+    return running(model.head)
 
 
 def test_population_training_of_shuffled_rows() -> None:
     ranks = run_distributed(_population, 2)
     head = make_head("box", shuffled=True)
-    inputs: list[list[Tensor]] = [[], []]
+    batches = []
     for index, counts in enumerate([(4, 5), (0, 3)]):
         x = rois(sum(counts), seed=len(counts))
-        x = x[permutation(head, len(x), RUN_SEED, index)]
-        for seen, conv in zip(inputs, head.conv_norm_relus, strict=True):
-            x = nn.functional.conv2d(x, conv.weight, padding=1)
-            seen.append(x)
-            affine = conv.norm.weight, conv.norm.bias
-            x = torch.cat(
-                [
-                    nn.functional.batch_norm(part, None, None, *affine, training=True)
-                    for part in x.split(shares(len(x), 2))
-                ]
-            ).relu()
-    for layer, seen in enumerate(inputs):
-        values = torch.cat(seen).transpose(0, 1).flatten(1)
-        for statistics in ranks:
-            torch.testing.assert_close(statistics[layer][0], values.mean(1))
-            torch.testing.assert_close(statistics[layer][1], values.var(1))
+        batches.append(x[permutation(head, len(x), RUN_SEED, index)])
+    expected = population(head, batches, [shares(9, 2), shares(3, 2)])
+    for statistics in ranks:
+        torch.testing.assert_close(statistics, expected)
 
 
 MODELS: dict[str, dict[str, Any]] = {

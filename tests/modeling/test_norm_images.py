@@ -15,17 +15,14 @@ from rethinking_bn.modeling import NormImagesROIHeads
 from rethinking_bn.population import estimate_population_statistics
 from tests.modeling.roi_cases import (
     CASCADE,
+    KINDS,
     call,
-    gradients,
     make_head,
     mask_config,
-    norms,
     roi_inputs,
-    rois,
     written_out,
 )
-
-KINDS = ("box", "mask")
+from tests.rois import gradients, population, rois, running
 
 
 def groups(rows: tuple[int, ...], k: int) -> list[int]:
@@ -41,15 +38,13 @@ def test_equals_each_group_by_itself(kind: str, k: int, rows: tuple[int, ...]) -
     x, again = (rois(sum(rows)).requires_grad_() for _ in range(2))
     with head.image_rows(rows):
         out = call(head, x)
-    expected, running = written_out(copy, again, groups(rows, k))
+    expected, statistics = written_out(copy, again, groups(rows, k))
     torch.testing.assert_close(out, expected)
     out.sin().sum().backward()
     expected.sin().sum().backward()
     torch.testing.assert_close(x.grad, again.grad)
     torch.testing.assert_close(gradients(head), gradients(copy))
-    for conv, (mean, var) in zip(head.conv_norm_relus, running, strict=True):
-        torch.testing.assert_close(conv.norm.running_mean, mean)
-        torch.testing.assert_close(conv.norm.running_var, var)
+    torch.testing.assert_close(running(head), statistics)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,13 +54,10 @@ def test_mini_batch_statistics_at_inference_take_each_image_by_itself(kind: str)
     x = rois(7)
     with head.image_rows(rows):
         together = call(head, x)
-    one_by_one = []
-    for part in x.split(list(rows)):
-        with head.image_rows([len(part)]):
-            one_by_one.append(call(head, part))
-    torch.testing.assert_close(together, torch.cat(one_by_one))
     everything = make_head(kind, conv_norm="BatchStatBN").eval()
     everything.load_state_dict(head.state_dict())
+    one_by_one = [call(everything, part) for part in x.split(list(rows))]
+    torch.testing.assert_close(together, torch.cat(one_by_one))
     assert not torch.allclose(call(everything, x), together)
 
 
@@ -73,8 +65,8 @@ def test_mini_batch_statistics_at_inference_take_each_image_by_itself(kind: str)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"conv_norm": "SyncBN", "norm_images": 1}, "NORM_IMAGES.*1.*all images of all ranks"),
-        ({"conv_norm": "MABN", "norm_images": 1}, "NORM_IMAGES.*1.*MABN2d takes all rows"),
+        ({"conv_norm": "SyncBN", "norm_images": 1}, "NORM_IMAGES.*1.*SyncBatchNorm2d"),
+        ({"conv_norm": "MABN", "norm_images": 1}, "NORM_IMAGES.*1.*MABN2d"),
         ({"conv_norm": nn.BatchNorm2d, "norm_images": 2}, "NORM_IMAGES.*2.*BatchNorm2d"),
         ({"conv_norm": "BN", "norm_images": -1}, "NORM_IMAGES.*-1"),
     ],
@@ -101,66 +93,59 @@ def test_uneven_images_and_missing_row_counts_are_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("part", "name", "message"),
     [
-        ({"MODEL__ROI_HEADS__NAME": "StandardROIHeads"}, "StandardROIHeads does not tell"),
-        (CASCADE, "CascadeROIHeads does not tell.*NormImagesCascadeROIHeads"),
-        ({"MODEL__ROI_BOX_HEAD__NAME": "FastRCNNConvFCHead"}, "FastRCNNConvFCHead.*ROI_BOX_HEAD"),
-        (
-            {"MODEL__ROI_MASK_HEAD__NAME": "MaskRCNNConvUpsampleHead"},
-            "MaskRCNNConvUpsampleHead.*ROI_MASK_HEAD",
-        ),
-        (norms("SyncBN"), "SyncBatchNorm2d"),
+        ("HEADS", "StandardROIHeads", "StandardROIHeads does not tell"),
+        ("HEADS", "CascadeROIHeads", "CascadeROIHeads does not.*NormImagesCascadeROIHeads"),
+        ("BOX_HEAD", "FastRCNNConvFCHead", "FastRCNNConvFCHead.*ROI_BOX_HEAD"),
+        ("MASK_HEAD", "MaskRCNNConvUpsampleHead", "MaskRCNNConvUpsampleHead.*ROI_MASK_HEAD"),
     ],
 )
-def test_configs_that_would_ignore_it_are_refused_at_build(
-    keys: dict[str, Any], message: str
-) -> None:
+def test_configs_that_would_ignore_it_are_refused(part: str, name: str, message: str) -> None:
+    keys = {f"MODEL__ROI_{part}__NAME": name, "MODEL__ROI_HEADS__NORM_IMAGES": 1}
     with pytest.raises(ValueError, match=message):
-        build_model(mask_config(MODEL__ROI_HEADS__NORM_IMAGES=1, **keys))
+        build_model(mask_config(**{**CASCADE, **keys} if "Cascade" in name else keys))
 
 
-class Recorder:
-    """Records the groups that every BN layer of some heads normalises."""
+def record_groups(heads: list[nn.Module]) -> list[tuple[int, ...] | None]:
+    """Return a list to which the first norm of each head adds the groups that it normalises."""
+    groups: list[tuple[int, ...] | None] = []
 
-    def __init__(self, heads: list[nn.Module]) -> None:
-        self.groups: list[tuple[int, ...] | None] = []
-        for head in heads:
-            head.conv_norm_relus[0].norm.register_forward_pre_hook(self._record)
+    def record(norm: Any, args: Any) -> None:
+        assert norm._groups is None or sum(norm._groups) == len(args[0])
+        groups.append(norm._groups)
 
-    def _record(self, norm: nn.Module, args: Any) -> None:
-        groups = norm._groups
-        assert groups is None or sum(groups) == len(args[0])
-        self.groups.append(groups)
+    for head in heads:
+        head.conv_norm_relus[0].norm.register_forward_pre_hook(record)
+    return groups
 
 
 def test_roi_heads_tell_the_heads_in_training_and_inference() -> None:
     heads = build_model(mask_config(MODEL__ROI_HEADS__NORM_IMAGES=1)).roi_heads
-    recorder = Recorder([heads.box_head, heads.mask_head])
+    recorded = record_groups([heads.box_head, heads.mask_head])
     images, features, proposals, targets = roi_inputs([3, 9, 0])
     with EventStorage():
         sampled, losses = heads(images, features, proposals, targets)
     sum(losses.values()).backward()
     rows = tuple(len(of_image) for of_image in sampled)
     foreground = tuple(int((p.gt_classes != 3).sum()) for p in sampled)
-    assert recorder.groups == [rows, foreground] and rows[2] == 0 and foreground[0] > 0
+    assert recorded == [rows, foreground] and rows[2] == 0 and foreground[0] > 0
 
-    recorder.groups.clear()
+    recorded.clear()
     with torch.no_grad():
         instances, _ = heads.eval()(images, features, roi_inputs([3, 9, 0])[2])
-    assert recorder.groups == [(3, 9, 0), tuple(len(i) for i in instances)]
+    assert recorded == [(3, 9, 0), tuple(len(i) for i in instances)]
 
 
 def test_a_cascade_tells_every_stage_its_own_counts() -> None:
     cfg = mask_config(MODEL__ROI_HEADS__NORM_IMAGES=1, **CASCADE)
     cfg.MODEL.ROI_HEADS.NAME = "NormImagesCascadeROIHeads"
     heads = build_model(cfg).roi_heads
-    recorder = Recorder([*heads.box_head, heads.mask_head])
+    recorded = record_groups([*heads.box_head, heads.mask_head])
     with EventStorage():
         _, losses = heads(*roi_inputs([3, 6]))
     sum(losses.values()).backward()
-    assert len(recorder.groups) == 4
-    assert all(groups is not None and len(groups) == 2 for groups in recorder.groups)
+    assert [groups is not None and len(groups) for groups in recorded] == [2] * 4
 
 
 def test_with_0_it_is_detectron2s_roi_heads() -> None:
@@ -193,18 +178,6 @@ def test_population_training_normalises_the_same_batches(labelled: bool) -> None
     model, batches = Model(), [(3, 2, 4, 1), (0, 3)]
     report = estimate_population_statistics(model, batches, 2, labelled=labelled, progress=False)
     assert not report.unreached
-    inputs: list[list[torch.Tensor]] = [[], []]
-    for rows in batches:
-        x = rois(sum(rows), seed=len(rows))
-        for k, conv in enumerate(model.head.conv_norm_relus):
-            x = torch.nn.functional.conv2d(x, conv.weight, padding=1)
-            inputs[k].append(x)
-            parts = x.split(groups(rows, 2))
-            fixed = [torch.nn.functional.batch_norm(
-                part, None, None, conv.norm.weight, conv.norm.bias, training=True
-            ) for part in parts]  # fmt: skip
-            x = torch.cat(fixed).relu()
-    for seen, conv in zip(inputs, model.head.conv_norm_relus, strict=True):
-        values = torch.cat(seen).transpose(0, 1).flatten(1)
-        torch.testing.assert_close(conv.norm.running_mean, values.mean(1))
-        torch.testing.assert_close(conv.norm.running_var, values.var(1))
+    xs = [rois(sum(rows), seed=len(rows)) for rows in batches]
+    expected = population(model.head, xs, [groups(rows, 2) for rows in batches])
+    torch.testing.assert_close(running(model.head), expected)

@@ -47,9 +47,8 @@ def test_with_detectron2s_head_the_model_is_detectron2s(norm: str) -> None:
     if norm != "SyncBN":  # torch's refuses the CPU in training
         got, want = losses(model, batch), losses(expected, batch)
         assert {k: v.item() for k, v in got.items()} == {k: v.item() for k, v in want.items()}
-    model.eval(), expected.eval()
-    got_boxes, want_boxes = (m(batch)[0]["instances"].pred_boxes.tensor for m in (model, expected))
-    assert torch.equal(got_boxes, want_boxes)
+    got, want = (m.eval()(batch)[0]["instances"].pred_boxes for m in (model, expected))
+    assert torch.equal(got.tensor, want.tensor)
 
 
 def test_with_another_head_everything_else_is_drawn_alike() -> None:

@@ -8,15 +8,10 @@ from typing import Any
 import pytest
 import torch
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from torch import Tensor, nn
+from torch import nn
 
-from rethinking_bn.layers import (
-    CenConv2d,
-    CycleBatchNorm2d,
-    MABN2d,
-    MultiDomainBatchNorm2d,
-    SyncBatchNorm2d,
-)
+from rethinking_bn.layers import CenConv2d, CycleBatchNorm2d, MABN2d, SyncBatchNorm2d
+from rethinking_bn.layers.multi_domain import TABLE_5
 from rethinking_bn.modeling import (
     CycleBNRetinaNetHead,
     DomainBNRetinaNetHead,
@@ -24,9 +19,10 @@ from rethinking_bn.modeling import (
     SharedBNRetinaNetHead,
 )
 from tests.modeling.models import features, head_arguments
+from tests.reference import run_levels
 
 CHOICES = list(product(("shared", "domain_specific"), repeat=3))
-NAMES = ("train_stats", "population_stats", "affine")
+NAMES = tuple(TABLE_5[1])
 HEADS = (
     MultiDomainBNRetinaNetHead,
     SharedBNRetinaNetHead,
@@ -44,25 +40,6 @@ def randomize(head: nn.Module) -> None:
             tensor.copy_((torch.rand_like(tensor) + low) * scale)
 
 
-def reference(head: Any, xs: list[Tensor], train_stats: str, affine: str) -> list[Tensor]:
-    """Return the logits in training mode, written out with one concatenation per norm layer."""
-    for layer in [*head.cls_subnet, head.cls_score]:
-        if not isinstance(layer, MultiDomainBatchNorm2d):
-            xs = [layer(x) for x in xs]
-            continue
-        flat = [x.transpose(0, 1).flatten(1) for x in xs]
-        pools = [torch.cat(flat, 1)] * len(xs) if train_stats == "shared" else flat
-        outputs = []
-        for level, (x, pool) in enumerate(zip(xs, pools, strict=True)):
-            own = layer if affine == "shared" else layer.get_submodule(str(level))
-            mean, var = pool.mean(1), pool.var(1, correction=0)
-            shape = (1, -1, 1, 1)
-            y = (x - mean.view(shape)) / (var.view(shape) + layer.eps).sqrt()
-            outputs.append(y * own.weight.view(shape) + own.bias.view(shape))
-        xs = outputs
-    return xs
-
-
 @pytest.mark.parametrize("choices", CHOICES)
 def test_all_eight_combinations_train_and_infer(choices: tuple[str, str, str]) -> None:
     given = dict(zip(NAMES, choices, strict=True))
@@ -70,10 +47,10 @@ def test_all_eight_combinations_train_and_infer(choices: tuple[str, str, str]) -
     randomize(head)
     xs = features(dtype=torch.float64)
     logits, deltas = head(xs)
-    expected = reference(head, xs, given["train_stats"], given["affine"])
+    layers = [*head.cls_subnet, head.cls_score]
+    expected = run_levels(layers, xs, given["train_stats"], given["affine"])
     assert [d.shape[1] for d in deltas] == [12] * 5
-    for got, want in zip(logits, expected, strict=True):
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(logits, expected)
     norm = head.cls_subnet[1]
     assert ("0.running_mean" in norm.state_dict()) == (choices[1] == "domain_specific")
     head.eval()
@@ -96,15 +73,10 @@ def test_initialisation_draws_and_keys_are_those_of_detectron2(cls: type[nn.Modu
         assert set(head.state_dict()) == set(stock.state_dict())
 
 
-def row_4_heads() -> list[tuple[type[nn.Module], dict[str, str]]]:
-    row_4 = dict(zip(NAMES, ("domain_specific", "domain_specific", "shared"), strict=True))
-    return [(CycleBNRetinaNetHead, {}), (MultiDomainBNRetinaNetHead, row_4)]
-
-
-@pytest.mark.parametrize(("cls", "choices"), row_4_heads())
-def test_row_4_equals_detectron2s_cycling_head(
-    cls: type[nn.Module], choices: dict[str, str]
-) -> None:
+@pytest.mark.parametrize(
+    ("cls", "choices"), [(CycleBNRetinaNetHead, {}), (MultiDomainBNRetinaNetHead, TABLE_5[4])]
+)
+def test_row_4_equals_detectron2s_cycling_head(cls: Any, choices: dict[str, Any]) -> None:
     stock = RetinaNetHead(**head_arguments(norm="BN")).double()
     randomize(stock)
     head = cls(**head_arguments(norm="BN", **choices)).double()
@@ -159,10 +131,9 @@ def test_mabn_pools_the_levels_of_a_pass_into_one_iteration(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     options = {"simulated_batch_size": 8, "batch_size": 2, "momentum": 1.0}
+    arguments = head_arguments(norm="MABN", norm_arguments=options)
     torch.manual_seed(1)
-    head = MultiDomainBNRetinaNetHead(
-        **head_arguments(norm="MABN", norm_arguments=options)
-    ).double()
+    head = MultiDomainBNRetinaNetHead(**arguments).double()
     torch.manual_seed(1)
     stock = RetinaNetHead(**head_arguments(norm="GN"))
     for name, p in head.named_parameters():
@@ -205,17 +176,13 @@ def test_weights_without_statistics_load_on_purpose_only(cls: type, trained_with
             assert torch.equal(value, weights[name]), name
 
 
-def test_a_callable_that_makes_mabn_gets_centred_convolutions() -> None:
+def test_callables_may_make_mabn_count_their_calls_or_pool_ranks() -> None:
     head = MultiDomainBNRetinaNetHead(**head_arguments(norm=MABN2d))
     assert sum(type(m) is CenConv2d for m in head.modules()) == 4
-
-
-def test_a_callable_norm_may_count_its_calls() -> None:
-    head = MultiDomainBNRetinaNetHead(**head_arguments(norm=lambda c: CycleBatchNorm2d(c, 5)))
-    head(features())
-    head.eval()  # would raise in mid-cycle
-    plain = MultiDomainBNRetinaNetHead(**head_arguments(norm=SyncBatchNorm2d))
-    assert len(plain(features())[0]) == 5
+    for norm in (lambda c: CycleBatchNorm2d(c, 5), SyncBatchNorm2d):
+        head = MultiDomainBNRetinaNetHead(**head_arguments(norm=norm))
+        assert len(head(features())[0]) == 5
+        head.eval()  # would raise in mid-cycle
 
 
 @pytest.mark.parametrize(
@@ -224,11 +191,7 @@ def test_a_callable_norm_may_count_its_calls() -> None:
         (SharedBNRetinaNetHead, {"train_stats": "domain_specific"}, ["TRAIN_STATS", "'shared'"]),
         (DomainBNRetinaNetHead, {"affine": "shared"}, ["AFFINE", "'domain_specific'"]),
         (CycleBNRetinaNetHead, {"population_stats": "shared"}, ["POPULATION_STATS"]),
-        (
-            MultiDomainBNRetinaNetHead,
-            {"train_stats": "domain-specific"},
-            ["'domain-specific'", "'shared'", "'domain_specific'"],
-        ),
+        (MultiDomainBNRetinaNetHead, {"train_stats": "each"}, ["'each'", "'shared'"]),
         (SharedBNRetinaNetHead, {"norm": "GN"}, ["'GN'", "BN, SyncBN"]),
         (SharedBNRetinaNetHead, {"norm": ""}, ["BN, SyncBN"]),
         (MultiDomainBNRetinaNetHead, {"norm": "GN", "affine": "shared"}, ["affine", "'GN'"]),
