@@ -95,8 +95,7 @@ class AveragedWeights:
         """Begin anew: a copy of ``model`` and no update."""
         module = _copy(unwrap(model)).requires_grad_(False)
         self.module = module if self.device is None else module.to(self.device)
-        norms = [layer.module for layer in find_bn_like(module).layers]
-        parts = {part for norm in norms for part in norm.modules()}
+        parts = {p for layer in find_bn_like(module).layers for p in layer.module.modules()}
         self._parts = {name for name, part in module.named_modules() if part in parts}
         # narrow types: float32 averages, and the tensor's place and version when they were written
         self._wide: dict[str, Tensor] = {}
@@ -190,7 +189,8 @@ class AveragedWeights:
                 else:
                     buffers.append((mine, theirs.detach()))
         if buffers:
-            torch._foreach_copy_([mine for mine, _ in buffers], [theirs for _, theirs in buffers])
+            own, models = map(list, zip(*buffers, strict=True))
+            torch._foreach_copy_(own, models)
         return tensors
 
     def estimate_statistics(
@@ -264,8 +264,6 @@ class AveragedWeights:
             module.load_state_dict(state["model"])
         except RuntimeError as error:
             raise ValueError(f"the averaged weights saved are of another model: {error}") from error
-        if not state["float32"].keys() <= module.state_dict().keys():
-            raise ValueError("the averaged weights saved are of a model of other types")
         for name in state.get("frozen", ()):  # not in a module's own state
             freeze_layer(module.get_submodule(name))
         self.module, self._written = module, {}

@@ -66,7 +66,7 @@ def our_keys() -> CfgNode:
     # Whether the layers' weight and bias are frozen, too.
     c.SOLVER.FREEZE_BN.AFFINE = False
 
-    # --- Fine-tuning a part ------------------------------------------ see docs/fixres.md
+    # --- Fine-tuning a part ---------------------------------------------------- docs/fixres.md
     # Patterns (fnmatch) of the names of the modules to train; all others keep their weights and
     # their norms the population statistics. Empty: everything is trained.
     c.SOLVER.TRAIN_ONLY = ()
@@ -259,8 +259,7 @@ def check_thaw(cfg: CfgNode) -> None:
     """Raise a ValueError if a training is to estimate FrozenBatchNorm2d."""
     if cfg.TEST.PRECISE_BN.THAW:
         raise ValueError(
-            "TEST.PRECISE_BN.THAW changes statistics that training takes as constant: use it with "
-            "--eval-only, on trained weights"
+            "TEST.PRECISE_BN.THAW changes what training takes as constant: use it with --eval-only"
         )
 
 

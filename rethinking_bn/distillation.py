@@ -1,8 +1,7 @@
 """Losses against a teacher's soft targets; torch only.
 
-Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (arXiv 1503.02531): the
-Kullback-Leibler divergence between predictions softened by a temperature T, times T², so that its
-gradient keeps its size whatever T is.
+The Kullback-Leibler divergence between predictions softened by a temperature T, times T², so that
+its gradient keeps its size whatever T is: Hinton, Vinyals and Dean, arXiv 1503.02531.
 """
 
 from __future__ import annotations
@@ -50,11 +49,10 @@ def binary_kl_soft_loss(
     """Return T² · KL(teacher ‖ student) of sigmoid predictions softened by T.
 
     Every logit is a Bernoulli variable of its own, as in the heads of dense detectors: with
-    p = σ(teacher / T) and q = σ(student / T), the mean over all elements of
-    T² · (p (log p − log q) + (1 − p) (log(1 − p) − log(1 − q))): divided by N·K·H·W for dense maps
-    (N, K, H, W), not by N or by the number of objects. Concatenate levels before, so that each
-    position counts alike. Its gradient in a student's logit is T (q − p) / elements. The teacher
-    gets none.
+    p = σ(teacher / T) and q = σ(student / T), the mean of
+    T² · (p (log p − log q) + (1 − p) (log(1 − p) − log(1 − q))) over all elements: N·K·H·W for
+    dense maps, not N or the objects. Concatenate levels before, so that each position counts alike.
+    Its gradient in a student's logit is T (q − p) / elements. The teacher gets none.
 
     Args:
         student_logits, teacher_logits: of one shape and any floating types.

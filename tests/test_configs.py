@@ -19,21 +19,12 @@ from rethinking_bn import add_rethinking_bn_config, get_config_file
 from rethinking_bn.config import list_config_files, our_keys
 from rethinking_bn.engine import load_config
 from rethinking_bn.engine.unread_keys import unread_keys
-from rethinking_bn.layers import BatchNorm2d, BatchStatNorm2d, CenConv2d, SyncBatchNorm2d
+from rethinking_bn.layers import CenConv2d
 
 FILES = [name for name in list_config_files() if not Path(name).name.startswith("Base-")]
 PAPER = [name for name in FILES if "/" not in name]
 TABLE = [name for name in PAPER if name.startswith("retinanet_") and "mabn" not in name]
 TWINS = [("shapes", name) for name in PAPER] + [("bccd", name) for name in TABLE]
-# what small batches do to a norm; what is added to a trained detector, or to its training
-SHAPES_ONLY = [
-    f"shapes/retinanet_{name}.yaml"
-    for name in (
-        *("bn_2im", "bn_2im_of_16", "bn_2im_freeze", "gn_2im", "gn_2im_of_16"),
-        *("mabn_2im", "mabn_2im_of_16", "bn_domains", "bn_row1_ema", "bn_row1_swa"),
-        *("bn_row1_fixres", "narrow", "narrow_distilled"),
-    )
-]
 SHARED, SEPARATE = "shared", "domain_specific"
 BOX, MASK = "MODEL.ROI_BOX_HEAD.", "MODEL.ROI_MASK_HEAD."
 
@@ -140,14 +131,8 @@ def test_one_training_step_and_one_inference_step(name: str, tmp_path: Path) -> 
     assert [output["instances"].image_size for output in outputs] == [(64, 64), (32, 64)]
 
 
-def test_each_file_has_its_twin() -> None:
-    twins = [name for name in FILES if name.startswith("shapes/") and name not in SHAPES_ONLY]
-    assert [f"shapes/{name}" for name in PAPER] == twins
-    assert [f"bccd/{name}" for name in TABLE] == [n for n in FILES if n.startswith("bccd/")]
-
-
 @pytest.mark.parametrize(("data", "name"), TWINS)
-def test_a_twin_is_about_the_same_thing(data: str, name: str) -> None:
+def test_each_file_has_a_twin_that_is_about_the_same_thing(data: str, name: str) -> None:
     paper, twin = flat(load(name)), flat(load(f"{data}/{name}"))
     changed = {key for key, value in paper.items() if twin[key] != value}
     kept = {
@@ -255,20 +240,6 @@ def test_differs_from_detectron2s_recipe_in_nothing_else(name: str) -> None:
     if name in TABLES_3_AND_6:
         assert ours[BOX + "CONV_DIM"] == ours[MASK + "CONV_DIM"] == 256
         assert ours[BOX + "FC_DIM"] == 1024 and ours[MASK + "NUM_CONV"] == 4
-
-
-def test_the_heads_norms_are_the_only_ones_that_are_trained() -> None:
-    classes = {"BN": BatchNorm2d, "BatchStatBN": BatchStatNorm2d, "SyncBN": SyncBatchNorm2d}
-    for name, keys in TABLES_3_AND_6.items():
-        cfg = load(f"{name}.yaml")
-        cfg.MODEL.DEVICE = "meta"
-        with torch.device("meta"):
-            model = build_model(cfg)
-        found = {n: type(m) for n, m in model.named_modules() if hasattr(m, "momentum")}
-        expected = classes.get(keys.get(BOX + "NORM", ""))
-        assert set(found.values()) == ({expected} if expected else set())
-        assert len(found) == (8 if expected else 0)
-        assert all(name.startswith("roi_heads") for name in found)
 
 
 @pytest.mark.parametrize(

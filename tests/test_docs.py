@@ -34,31 +34,22 @@ def anchors(page: Path) -> set[str]:
 @pages
 def test_links_lead_somewhere(page: Path) -> None:
     for link in LINK.findall(page.read_text(encoding="utf-8")):
-        if re.match(r"https?:|mailto:", link):
-            continue
-        name, _, anchor = link.partition("#")
-        target = page if not name else (page.parent / name).resolve()
-        assert target.exists(), f"{page.name}: {link}"
-        if anchor:
-            assert anchor in anchors(target), f"{page.name}: {link}"
+        if not re.match(r"https?:|mailto:", link):
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
 
 @pages
 def test_imported_names_exist(page: Path) -> None:
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        for node in ast.walk(ast.parse(block)):
-            if not isinstance(node, ast.ImportFrom) or not node.module:
-                continue
-            if not node.module.startswith("rethinking_bn"):
-                continue
-            if not detectron2_installed() and node.module in (
-                "rethinking_bn.engine",
-                "rethinking_bn",
-            ):
-                continue
-            module = importlib.import_module(node.module)
-            for alias in node.names:
-                assert hasattr(module, alias.name), f"{page.name}: {node.module}.{alias.name}"
+        imports = [n for n in ast.walk(ast.parse(block)) if isinstance(n, ast.ImportFrom)]
+        for name, aliases in ((node.module or "", node.names) for node in imports):
+            with_detectron2 = name in ("rethinking_bn.engine", "rethinking_bn")
+            if name.startswith("rethinking_bn") and (detectron2_installed() or not with_detectron2):
+                module = importlib.import_module(name)
+                assert all(hasattr(module, alias.name) for alias in aliases), f"{page.name}: {name}"
 
 
 @cache

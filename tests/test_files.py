@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,24 +17,16 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     """Defect 29: with one temporary name, the second writer's rename fails."""
     path = tmp_path / "sub" / "file"
     both_have_written = threading.Barrier(2)
-    failures: list[BaseException] = []
 
     def write(text: str) -> None:
         def write_aside(aside: Path) -> None:
             aside.write_text(text * 1000)
             both_have_written.wait(timeout=20)
 
-        try:
-            files.replace(path, write_aside)
-        except BaseException as error:
-            failures.append(error)
+        files.replace(path, write_aside)
 
-    writers = [threading.Thread(target=write, args=(text,)) for text in "ab"]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert not failures
+    with ThreadPoolExecutor() as writers:
+        assert list(writers.map(write, "ab")) == [None, None]
     assert path.read_text() in ("a" * 1000, "b" * 1000)
     assert os.listdir(path.parent) == ["file"]
 
@@ -81,16 +74,10 @@ def test_a_folder_is_made_and_probed(tmp_path: Path) -> None:
     files.probe_folder(tmp_path / "a" / "b", "OUTPUT_DIR")
     assert os.listdir(tmp_path / "a" / "b") == []
     (tmp_path / "file").touch()
-    for folder, why in (
-        (tmp_path / "file", "is a file"),
-        (tmp_path / "file" / "below", f"{tmp_path / 'file'} is a file"),
-        (Path("/proc/none"), ""),
-    ):
-        with pytest.raises(OSError) as caught:
+    file = tmp_path / "file"
+    for folder, why in ((file, "is a file"), (file / "below", f"{file} is"), ("/proc/none", "")):
+        with pytest.raises(OSError, match=f"OUTPUT_DIR '{folder}' .*{why}"):
             files.probe_folder(folder, "OUTPUT_DIR")
-        message = str(caught.value)
-        assert f"OUTPUT_DIR '{folder}' cannot be written" in message and why in message
-        assert "\n" not in message
 
 
 def test_numbers_that_json_does_not_know_are_refused(tmp_path: Path) -> None:

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
 from rethinking_bn.engine import Trainer
-from rethinking_bn.engine.check_config import check_batch_size
 from rethinking_bn.shuffle import rows
 from tests.helpers import run_distributed
 from tests.modeling.roi_cases import SHUFFLED, mask_config, norms, register_masks
@@ -86,14 +84,3 @@ def test_a_resumed_run_shuffles_as_the_uninterrupted_one(tmp_path: Path) -> None
         trainer.train()
         states.append(trainer.model.state_dict())
     assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
-
-
-def test_normalisation_batches_that_do_not_fit_are_found_before_the_start() -> None:
-    cfg = mask_config(MODEL__ROI_HEADS__NORM_IMAGES=2, SOLVER__IMS_PER_BATCH=16)
-    check_batch_size(cfg, 8)
-    with pytest.raises(ValueError, match="NORM_IMAGES 2 does not divide the 1 images"):
-        check_batch_size(cfg, 16)
-    cfg.TEST.PRECISE_BN.ENABLED = True
-    cfg.TEST.PRECISE_BN.IMS_PER_BATCH = 8
-    with pytest.raises(ValueError, match=r"PRECISE_BN.IMS_PER_BATCH 8, 8 process"):
-        check_batch_size(cfg, 8)

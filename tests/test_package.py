@@ -100,15 +100,11 @@ def test_one_import_registers_the_components() -> None:
         "import sys, rethinking_bn\n"
         "from detectron2.data import DatasetCatalog\n"
         "from detectron2.modeling import META_ARCH_REGISTRY\n"
-        "print(META_ARCH_REGISTRY.get('ConfigurableHeadRetinaNet').__name__)\n"
-        "print('shapes_train' in DatasetCatalog.list(), 'shapes_val' in DatasetCatalog.list())\n"
-        "print('rethinking_bn.engine' in sys.modules, rethinking_bn.engine.__name__)\n"
+        "assert 'ConfigurableHeadRetinaNet' in META_ARCH_REGISTRY\n"
+        "assert {'shapes_train', 'shapes_val'} <= {*DatasetCatalog.list()}\n"
+        "assert 'rethinking_bn.engine' not in sys.modules and rethinking_bn.engine\n"
     )
-    assert result.stdout.splitlines() == [
-        "ConfigurableHeadRetinaNet",
-        "True True",
-        "False rethinking_bn.engine",
-    ], result.stderr
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
@@ -138,14 +134,12 @@ def test_wheel_holds_package_and_configs(tmp_path: Path) -> None:
     assert "Requires-Python: >=3.10" in metadata and "Requires-Dist: torch>=2.4" in metadata
     assert not (installed / "tests").exists() and not (installed / "configs").exists()
     code = (
-        "import rethinking_bn; from rethinking_bn.config import list_config_files\n"
-        "print(rethinking_bn.get_config_file('shapes/retinanet_bn_row1.yaml'))\n"
-        "print(' '.join(list_config_files()))"
+        "from rethinking_bn.config import get_config_file, list_config_files\n"
+        "print(*map(get_config_file, list_config_files()))"
     )
-    result = run(code, cwd=tmp_path, PYTHONPATH=str(installed))
-    path, names = result.stdout.splitlines()
-    assert path.startswith(str(installed)) and Path(path).is_file()
-    assert names.split() == list_config_files()
+    paths = run(code, cwd=tmp_path, PYTHONPATH=str(installed)).stdout.split()
+    assert len(paths) == len(list_config_files())
+    assert all(path.startswith(str(installed)) and Path(path).is_file() for path in paths)
 
 
 def test_the_versions_that_are_promised_are_the_ones_that_are_declared_and_tried() -> None:

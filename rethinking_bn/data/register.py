@@ -1,4 +1,4 @@
-"""Register data sets with detectron2: the generated shapes, and those that a config describes."""
+"""Register data sets with detectron2: the generated shapes, and those that a config names."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from rethinking_bn.data.storage import (  # noqa: E402
     datasets_root,
     ensure_shapes,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class ShapesMetadata(Metadata):
@@ -52,11 +54,7 @@ def register_shapes() -> None:
         if isinstance(MetadataCatalog.get(name), ShapesMetadata):
             continue
         if name in DatasetCatalog:
-            logging.getLogger(__name__).warning(
-                "data set %r is already registered by other code and left as it is; "
-                "the generated shapes are not available under this name",
-                name,
-            )
+            logger.warning("data set %r is already registered by other code, and left to it", name)
             continue
         metadata = ShapesMetadata(
             name=name,
@@ -76,8 +74,8 @@ def _load(metadata: ShapesMetadata) -> list[dict[str, Any]]:
 def register_coco_format(cfg: CfgNode) -> None:
     """Register the data sets of DATASETS.COCO_FORMAT; a second call changes nothing.
 
-    Nothing is read. An entry is (name, annotations.json, folder of images), with paths relative
-    to :func:`~.storage.datasets_root`.
+    An entry is (name, annotations.json, folder of images), with paths relative to
+    :func:`~.storage.datasets_root`. Nothing is read.
 
     Raises:
         ValueError: for an entry of another form, or a name that stands for something else already.
@@ -140,9 +138,7 @@ def read_classes(name: str, *, evaluated: bool = False) -> list[str]:
         what = f"{again} annotations or images have ids of others" if again else "no categories"
         raise ValueError(f"{place}: {what}")
     if evaluated and any(o["id"] == 0 for o in objects):
-        logging.getLogger(__name__).warning(
-            "%s: COCO's evaluation never finds annotation 0: number annotations from 1", place
-        )
+        logger.warning("%s: COCO's evaluation never finds annotation 0: number from 1", place)
     for path in files:
         if not path.is_file():
             raise FileNotFoundError(f"{place}: no image {path}")

@@ -51,7 +51,9 @@ def datasets_root() -> Path:
 def ensure_shapes(
     name: str, *, root: str | os.PathLike[str] | None = None, num_images: int | None = None
 ) -> Path:
-    """Return the folder of a shapes data set, generating it (seconds) if it is not there.
+    """Return the folder (``annotations.json``, ``images/``) of a shapes data set.
+
+    It is generated, in seconds, if it is not there.
 
     Args:
         name: one of :data:`SHAPES_DATASETS`: ``shapes_train`` or ``shapes_val``, by itself or
@@ -59,9 +61,6 @@ def ensure_shapes(
         root: in place of :func:`datasets_root`.
         num_images: for a data set of another length in a folder of its own; the images are the
             first ones of the longer data set. None: :data:`~.shapes.SPLITS`.
-
-    Returns:
-        A folder with ``annotations.json`` and ``images/``.
 
     Raises:
         ValueError: for an unknown name or a non-positive number of images.

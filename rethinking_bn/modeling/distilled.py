@@ -21,10 +21,7 @@ from rethinking_bn.modeling.retinanet import ConfigurableHeadRetinaNet
 
 
 def teacher_config(name: str) -> CfgNode:
-    """Return a teacher's config.
-
-    Args:
-        name: of a file, or relative to this project's ``configs/``, or to detectron2's model zoo.
+    """Return the config of a file, or of a name in ``configs/`` or in detectron2's model zoo.
 
     Raises:
         ValueError: when there is no such file.
@@ -127,12 +124,7 @@ class DistilledRetinaNet(ConfigurableHeadRetinaNet):
         distill_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        """
-        Args:
-            teacher: asked at every training forward.
-            temperature, distill_weight: of the soft loss.
-            kwargs: RetinaNet's arguments.
-        """
+        """Take RetinaNet's arguments, a teacher, and T and the weight of the soft loss."""
         super().__init__(**kwargs)
         self.teacher = teacher
         self.temperature, self.distill_weight = temperature, distill_weight
@@ -171,12 +163,11 @@ class DistilledRetinaNet(ConfigurableHeadRetinaNet):
         """As RetinaNet's, and ``loss_distill``."""
         targets = self._targets
         assert targets is not None  # losses are the forward's in training
-        shapes = [[tuple(level.shape) for level in side] for side in (pred_logits, targets)]
-        if shapes[0] != shapes[1]:
+        mine, theirs = ([tuple(level.shape) for level in side] for side in (pred_logits, targets))
+        if mine != theirs:
             raise ValueError(
-                "the teacher's predictions are not for the student's anchors and classes: per "
-                f"level (images, anchors, classes), the student's are {shapes[0]}, the teacher's "
-                f"{shapes[1]}"
+                "the teacher's predictions are not for the student's anchors and classes: (images, "
+                f"anchors, classes) per level are {theirs}, the student's {mine}"
             )
         found = super().losses(anchors, pred_logits, gt_labels, *rest)
         counts = torch.stack(gt_labels) >= 0  # (N, anchors of all levels)

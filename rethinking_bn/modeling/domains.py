@@ -71,14 +71,12 @@ def check_norms(cfg: CfgNode, parts: Iterable[tuple[str, Any]]) -> None:
     follows = False
     for part, module in parts:
         for layer in find_bn_like(module).layers if isinstance(module, nn.Module) else ():
-            if isinstance(layer.module, SplitBatchNorm2d):
-                follows = True
-            elif layer.kind != "constant":
-                kind = type(layer.module).__name__
+            follows |= isinstance(layer.module, SplitBatchNorm2d)
+            if layer.kind != "constant" and not isinstance(layer.module, SplitBatchNorm2d):
                 raise ValueError(
-                    f"{problem} {part}.{layer.name} is a {kind}, which knows no domains: "
-                    "backbones of build_norm_*_backbone and RetinaNet heads with statistics shared "
-                    "between levels do; other norms must be FrozenBN, GN, LN, IN or none"
+                    f"{problem} {part}.{layer.name} is a {type(layer.module).__name__}, which "
+                    "knows no domains: backbones of build_norm_*_backbone and RetinaNet heads with "
+                    "statistics shared between levels do; others must be FrozenBN, GN, LN, IN or ''"
                 )
     if not follows:
         raise ValueError(

@@ -206,15 +206,13 @@ class NormHead(RequiresStatistics):
                 images that is no multiple of ``norm_images``.
         """
         with ExitStack() as stack:
-            if self.norm_images:
-                norms = self.batch_norms()
-                training = any(norm.training for norm in norms)
-                sizes = self._group_sizes(num_rows, training=training, shuffled=shuffled)
-                for norm in norms:
-                    stack.enter_context(norm.row_groups(sizes))
+            norms = self.batch_norms() if self.norm_images else []
+            sizes = self._group_sizes(num_rows, norms, shuffled) if self.norm_images else None
+            for norm in norms:
+                stack.enter_context(norm.row_groups(sizes))
             yield
 
-    def _group_sizes(self, num_rows: int, *, training: bool, shuffled: bool) -> list[int] | None:
+    def _group_sizes(self, num_rows: int, norms: list[Any], shuffled: bool) -> list[int] | None:
         rows, k = self._image_rows, self.norm_images
         if rows is None:
             raise ValueError(
@@ -226,7 +224,7 @@ class NormHead(RequiresStatistics):
             raise ValueError(f"images with {rows} rows do not sum up to the {num_rows} rows given")
         if not rows:
             return None
-        if not training:
+        if not any(norm.training for norm in norms):
             return list(rows)
         groups, remainder = divmod(len(rows), k)
         if remainder:
@@ -242,14 +240,12 @@ class NormHead(RequiresStatistics):
 class ShuffleHead(ShuffledLayers, NormHead):
     """Mixin, before a NormHead: its BN layers see rows of all ranks, mixed at random.
 
-    What is shuffled, when, and by which permutation is said at
-    :class:`~rethinking_bn.shuffle.layers.ShuffledLayers`. With ``norm_images`` = k, each
-    rank splits its share into (images on the rank / k) equal normalisation batches: 8 ranks with
-    two images each and k = 1 make the 16 batches of 16 ranks with one image each.
+    :class:`~rethinking_bn.shuffle.layers.ShuffledLayers` says what is shuffled, when, by which
+    permutation, and what every rank must do (detectron2's losses do it). With ``norm_images`` = k,
+    each rank splits its share into (images on the rank / k) equal normalisation batches: 8 ranks
+    with two images each and k = 1 make the 16 batches of 16 ranks with one image each.
 
     Under a trainer that announces no iterations, they are those of detectron2's event storage.
-    detectron2's losses on zero rows depend on the head's result, as those of all ranks must. The
-    forward is a collective in training, which every rank must call.
     """
 
     def shuffled_norms(self) -> list[nn.Module]:

@@ -77,8 +77,8 @@ class ConfigurableHeadRetinaNet(FollowsDomains, RetinaNet):
         """Return RetinaNet's arguments.
 
         Raises:
-            ValueError: when no head of that name is registered, the head refuses its keys, or
-                ``cfg`` lacks this project's; for MODEL.DOMAIN_BN with norms that know no domains.
+            ValueError: for an unknown head, keys that it refuses or that ``cfg`` lacks, and
+                MODEL.DOMAIN_BN with norms that know no domains.
         """
         check_has_keys(cfg)
         if cfg.MODEL.RETINANET.HEAD_NAME == "RetinaNetHead":
@@ -95,8 +95,8 @@ class ConfigurableHeadRetinaNet(FollowsDomains, RetinaNet):
             stock.MODEL.RETINANET.NORM, stock.MODEL.RETINANET.NUM_CONVS = "", 1
             if cfg.TEST.PRECISE_BN.ENABLED:
                 logger.info(
-                    "TEST.PRECISE_BN is on. detectron2's own hook passes over multi-domain layers: "
-                    "rethinking_bn.engine's TrainerMixin or with_rethinking_bn replaces it."
+                    "detectron2's own hook for TEST.PRECISE_BN passes over multi-domain layers: "
+                    "rethinking_bn.engine's TrainerMixin or with_rethinking_bn replaces it"
                 )
             with torch.random.fork_rng(devices=[]):
                 arguments = {**super().from_config(stock), "backbone": backbone, "head": head}

@@ -147,16 +147,14 @@ class _TellsImageRows:
         """
         check_has_keys(cfg)
         arguments = super().from_config(cfg, input_shape)  # type: ignore[misc]
-        boxes = arguments.get("box_heads") or [arguments["box_head"]]
-        masks = [arguments["mask_head"]] if "mask_head" in arguments else []
-        for key, heads in (("BOX", boxes), ("MASK", masks)):
-            for head in heads if cfg.MODEL.ROI_HEADS.NORM_IMAGES else ():
-                if not isinstance(head, NormHead):
-                    raise ValueError(
-                        f"{_KEY} is {cfg.MODEL.ROI_HEADS.NORM_IMAGES}, but {type(head).__name__} "
-                        f"(MODEL.ROI_{key}_HEAD.NAME) knows nothing of it: use one of this "
-                        "package's heads"
-                    )
+        heads = [("BOX", head) for head in arguments.get("box_heads") or [arguments["box_head"]]]
+        heads += [("MASK", arguments["mask_head"])] if "mask_head" in arguments else []
+        for key, head in heads if cfg.MODEL.ROI_HEADS.NORM_IMAGES else ():
+            if not isinstance(head, NormHead):
+                raise ValueError(
+                    f"{_KEY} is {cfg.MODEL.ROI_HEADS.NORM_IMAGES}, but {type(head).__name__} "
+                    f"(MODEL.ROI_{key}_HEAD.NAME) knows nothing of it: use one of this package's"
+                )
         return arguments
 
 

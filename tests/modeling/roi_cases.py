@@ -72,46 +72,40 @@ def order_of(head: Any, seed: int = 0) -> tuple[float, ...]:
     return tuple(orders[0].tolist())
 
 
-def mask_config(
-    data: str = "no data", output_dir: str | Path = "no output", **keys: Any
-) -> CfgNode:
-    """Return a config of a narrow Mask R-CNN with BN heads of ours.
+_STAGES = ["res2", "res3", "res4", "res5"]
+_NARROW: dict[str, dict[str, Any]] = {
+    "RESNETS": {"NORM": "BN", "OUT_FEATURES": _STAGES},
+    "FPN": {"IN_FEATURES": _STAGES},
+    "RPN": {
+        "IN_FEATURES": [*LEVELS, "p6"],
+        "POST_NMS_TOPK_TRAIN": 20,
+        "POST_NMS_TOPK_TEST": 10,
+    },
+    "ROI_HEADS": {
+        "NAME": "NormImagesROIHeads",
+        "IN_FEATURES": [*LEVELS],
+        "NUM_CLASSES": 3,
+        "BATCH_SIZE_PER_IMAGE": 8,
+    },
+    "ROI_BOX_HEAD": {"NAME": "NormBoxHead", "NUM_CONV": 2, "NUM_FC": 1, "CONV_DIM": 8, "FC_DIM": 8},
+    "ROI_MASK_HEAD": {"NAME": "NormMaskHead", "NUM_CONV": 2, "CONV_DIM": 8},
+}
 
-    Args:
-        keys: with "__" in place of the dots.
-    """
-    return tiny_config(
-        data,
-        output_dir,
-        **{
-            "MODEL__META_ARCHITECTURE": "GeneralizedRCNN",
-            "MODEL__MASK_ON": True,
-            "MODEL__BACKBONE__NAME": "build_resnet_fpn_backbone",
-            "MODEL__RESNETS__NORM": "BN",
-            "MODEL__RESNETS__OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-            "MODEL__FPN__IN_FEATURES": ["res2", "res3", "res4", "res5"],
-            "MODEL__RPN__IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
-            "MODEL__RPN__POST_NMS_TOPK_TRAIN": 20,
-            "MODEL__RPN__POST_NMS_TOPK_TEST": 10,
-            "MODEL__ROI_HEADS__NAME": "NormImagesROIHeads",
-            "MODEL__ROI_HEADS__IN_FEATURES": list(LEVELS),
-            "MODEL__ROI_HEADS__NUM_CLASSES": 3,
-            "MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE": 8,
-            "MODEL__ROI_BOX_HEAD__NAME": "NormBoxHead",
-            "MODEL__ROI_BOX_HEAD__NUM_CONV": 2,
-            "MODEL__ROI_BOX_HEAD__NUM_FC": 1,
-            "MODEL__ROI_BOX_HEAD__CONV_DIM": 8,
-            "MODEL__ROI_BOX_HEAD__FC_DIM": 8,
-            "MODEL__ROI_BOX_HEAD__POOLER_RESOLUTION": 3,
-            "MODEL__ROI_BOX_HEAD__NORM": "BN",
-            "MODEL__ROI_MASK_HEAD__NAME": "NormMaskHead",
-            "MODEL__ROI_MASK_HEAD__NUM_CONV": 2,
-            "MODEL__ROI_MASK_HEAD__CONV_DIM": 8,
-            "MODEL__ROI_MASK_HEAD__POOLER_RESOLUTION": 4,
-            "MODEL__ROI_MASK_HEAD__NORM": "BN",
-            **keys,
-        },
-    )
+
+def mask_config(
+    data: str = "no data", output_dir: str | Path = "no output", **overrides: Any
+) -> CfgNode:
+    """Return a config of a narrow Mask R-CNN with BN heads of ours; keys with "__" for the dots."""
+    keys = {
+        "MODEL__META_ARCHITECTURE": "GeneralizedRCNN",
+        "MODEL__MASK_ON": True,
+        "MODEL__BACKBONE__NAME": "build_resnet_fpn_backbone",
+        "MODEL__ROI_BOX_HEAD__POOLER_RESOLUTION": 3,
+        "MODEL__ROI_MASK_HEAD__POOLER_RESOLUTION": 4,
+        **norms("BN"),
+        **{f"MODEL__{part}__{k}": v for part, keys in _NARROW.items() for k, v in keys.items()},
+    }
+    return tiny_config(data, output_dir, **{**keys, **overrides})
 
 
 CASCADE = {
