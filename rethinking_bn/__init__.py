@@ -12,11 +12,7 @@ import logging
 from typing import Any
 
 from rethinking_bn import command_line  # noqa: F401, I001  # first: see the end of its ranks
-from rethinking_bn._detectron2 import (
-    detectron2_failure,
-    detectron2_installed,
-    require_detectron2,
-)
+from rethinking_bn._detectron2 import detectron2_failure, detectron2_installed, require_detectron2
 from rethinking_bn.config import get_config_file
 
 __version__ = "0.2.0"

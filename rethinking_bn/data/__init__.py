@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from rethinking_bn.data.corruptions import CORRUPTIONS, corrupt
 from rethinking_bn.data.shapes import CLASSES
-from rethinking_bn.data.storage import (
-    SHAPES_DATASETS,
-    ShapesDataset,
-    datasets_root,
-    ensure_shapes,
-)
+from rethinking_bn.data.storage import SHAPES_DATASETS, ShapesDataset, datasets_root, ensure_shapes
 
 __all__ = [
     "CLASSES",
