@@ -231,10 +231,8 @@ def copy_to_levels(state_dict: Mapping[str, Tensor], num_levels: int) -> dict[st
     per_level = {name: n for name, n in _sets(state_dict).items() if name.startswith("head.")}
     for name, number in per_level.items():
         if f"{name}.0.weight" in state_dict:
-            raise ValueError(
-                f"{name} has an affine for each of {number} levels (rows 5 and 6 of Table 5), "
-                "detectron2's RetinaNetHead one for all"
-            )
+            one = "detectron2's RetinaNetHead has one"
+            raise ValueError(f"{name} has {number} affines (rows 5 and 6 of Table 5), {one}")
         if number != num_levels:
             raise ValueError(f"{name} has statistics of {number} levels, not {num_levels}")
     if not any(key.startswith("head.") and key.endswith(".running_var") for key in state_dict):
@@ -248,11 +246,9 @@ def copy_to_levels(state_dict: Mapping[str, Tensor], num_levels: int) -> dict[st
     return copied
 
 
-def _split(key: str) -> tuple[str, str, str]:
-    """Return layer, set and entry: ("head.norm", "0", "weight") of "head.norm.0.weight"."""
-    above, _, entry = key.rpartition(".")
-    name, _, child = above.rpartition(".")
-    return name, child, entry
+def _split(key: str) -> list[str]:
+    """Return layer, set and entry: ["head.norm", "0", "weight"] of "head.norm.0.weight"."""
+    return ["", "", *key.rsplit(".", 2)][-3:]
 
 
 def _sets(state_dict: Mapping[str, Any]) -> dict[str, int]:
@@ -282,10 +278,8 @@ def convert_mabn_checkpoint(state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
     converted: dict[str, Tensor] = dict(state_dict)
     found = [key.removesuffix("running_var") for key in state_dict if key.endswith("running_var")]
     if not [prefix for prefix in found if convert_official(converted, prefix)]:
-        raise ValueError(
-            "no layer of the official MABN code: no running_var of shape (1, C, 1, 1), none beside "
-            "a sta_matrix"
-        )
+        wanted = "a running_var of shape (1, C, 1, 1), or one beside a sta_matrix"
+        raise ValueError(f"no layer of the official MABN code: none has {wanted}")
     renamed = {_detectron2_name(key): value for key, value in converted.items()}
     if len(renamed) < len(converted):
         raise ValueError("the checkpoint has a ResNet's parts twice, under different names")
@@ -298,6 +292,6 @@ def _detectron2_name(key: str) -> str:
         return key
     part, index = match["part"], match["index"]
     above = "stem." if match["stage"] is None else f"res{int(match['stage']) + 1}.{match['block']}."
-    if part == "downsample.":
-        return f"{above}shortcut.{'norm.' if index == '1' else ''}{match['rest']}"
-    return f"{above}conv{index}.{'norm.' if part == 'bn' else ''}{match['rest']}"
+    shortcut = part == "downsample."
+    norm = "norm." if part == "bn" or (shortcut and index == "1") else ""
+    return f"{above}{'shortcut' if shortcut else f'conv{index}'}.{norm}{match['rest']}"

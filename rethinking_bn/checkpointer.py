@@ -137,14 +137,12 @@ def _misfit(given: Sequence[str], expected: Sequence[str], loaded: Sequence[str]
 
     Given are the checkpoint's keys, the model's parameters, and those that were loaded.
     """
-    if not given or not expected:
-        return None
-    if not loaded:
+    if given and expected and not loaded:
         return f"The checkpoint is of another model: none of its {len(given)} keys fits"
     heads = {key.partition(".")[0] for key in expected} - {"backbone"}
     theirs = {key.partition(".")[0] for key in given if "." in key} - {"backbone"}
-    whole_detector = any(key.startswith("backbone.") for key in given) and theirs
-    if not whole_detector or not heads or any(key.partition(".")[0] in heads for key in loaded):
+    whole_detector = theirs and any(key.startswith("backbone.") for key in given)
+    if not (whole_detector and heads) or any(key.partition(".")[0] in heads for key in loaded):
         return None
     return (
         f"The checkpoint is of another architecture: it has {', '.join(sorted(theirs))}, and no "

@@ -131,8 +131,7 @@ def unshuffle_rows(rows: Tensor, state: ShuffleState) -> Tensor:
 
 
 def _agree(x: Tensor, seed: int, group: ProcessGroup | None) -> tuple[list[int], bool, bool]:
-    """Exchange the header: return the row counts, and whether any rows require grad and all are
-    channels-last."""
+    """Return the row counts, whether any rows require grad, and whether all are channels-last."""
     shape = tuple(x.shape[1:]) if x.dim() else _NO_ROWS
     # One digest stands for all that must be equal; the values themselves are only told when not.
     digest = stable_hash((seed, shape, str(x.dtype)))
@@ -163,11 +162,11 @@ def _disagreement(described: Sequence[dict[str, Any]]) -> str:
 
 
 def _apply(x: Tensor, anchor: Tensor | None, *way: Any) -> tuple[Tensor, Tensor | None]:
-    """Exchange rows, with an autograd node if ``x`` or ``anchor``, an empty tensor, needs one;
-    return the result and, with a node, its empty second output.
+    """Exchange rows; return the result and, of an autograd node, the empty second output.
 
-    The way is an exchange, the inverse that brings gradients back, and for both whether the rows
-    are channels-last, and the group."""
+    ``anchor``, an empty tensor, may need the node. The way is an exchange, the inverse that brings
+    gradients back, whether rows are channels-last, and the group.
+    """
     differentiable = x.is_floating_point() or x.is_complex()
     recorded = differentiable and (x.requires_grad or anchor is not None)
     if recorded and torch.is_grad_enabled():
