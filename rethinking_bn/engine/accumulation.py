@@ -21,23 +21,19 @@ class AccumulatingTrainer(SimpleTrainer):
     An iteration stays one optimiser step over one batch of the loader. The gradients of the k
     passes are averaged, as those of k processes would be; under DistributedDataParallel they are
     reduced once, with the last pass. So W ranks with k passes take the step of W·k ranks, up to
-    rounding, as long as each layer normalises what is in its own pass (BN, GN): the batch of SGD
-    and the batch of the normalisation are two numbers.
+    rounding, as long as each layer normalises what is in its own pass (BN, GN).
 
-    Each pass keeps its own moving loss normaliser (of detectron2's dense detectors). What a forward
-    itself counts or averages (BN's moving averages, the iterations of MABN) moves k times per
-    iteration. Logged are the losses' means over the passes.
+    Each pass keeps its own moving loss normaliser (of detectron2's dense detectors). BN's moving
+    averages and MABN's iterations move k times per iteration. The log has the losses' means over
+    the passes.
     """
 
     def __init__(self, *args: Any, accumulation_steps: int = 1, **kwargs: Any) -> None:
         """
         Args:
-            accumulation_steps: passes k per step. Every batch of the loader is a sequence whose
-                length k divides.
+            accumulation_steps: passes k per step, at least 1. Every batch of the loader is a
+                sequence whose length k divides.
             args, kwargs: SimpleTrainer's.
-
-        Raises:
-            ValueError: if ``accumulation_steps`` is not positive.
         """
         if accumulation_steps < 1:
             raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
@@ -48,8 +44,7 @@ class AccumulatingTrainer(SimpleTrainer):
         """Take one optimiser step: data, k passes, gradients, optimizer.
 
         Raises:
-            RuntimeError: if the model is in eval mode.
-            ValueError: if the passes cannot have the same number of samples.
+            RuntimeError, ValueError: for a model in eval mode; if k does not divide the batch.
         """
         if not self.model.training:
             raise RuntimeError("the model was changed to eval mode")
@@ -123,33 +118,22 @@ class AccumulatingAMPTrainer(AccumulatingTrainer, AMPTrainer):
 class CPUAutocastTrainer(AccumulatingTrainer):
     """:class:`AccumulatingTrainer` with the forward in bfloat16 autocast on the CPU.
 
-    bfloat16 has float32's range, so there is no gradient scaler. (detectron2's AMPTrainer is for
-    CUDA alone.) The backward runs outside, each operation in the type of its forward.
+    bfloat16 has float32's range, so there is no gradient scaler.
     """
 
+    precision = torch.bfloat16
+
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", dtype=torch.bfloat16)
+        return torch.autocast("cpu", dtype=self.precision)
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:
-    """Return a batch in equal parts, in order; with ``parts`` 1, the batch as it is.
-
-    Args:
-        batch: a sequence of samples, or a tensor (N, ...).
-
-    Raises:
-        ValueError: if ``parts`` does not divide the number of samples.
-    """
+    """Return a batch, a sequence of samples or a tensor (N, ...), in equal parts, in order."""
     if parts == 1:
         return [batch]
     if not isinstance(batch, (Sequence, Tensor)):
-        raise ValueError(
-            f"accumulation_steps {parts} needs batches that are lists of samples or tensors, but "
-            f"the loader yields a {type(batch).__name__}"
-        )
+        raise ValueError(f"accumulation_steps {parts}: the loader yields a {type(batch).__name__}")
     size, rest = divmod(len(batch), parts)
     if rest or not size:
-        raise ValueError(
-            f"accumulation_steps {parts} does not divide the {len(batch)} samples of a batch"
-        )
+        raise ValueError(f"accumulation_steps {parts} does not divide the {len(batch)} samples")
     return [batch[start : start + size] for start in range(0, len(batch), size)]

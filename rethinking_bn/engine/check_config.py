@@ -27,99 +27,84 @@ from rethinking_bn.config import (
 )
 from rethinking_bn.data.domains import domain_groups, domain_of
 from rethinking_bn.data.register import ShapesMetadata, read_classes
-from rethinking_bn.engine.load_config import scale_to_ranks
-from rethinking_bn.engine.weight_average import average_options
+from rethinking_bn.engine.load_config import flat, scale_to_ranks
 
 
 def check_values(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:
     """Raise a ValueError for a value that its key cannot have, by itself or beside others."""
-    estimates = needs_population_loader(cfg, training=training)
-    least = {"SOLVER.CHECKPOINT_PERIOD": 1, "DATALOADER.NUM_WORKERS": 0}
-    least["TEST.PRECISE_BN.NUM_WORKERS"] = 0
-    if estimates:
-        least["TEST.PRECISE_BN.NUM_ITER"] = 1
-    if training:
-        least |= {"SOLVER.MAX_ITER": 1, "SOLVER.BASE_LR": 0, "TEST.DIAGNOSE.PERIOD": 0}
-    for key, bound in least.items():
-        value = _leaf(cfg, key)
-        if not bound <= value < math.inf:
-            more = "; --eval-only evaluates without training" if "MAX_ITER" in key else ""
-            raise ValueError(f"{key} must be at least {bound}, got {value}{more}")
-    if cfg.SEED >= 2**32 - ranks:  # numpy's generators take 32 bits, and each rank another seed
-        raise ValueError(f"SEED must be below 2 ** 32 - {ranks}, or negative, got {cfg.SEED}")
-    needed = {"OUTPUT_DIR": cfg.OUTPUT_DIR}
+    values, estimates = flat(cfg), needs_population_loader(cfg, training=training)
+
+    def at_least(bound: int, key: str, more: str = "") -> tuple[str, Any, str]:
+        return key, bound <= values[key] < math.inf, f"be at least {bound}{more}"
+
+    rows = [  # key, whether its value is good, what it must
+        at_least(1, "SOLVER.CHECKPOINT_PERIOD"),
+        at_least(0, "DATALOADER.NUM_WORKERS"),
+        at_least(0, "TEST.PRECISE_BN.NUM_WORKERS"),
+        # numpy's generators take 32 bits, and each rank another seed
+        ("SEED", cfg.SEED < 2**32 - ranks, f"be below 2 ** 32 - {ranks}, or negative"),
+        ("MODEL.RETINANET.PRIOR_PROB", 0 < cfg.MODEL.RETINANET.PRIOR_PROB < 1, "be in (0, 1)"),
+        ("OUTPUT_DIR", cfg.OUTPUT_DIR, "not be empty"),
+    ]
+    for key in ("MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"):
+        filled = all(level or isinstance(level, (int, float)) for level in values[key])
+        rows.append((key, values[key] and filled, "not be empty"))
     if training or estimates:
-        needed["INPUT.MIN_SIZE_TRAIN"] = cfg.INPUT.MIN_SIZE_TRAIN
-    for name in ("SIZES", "ASPECT_RATIOS"):
-        anchors = cfg.MODEL.ANCHOR_GENERATOR[name]
-        needed[f"MODEL.ANCHOR_GENERATOR.{name}"] = anchors and all(
-            level or isinstance(level, (int, float)) for level in anchors
-        )
-    for key, filled in needed.items():
-        if not filled:
-            raise ValueError(f"{key} is empty")
-    prior = cfg.MODEL.RETINANET.PRIOR_PROB
-    if not 0 < prior < 1:
-        raise ValueError(f"MODEL.RETINANET.PRIOR_PROB must be above 0 and below 1, got {prior}")
+        rows.append(("INPUT.MIN_SIZE_TRAIN", cfg.INPUT.MIN_SIZE_TRAIN, "not be empty"))
+    if training:
+        iterations = scale_to_ranks(cfg, ranks).SOLVER.MAX_ITER
+        start = cfg.SOLVER.FREEZE_BN.START
+        rows += [
+            at_least(1, "SOLVER.MAX_ITER", "; --eval-only evaluates without training"),
+            at_least(0, "SOLVER.BASE_LR"),
+            at_least(0, "TEST.DIAGNOSE.PERIOD"),
+            ("SOLVER.FREEZE_BN.START", -1 <= start < iterations, f"be -1 or in [0, {iterations})"),
+        ]
+    if estimates:
+        diagnoses = training and cfg.TEST.DIAGNOSE.PERIOD
+        rows.append(at_least(2 if diagnoses else 1, "TEST.PRECISE_BN.NUM_ITER"))
+    for key, is_good, must in rows:
+        if not is_good:
+            raise ValueError(f"{key} must {must}, got {values[key]!r}")
     check_statistics(cfg)
     check_transforms(cfg)
     check_batch_size(cfg, ranks, training=training)
     if training:
-        number = cfg.TEST.PRECISE_BN.NUM_ITER
-        if cfg.TEST.DIAGNOSE.PERIOD and number < 2:
-            raise ValueError(
-                f"TEST.DIAGNOSE.PERIOD {cfg.TEST.DIAGNOSE.PERIOD} needs at least 2 batches, but "
-                f"TEST.PRECISE_BN.NUM_ITER is {number}"
-            )
         check_thaw(cfg)
-        check_freezing(cfg, ranks)
-        average_options(cfg)
 
 
-def check_device(cfg: CfgNode) -> None:
-    """Raise a ValueError for a MODEL.DEVICE that is not here; CUDA without a GPU is the CPU."""
-    name = cfg.MODEL.DEVICE
+def check_device(cfg: CfgNode, local_ranks: int) -> None:
+    """Raise a ValueError unless MODEL.DEVICE is here; CUDA without a GPU stands for the CPU."""
+    name, gpus = cfg.MODEL.DEVICE, torch.cuda.device_count()
     try:
         device = torch.device(name)
         if device.type != "cuda":
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"MODEL.DEVICE {name!r} is no device here; take cuda or cpu") from error
-    gpus = torch.cuda.device_count()
-    if device.type == "cuda" and gpus and (device.index or 0) >= gpus:
-        raise ValueError(f"MODEL.DEVICE {name!r}: this machine has {gpus} GPU(s), from cuda:0 on")
-
-
-def check_freezing(cfg: CfgNode, ranks: int) -> None:
-    """Raise a ValueError if SOLVER.FREEZE_BN.START is no iteration of the run, nor -1."""
-    solver = scale_to_ranks(cfg, ranks).SOLVER
-    start = solver.FREEZE_BN.START
-    if start < -1 or start >= solver.MAX_ITER:
-        raise ValueError(
-            f"SOLVER.FREEZE_BN.START {start} is neither an iteration in [0, {solver.MAX_ITER}) "
-            "(SOLVER.MAX_ITER) nor -1 (never)"
-        )
+    asked = max(local_ranks, (device.index or 0) + 1)
+    if device.type == "cuda" and 0 < gpus < asked:
+        raise ValueError(f"{asked} GPUs asked for, but this machine has {gpus}")
 
 
 def check_batch_size(cfg: CfgNode, ranks: int, *, training: bool = True) -> None:
     """Raise a ValueError unless images divide into ranks, passes and normalisation batches."""
     cfg = scale_to_ranks(cfg, ranks)
     is_estimated = needs_population_loader(cfg, training=training)
+    key = "TEST.PRECISE_BN.IMS_PER_BATCH"
     estimates = cfg.TEST.PRECISE_BN.IMS_PER_BATCH if is_estimated else 0
-    sizes = {}  # (on all ranks, per forward on one rank)
+    sizes = {}  # images per forward on one rank
     if training or (is_estimated and not estimates):
-        images = images_per_pass(cfg, ranks)
-        sizes["SOLVER.IMS_PER_BATCH"] = (cfg.SOLVER.IMS_PER_BATCH, images)
+        sizes["SOLVER.IMS_PER_BATCH"] = images_per_pass(cfg, ranks)
     if estimates:
-        key = "TEST.PRECISE_BN.IMS_PER_BATCH"
         check_divides(key, estimates, ranks)
-        sizes[key] = (estimates, estimates // ranks)
-    for part, (key, (size, images)) in product(("BACKBONE", "ROI_HEADS"), sizes.items()):
+        sizes[key] = estimates // ranks
+    for part, (key, images) in product(("BACKBONE", "ROI_HEADS"), sizes.items()):
         together = cfg.MODEL[part].NORM_IMAGES
         if together > 0 and images % together:
             raise ValueError(
                 f"MODEL.{part}.NORM_IMAGES {together} does not divide the {images} images per "
-                f"process and pass ({key} {size}, {ranks} process(es))"
+                f"process and pass ({key} {flat(cfg)[key]}, {ranks} process(es))"
             )
 
 
@@ -127,23 +112,20 @@ def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
     """Check that the data sets of a run are registered, and on disk unless they are generated.
 
     Raises:
-        ValueError: for a name that is not registered, or that is in no group of
-            MODEL.DOMAIN_BN.DATASETS where there are some; for more classes than the model has.
+        ValueError: for a name that is not registered or without a domain where there are domains;
+            for more classes than the model has.
         FileNotFoundError: saying where the data set was looked for, and what moves that place.
     """
-    names = list(cfg.DATASETS.TEST)
-    if training:
-        if not cfg.DATASETS.TRAIN:
-            raise ValueError("DATASETS.TRAIN is empty")
-        names += cfg.DATASETS.TRAIN
-    labelled = list(names)
+    if training and not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty")
+    labelled = [*cfg.DATASETS.TEST, *(cfg.DATASETS.TRAIN if training else ())]
+    names = list(labelled)
     if needs_population_loader(cfg, training=training):
         names += cfg.TEST.PRECISE_BN.DATASETS or cfg.DATASETS.TRAIN
-    groups = domain_groups(cfg)
+    groups, known = domain_groups(cfg), DatasetCatalog.list()
     for name in names if groups else ():
         domain_of(cfg, name)
     for name in (*names, *chain.from_iterable(groups)):
-        known = DatasetCatalog.list()
         if name not in known:
             close = get_close_matches(name, known, n=5)
             hint = f"; close names: {', '.join(close)}" if close else ""
@@ -151,8 +133,7 @@ def check_data_sets(cfg: CfgNode, *, training: bool = True) -> None:
         metadata = MetadataCatalog.get(name)
         if name not in names or isinstance(metadata, ShapesMetadata):  # generated on first use
             continue
-        for attribute in ("json_file", "image_root"):
-            path = metadata.get(attribute, "")
+        for path in (metadata.get("json_file", ""), metadata.get("image_root", "")):
             if path and "://" not in path and not os.path.exists(path):
                 folder = os.environ.get("DETECTRON2_DATASETS", "datasets")
                 raise FileNotFoundError(
@@ -170,8 +151,11 @@ def warnings_of(cfg: CfgNode, *, training: bool, resumes: bool) -> Iterator[str]
     for name, key, classes, there in _class_counts(cfg, list(names)):
         if classes > there:
             yield f"{key} is {classes}, but {name!r} has {there} classes: the others never occur"
-    keys = ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.RETINANET.NORM")
-    frozen = [f"{key} FrozenBN" for key in keys if _leaf(cfg, key) == "FrozenBN"]
+    frozen = [
+        f"MODEL.{part}.NORM FrozenBN"
+        for part in ("RESNETS", "FPN", "RETINANET")
+        if cfg.MODEL[part].NORM == "FrozenBN"
+    ]
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         frozen.append(f"MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}")
     if training and frozen and not resumes and not cfg.MODEL.WEIGHTS:
@@ -185,12 +169,9 @@ def _class_counts(cfg: CfgNode, names: list[str]) -> Iterator[tuple[str, str, in
     """Yield (data set, key, the model's classes, the data's) where both are known."""
     name = cfg.MODEL.META_ARCHITECTURE
     architecture = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else object
-    if issubclass(architecture, RetinaNet):
-        key = "MODEL.RETINANET.NUM_CLASSES"
-    elif issubclass(architecture, GeneralizedRCNN):
-        key = "MODEL.ROI_HEADS.NUM_CLASSES"
-    else:
-        return
+    kinds = {"RETINANET": RetinaNet, "ROI_HEADS": GeneralizedRCNN}
+    part = next((part for part, kind in kinds.items() if issubclass(architecture, kind)), "")
+    names = names if part else []
     for name in names:
         metadata = MetadataCatalog.get(name)
         classes = metadata.get("thing_classes")
@@ -201,10 +182,4 @@ def _class_counts(cfg: CfgNode, names: list[str]) -> Iterator[tuple[str, str, in
                 with open(metadata.get("json_file", ""), encoding="utf-8") as file:
                     classes = json.load(file)["categories"]
         if classes:
-            yield name, key, _leaf(cfg, key), len(classes)
-
-
-def _leaf(cfg: CfgNode, key: str) -> Any:
-    for name in key.split("."):
-        cfg = cfg[name]
-    return cfg
+            yield name, f"MODEL.{part}.NUM_CLASSES", cfg.MODEL[part].NUM_CLASSES, len(classes)

@@ -2,8 +2,7 @@
 
 A launcher that dies takes its ranks along, by the system's means (Linux's PR_SET_PDEATHSIG), a rank
 that fails ends all ranks, and so does SIGINT to the launcher, also where a background shell ignores
-it. SIGTERM is passed on to the ranks, which save and end (:class:`Preemption`). SIGHUP is left as
-it is: a closed terminal ends the launcher, ``nohup`` prevents that. docs/training.md has the table.
+it. SIGTERM is passed on to the ranks, which save and end. docs/training.md has the table.
 """
 
 from __future__ import annotations
@@ -58,15 +57,14 @@ def run(
 ) -> Any:
     """Read and check the command line, then call ``main(args)`` on every rank.
 
-    Ranks are ``--num-gpus`` processes per machine that detectron2's launcher spawns (gloo on the
-    CPU, NCCL on GPUs), or the processes that torchrun started. Bad input is one line on stderr and
-    exit status 1, before any process is spawned.
+    Ranks are processes of detectron2's launcher (gloo on the CPU, NCCL on GPUs) or of torchrun. Bad
+    input is one line on stderr and exit status 1, before any process is spawned.
 
     Args:
         main: a module-level function.
         description: for ``--help``.
         argv: default ``sys.argv[1:]``.
-        add_options: adds a tool's own options to the parser; ``args`` then holds them.
+        add_options: adds a tool's own options to the parser.
 
     Returns:
         what ``main`` returned, if there is one rank only; otherwise None.
@@ -76,9 +74,8 @@ def run(
         add_options(parser)
     args = parser.parse_args(argv)
     disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # what is worth a warning is said when the run is set up
     try:
-        # what is worth a warning is said again when the run is set up
-        logging.disable(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             cfg = check_arguments(args)
@@ -90,7 +87,12 @@ def run(
         logging.disable(disabled)
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     if _under_torchrun():
-        return _run_under_torchrun(main, args, on_gpu)
+        end_with(os.getppid())
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        return _share_cores(main, args, on_gpu)
     if not on_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else detectron2 starts NCCL, for GPUs alone
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
@@ -104,11 +106,7 @@ def run(
 
 
 def check_arguments(args: argparse.Namespace) -> CfgNode:
-    """Check the command line before processes start; return the config, not frozen.
-
-    Raises:
-        ValueError, OSError: one line that says what is wrong.
-    """
+    """Check the command line before processes start, as :func:`check_run`; return the config."""
     if _under_torchrun():
         local_ranks, ranks = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
         if args.num_gpus not in (1, local_ranks) or args.num_machines != 1:
@@ -126,10 +124,10 @@ def check_arguments(args: argparse.Namespace) -> CfgNode:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Return the frozen config on this rank, with logging, seed and output folder set up.
+    """Return the frozen config on this rank; set up logging, seed and, as a training's, OUTPUT_DIR.
 
     Raises:
-        OSError, RuntimeError: where the run trains and another one does, in this OUTPUT_DIR.
+        OSError, RuntimeError: where another run trains there.
     """
     cfg = load_config(args.config_file, args.opts, imports=args.imports)
     falls_back = use_available_device(cfg)
@@ -153,27 +151,16 @@ def _under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
-def _run_under_torchrun(main: Main, args: argparse.Namespace, on_gpu: bool) -> Any:
-    end_with(os.getppid())
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", init_method="env://", timeout=DEFAULT_TIMEOUT
-    )
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-    return _share_cores(main, args, on_gpu)
-
-
 def launch(main: Main, args: argparse.Namespace, on_gpu: bool) -> None:
     """Run the ranks of this machine; where they do not end well, this process ends on the spot."""
-    asked: list[threading.Timer] = []
+    asked: list[int] = []
 
-    def pass_on(*_: Any) -> None:
+    def pass_on(number: int, frame: Any) -> None:
         """Handle SIGTERM: the first is passed on, the second ends all."""
         if asked:
             _say("second SIGTERM: all ranks are ended without a checkpoint")
             _end(PREEMPTED)
-        asked.append(_after(GRACE + 1, lambda: _end(PREEMPTED)))  # ranks keep to GRACE, too
+        asked.append(number)
         for rank in multiprocessing.active_children():
             rank.terminate()
 
@@ -197,8 +184,6 @@ def launch(main: Main, args: argparse.Namespace, on_gpu: bool) -> None:
     finally:
         os.environ.pop(LAUNCHER, None)
         signal.signal(signal.SIGTERM, before)
-        for timer in asked:
-            timer.cancel()
 
 
 def _run_rank(launcher: int, main: Main, args: argparse.Namespace, on_gpu: bool) -> None:
@@ -212,8 +197,7 @@ def _run_rank(launcher: int, main: Main, args: argparse.Namespace, on_gpu: bool)
 def _share_cores(main: Main, args: argparse.Namespace, on_gpu: bool) -> Any:
     """Run one rank of several, with its share of the CPU's cores."""
     if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, (cores or 1) // comm.get_local_size()))
+        torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
     result = main(args)
     dist.destroy_process_group()
     return result
@@ -222,30 +206,27 @@ def _share_cores(main: Main, args: argparse.Namespace, on_gpu: bool) -> Any:
 class Preemption(HookBase):
     """Let a SIGTERM to any rank end training on all, in the same iteration, with a checkpoint.
 
-    The checkpoint holds the statistics merged over the ranks, as every checkpoint does, but each
-    rank's own for resuming: the resumed run is the one that was not ended, bit for bit. Population
-    training is not run for it, and evaluation that is due in the iteration is left out. A second
-    SIGTERM ends the process at once, and so does the end of 30 seconds.
+    The checkpoint holds the statistics merged over the ranks, and each rank's own for resuming.
+    Evaluation that is due in the iteration is left out. A second SIGTERM ends the process at once,
+    and so does the end of 30 seconds.
 
-    State read: the trainer's iteration. State changed: none, unless it saves; SIGTERM's handler
-    while training. All ranks must have it. Must come after the hooks that merge and checkpoint.
+    State changed: SIGTERM's handler while training. All ranks must have it, after the hooks that
+    merge and checkpoint.
     """
 
     def before_train(self) -> None:
         """Take over SIGTERM."""
         self._asked: float | None = None
-        self._timer: threading.Timer | None = None
         self._handler: Any = None
-        self._handles = threading.current_thread() is threading.main_thread()
-        if self._handles:
-            self._handler = signal.signal(signal.SIGTERM, self._ask)
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._ask) or signal.SIG_DFL
 
     def after_train(self) -> None:
         """Give SIGTERM back."""
-        if self._timer is not None:
+        if self._asked is not None:
             self._timer.cancel()
-        if self._handles:
-            signal.signal(signal.SIGTERM, self._handler or signal.SIG_DFL)
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
 
     def after_step(self) -> None:
         """Save and raise SystemExit with status 143, if all ranks are to stop here."""
@@ -261,9 +242,8 @@ class Preemption(HookBase):
                 self.trainer.checkpointer.save(name, iteration=self.trainer.iter)
         logger.warning("SIGTERM: saved as %s.pth; --resume goes on from there.", name)
         comm.synchronize()  # nobody ends before it is saved
-        # which run once more at the end of the last iteration
-        hooks = [hook for hook in self.trainer._hooks if not isinstance(hook, EvalHook)]
-        self.trainer._hooks[:] = hooks
+        # which runs once more at the end of the last iteration
+        self.trainer._hooks[:] = [h for h in self.trainer._hooks if not isinstance(h, EvalHook)]
         sys.exit(PREEMPTED)
 
     def _ask(self, *_: Any) -> None:
@@ -271,7 +251,9 @@ class Preemption(HookBase):
         now = time.monotonic()
         if self._asked is None:
             self._asked = now
-            self._timer = _after(GRACE, _end_unsaved)
+            self._timer = threading.Timer(GRACE, _end_unsaved)
+            self._timer.daemon = True
+            self._timer.start()
             return
         # a launcher passes on what the scheduler may also send here
         passes_on = multiprocessing.parent_process() or "TORCHELASTIC_RUN_ID" in os.environ
@@ -282,13 +264,6 @@ class Preemption(HookBase):
 def _end_unsaved() -> None:
     os.write(2, b"SIGTERM: ended without a checkpoint\n")
     os._exit(PREEMPTED)
-
-
-def _after(seconds: float, end: Callable[[], Any]) -> threading.Timer:
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    return timer
 
 
 def _say(text: str) -> None:

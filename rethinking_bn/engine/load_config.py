@@ -6,8 +6,9 @@ import importlib
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 import yaml
@@ -24,10 +25,8 @@ def load_config(
 ) -> CfgNode:
     """Return detectron2's defaults and ours, with a YAML file and overrides merged in.
 
-    The data sets of DATASETS.COCO_FORMAT are registered.
-
-    YAML tags are refused, in the file and in its ``_BASE_`` files: a tag such as
-    ``!!python/object/apply:eval`` (detectron2's own Base-RetinaNet.yaml holds one) runs code.
+    The data sets of DATASETS.COCO_FORMAT are registered. YAML tags are refused: one such as
+    ``!!python/object/apply:eval`` (detectron2's own Base-RetinaNet.yaml holds it) runs code.
 
     Args:
         config_file: path of a YAML file; "" for the defaults alone.
@@ -49,7 +48,7 @@ def load_config(
         try:
             importlib.import_module(module)
         except Exception as error:  # it is somebody else's code
-            said = f"{type(error).__name__}: {_one_line(error)}"
+            said = f"{type(error).__name__}: {one_line(error)}"
             raise ValueError(f"--import {module}: {said}") from error
     cfg = get_cfg()
     add_rethinking_bn_config(cfg)
@@ -60,22 +59,18 @@ def load_config(
     if len(opts) % 2:
         raise ValueError(f"overrides must be KEY VALUE pairs, but got {' '.join(opts)!r}")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
-        if key not in _keys(cfg):
+        if key not in flat(cfg):
             raise ValueError(_unknown_key(cfg, key))
         try:
             cfg.merge_from_list([key, value])
         except (AssertionError, ValueError) as error:
-            raise ValueError(f"{key} {value}: {_one_line(error)}") from error
+            raise ValueError(f"{key} {value}: {one_line(error)}") from error
     register_coco_format(cfg)
     return cfg
 
 
 def scale_to_ranks(cfg: CfgNode, ranks: int) -> CfgNode:
-    """Return the config as detectron2's trainer scales it: SOLVER.REFERENCE_WORLD_SIZE.
-
-    Raises:
-        ValueError: where its images cannot be divided among the processes that it was made for.
-    """
+    """Return the config as detectron2 scales it (SOLVER.REFERENCE_WORLD_SIZE), or a ValueError."""
     try:
         return DefaultTrainer.auto_scale_workers(cfg, ranks)
     except AssertionError as error:
@@ -93,6 +88,31 @@ def use_available_device(cfg: CfgNode) -> bool:
     return falls_back
 
 
+def flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """Return every key of a config with its dots, and its value; sections are among them."""
+    found: dict[str, Any] = {}
+    for name, value in cfg.items():
+        found[prefix + name] = value
+        if isinstance(value, CfgNode):
+            found |= flat(value, f"{prefix}{name}.")
+    return found
+
+
+def changed(cfg: CfgNode, key: str, value: Any) -> CfgNode:
+    """Return a copy of a config, as frozen as it is, with another value of one key."""
+    frozen, cfg = cfg.is_frozen(), cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list([key, value])
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
+def one_line(error: object) -> str:
+    """Return what an error says, shortened, in one line."""
+    return textwrap.shorten(str(error), 400, placeholder=" ...")
+
+
 def _merge_file(cfg: CfgNode, config_file: str) -> None:
     try:
         cfg.merge_from_file(config_file, allow_unsafe=False)
@@ -100,13 +120,10 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
         said = f"{config_file}: its _BASE_ {error.filename!r} does not exist"
         raise FileNotFoundError(said) from error
     except yaml.constructor.ConstructorError as error:
-        where = error.problem_mark
-        place, key = config_file, ""
-        if where:
-            place, key = f"{where.name}, line {where.line + 1}", _key_at(where)
+        mark = error.problem_mark
         raise ValueError(
-            f"{place}: {error.problem}; YAML tags are not loaded because they can execute code: "
-            f"write the value itself{key}"
+            f"{f'{mark.name}, line {mark.line + 1}' if mark else config_file}: {error.problem}; "
+            "YAML tags are not loaded because they can execute code: write the value itself"
         ) from error
     except RecursionError as error:
         raise ValueError(f"{config_file}: its _BASE_ files lead back to themselves") from error
@@ -116,35 +133,9 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
     except (AttributeError, TypeError) as error:  # an empty file, a list, a bare word
         raise ValueError(f"{config_file}: not a mapping of config keys to values") from error
     except (yaml.YAMLError, AssertionError, ValueError) as error:
-        raise ValueError(f"{config_file}: {_one_line(error)}") from error
-
-
-def _key_at(where: yaml.Mark) -> str:
-    """Name the key whose value begins at a place in a file, and what the known one means."""
-    with PathManager.open(where.name) as file:
-        node, path = yaml.compose(file, yaml.SafeLoader), []  # nodes, of which nothing is made
-    while isinstance(node, yaml.MappingNode):
-        # the last key that begins before the place
-        key, node = [pair for pair in node.value if pair[0].start_mark.index <= where.index][-1]
-        path.append(str(key.value))
-    key = ".".join(path)
-    # detectron2's Base-RetinaNet.yaml
-    sizes = [[round(x * 2 ** (i / 3), 1) for i in range(3)] for x in (32, 64, 128, 256, 512)]
-    known = f", such as RetinaNet's {sizes}" if key == "MODEL.ANCHOR_GENERATOR.SIZES" else ""
-    return f" under {key}{known}"
+        raise ValueError(f"{config_file}: {one_line(error)}") from error
 
 
 def _unknown_key(cfg: CfgNode, key: str) -> str:
-    close = get_close_matches(key, list(_keys(cfg)), n=3, cutoff=0.6)
+    close = get_close_matches(key, flat(cfg), n=3, cutoff=0.6)
     return f"unknown config key {key!r}" + (f"; close keys: {', '.join(close)}" if close else "")
-
-
-def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    for name, value in cfg.items():
-        yield prefix + name
-        if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{name}.")
-
-
-def _one_line(error: BaseException) -> str:
-    return textwrap.shorten(str(error), 300, placeholder=" ...")  # joins lines, too

@@ -43,9 +43,8 @@ class ResumableTrainLoader(Iterable[list[Sample]]):
     """This rank's endless batches, a pure function of (seed, iteration, rank).
 
     Images are grouped by aspect ratio from the sizes in the dataset dicts, so that fast-forward
-    to an iteration loads no image; each sample's augmentation is drawn from a seed of its own, so
-    that it does not depend on the number of workers either. With the same seed, the images are
-    those of detectron2's loader without workers, batch by batch.
+    to an iteration loads no image; each sample's augmentation is drawn from a seed of its own.
+    With the same seed, the images are those of detectron2's loader without workers.
     """
 
     def __init__(
@@ -61,24 +60,19 @@ class ResumableTrainLoader(Iterable[list[Sample]]):
     ) -> None:
         """
         Args:
-            dataset: detectron2's dataset dicts, with "width" and "height" if grouping is on.
+            dataset: detectron2's dataset dicts; without "width" and "height" nothing is grouped.
             mapper: makes a dataset dict the model's input, or None to skip it (another image takes
                 its place). Any randomness must come from the global generators.
             sampler: this rank's endless stream of indices; starts over at every ``iter()``.
             batch_size: images per rank.
             seed: of the run, equal on all ranks.
-            aspect_ratio_grouping: batch wide images with wide ones, and the others together.
-            num_workers: processes that load images, 0 for none.
+            aspect_ratio_grouping, num_workers: as of detectron2's loader.
         """
         self._samples = _SeededSamples(dataset, mapper)
-        self._sampler = sampler
-        self._batch_size = batch_size
-        self._seed = seed
-        self._groups = [
-            int(aspect_ratio_grouping and sample["width"] <= sample["height"]) for sample in dataset
-        ]
-        self._num_workers = num_workers
-        self._start = 0
+        self._sampler, self._batch_size = sampler, batch_size
+        self._seed, self._num_workers, self._start = seed, num_workers, 0
+        grouping = aspect_ratio_grouping and all("width" in d and "height" in d for d in dataset)
+        self._groups = [int(grouping and d["width"] <= d["height"]) for d in dataset]
 
     def start_at(self, iteration: int) -> None:
         """Let the next ``iter()`` begin with the batch of this iteration (counted from 0)."""
@@ -110,23 +104,22 @@ class ResumableTrainLoader(Iterable[list[Sample]]):
 def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[list[Sample]]:
     """Build the training loader that ``cfg`` describes, resumable if its data sets are lists.
 
-    detectron2 reads its own keys, so all its training samplers work; with MODEL.DOMAIN_BN each
-    image is marked with its domain. A torch Dataset registered in place of a list gets detectron2's
-    own loader, which starts over when a run is resumed; the log warns of it.
+    All of detectron2's training samplers work; with MODEL.DOMAIN_BN each image is marked with its
+    domain. A torch Dataset registered in place of a list gets detectron2's own loader, which starts
+    over when a run is resumed; the log warns of it.
 
     Args:
         cfg: ``cfg.SEED`` must be the run's seed, not negative and equal on all ranks.
         mapper: default detectron2's ``DatasetMapper(cfg, is_train=True)``.
 
     Raises:
-        ValueError: if ``SOLVER.IMS_PER_BATCH`` cannot be divided among the ranks, or a dataset
-            dict has no size to group by.
+        ValueError: if ``SOLVER.IMS_PER_BATCH`` cannot be divided among the ranks.
     """
     dataset = marked_training_dicts(cfg) if domain_groups(cfg) else None
     # samplers that take no seed draw one from numpy's generator
     with isolated_random_state(derive_seed(cfg.SEED)):
         parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset)
-    images, grouping = parts["dataset"], parts["aspect_ratio_grouping"]
+    images = parts["dataset"]
     if not isinstance(images, list):
         logger.warning(
             "%s are not lists of dicts but %s: a resumed run starts over with the data.",
@@ -135,18 +128,13 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Iterable[l
         return build_detection_train_loader(**parts)
     world = comm.get_world_size()
     check_divides("SOLVER.IMS_PER_BATCH", parts["total_batch_size"], world)
-    if grouping and not all("width" in d and "height" in d for d in images):
-        raise ValueError(
-            f"{cfg.DATASETS.TRAIN} hold dicts without width or height; set "
-            "DATALOADER.ASPECT_RATIO_GROUPING False"
-        )
     return ResumableTrainLoader(
         images,
         parts["mapper"],
         parts["sampler"],
         parts["total_batch_size"] // world,
         seed=cfg.SEED,
-        aspect_ratio_grouping=grouping,
+        aspect_ratio_grouping=parts["aspect_ratio_grouping"],
         num_workers=parts["num_workers"],
     )
 
@@ -156,19 +144,14 @@ def build_population_loader(
 ) -> Iterable[list[dict[str, Any]]]:
     """Build the loader that ``cfg.TEST.PRECISE_BN`` describes.
 
-    It yields batches without end, sampled without replacement within each pass over the data, other
-    images on each rank. Every ``iter()`` starts over with the same images and augmentations: they
-    follow from ``cfg.SEED`` (0 stands in for a negative one), whatever the number of workers, and
-    neither read nor move the global random generators.
+    It yields batches without end, other images on each rank. Every ``iter()`` starts over with the
+    same images and augmentations: they follow from ``cfg.SEED`` (0 stands in for a negative one).
 
-    Images get the training transforms, or those of inference if TEST.PRECISE_BN.TRANSFORMS is
-    "test", which leaves labels out. Where a data set has no annotations, or only empty ones, all
-    are unlabelled: the samples have no "instances", and the model is to run in eval mode.
+    With TRANSFORMS "test" images get those of inference, and no labels. Where a data set has no
+    annotations, or only empty ones, all are unlabelled: the samples have no "instances".
 
     Args:
-        cfg: read are TEST.PRECISE_BN.DATASETS (empty: DATASETS.TRAIN), IMS_PER_BATCH (on all ranks
-            together; 0: those of one pass of training), NUM_WORKERS (per rank), TRANSFORMS, SEED,
-            INPUT, and the filter and grouping of DATALOADER.
+        cfg: read are TEST.PRECISE_BN, SEED, INPUT, and the filter and grouping of DATALOADER.
         mapper: from a dataset dict to the model's input; None: detectron2's DatasetMapper.
 
     Raises:
@@ -189,17 +172,13 @@ def build_population_loader(
         TrainingSampler(len(samples), seed=seed),
         images // world,
         seed=seed,
-        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING
-        and all("width" in sample and "height" in sample for sample in samples),
+        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=keys.NUM_WORKERS,
     )
 
 
 def build_together(cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
-    """Build :func:`build_population_loader`'s loader on every rank, or on none: a collective.
-
-    For as many processes as there are: SOLVER.REFERENCE_WORLD_SIZE scales it, as in training.
-    """
+    """Build :func:`build_population_loader`'s loader, scaled, on every rank or on none."""
     error: Exception | None = None
     try:
         loader = build_population_loader(scale_to_ranks(cfg, comm.get_world_size()))
@@ -213,8 +192,7 @@ def _load(cfg: CfgNode, names: Sequence[str], *, labelled: bool) -> list[Sample]
     """Return the dataset dicts, all with labels, if they are asked for, or all without."""
     if not names:
         raise ValueError("neither TEST.PRECISE_BN.DATASETS nor DATASETS.TRAIN names a data set")
-    unknown = [name for name in names if name not in DatasetCatalog.list()]
-    if unknown:
+    if unknown := {*names} - {*DatasetCatalog.list()}:
         raise ValueError(f"TEST.PRECISE_BN.DATASETS: {unknown} are not registered data sets")
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
     if proposals and tuple(names) != tuple(cfg.DATASETS.TRAIN):

@@ -1,9 +1,9 @@
-"""Population training within detectron2: a hook, and a function for ``--eval-only``."""
+"""Population statistics within detectron2: hooks that estimate and freeze, and ``--eval-only``."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -13,15 +13,17 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, HookBase
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from rethinking_bn.config import check_has_keys, check_statistics, check_thaw
+from rethinking_bn.config import check_has_keys, check_statistics
 from rethinking_bn.engine.accumulation import CPUAutocastTrainer
 from rethinking_bn.engine.loaders import build_together
-from rethinking_bn.engine.unread_keys import warn_of_unread_keys
+from rethinking_bn.engine.rank_state import is_due, merge_statistics
 from rethinking_bn.population import (
     PopulationReport,
     batch_statistics,
     estimate_population_statistics,
+    freeze_batch_norm,
     layers_to_estimate,
 )
 from rethinking_bn.population.forwards import Autocast
@@ -35,17 +37,15 @@ _by_batch: WeakSet[nn.Module] = WeakSet()  # models within inference_statistics
 class PreciseBN(HookBase):
     """Estimate population statistics every ``period`` iterations and after the last one.
 
-    In place of detectron2's hook of the same name, with the same constructor. See
-    :func:`rethinking_bn.population.estimate_population_statistics` for what is estimated; the
-    loader is started anew each time, so the data are the same if the loader is seeded, and so are
-    the random numbers drawn by the model: the same weights get the same statistics. Runs on every
-    rank, under the mixed precision of the trainer.
+    In place of detectron2's hook of the same name, with the same constructor; see
+    :func:`rethinking_bn.population.estimate_population_statistics`. The loader is started anew each
+    time, and the model draws the same random numbers: with a seeded loader, the same weights get
+    the same statistics. Runs on every rank, under the mixed precision of the trainer.
 
     State read: the model, the trainer's precision. State changed: the population statistics, and
-    four scalars in the trainer's storage: ``precise_bn/seconds``, ``precise_bn/drift_mean`` and
-    ``precise_bn/drift_max`` (how far the moving averages were off, in standard deviations) and
-    ``precise_bn/unreached`` (sets of statistics that saw no value). Must come before the hooks that
-    checkpoint, evaluate and write.
+    the scalars ``precise_bn/seconds``, ``precise_bn/drift_mean`` and ``precise_bn/drift_max`` (how
+    far the moving averages were off, in standard deviations) and ``precise_bn/unreached`` (sets of
+    statistics that saw no value). Must come before the hooks that checkpoint, evaluate and write.
     """
 
     def __init__(
@@ -67,33 +67,10 @@ class PreciseBN(HookBase):
         self._period, self._model = period, model
         self.data_loader, self.num_iter = data_loader, num_iter
         self.last_report: PopulationReport | None = None
-        self.has_layers(model)
-
-    @classmethod
-    def from_config(
-        cls, cfg: Any, model: nn.Module, loader: Callable[[], Iterable[Any]]
-    ) -> PreciseBN | None:
-        """Return the hook that TEST.PRECISE_BN asks for; None if it does not, or without layers.
-
-        Raises:
-            ValueError: for TEST.PRECISE_BN.THAW, which is for trained models.
-        """
-        if not cfg.TEST.PRECISE_BN.ENABLED:
-            return None
-        check_thaw(cfg)
-        if not cls.has_layers(model):
-            return None
-        return cls(cfg.TEST.EVAL_PERIOD, model, loader(), cfg.TEST.PRECISE_BN.NUM_ITER)
-
-    def before_train(self) -> None:
-        """Warn of keys of ours that nothing has read, where the trainer has a config."""
-        warn_of_unread_keys(getattr(self.trainer, "cfg", None))
 
     def after_step(self) -> None:
         """Estimate if it is time to."""
-        next_iter = self.trainer.iter + 1
-        is_final = next_iter == self.trainer.max_iter
-        if is_final or (self._period > 0 and next_iter % self._period == 0):
+        if is_due(self.trainer, self._period):
             self.update_stats()
 
     def update_stats(self) -> PopulationReport | None:
@@ -109,12 +86,11 @@ class PreciseBN(HookBase):
             allow_empty=True,
         )
         self.last_report = report
-        storage = getattr(self.trainer, "storage", None)
-        if storage is not None:
+        if hasattr(self.trainer, "storage"):
             values = {"seconds": report.seconds, "drift_mean": report.drift_mean}
             values |= {"drift_max": report.drift, "unreached": len(report.unreached)}
-            for name, value in values.items():
-                storage.put_scalar(f"precise_bn/{name}", value, smoothing_hint=False)
+            named = {f"precise_bn/{name}": value for name, value in values.items()}
+            self.trainer.storage.put_scalars(smoothing_hint=False, **named)
         return report
 
     @staticmethod
@@ -126,18 +102,105 @@ class PreciseBN(HookBase):
         return found
 
 
+class FreezeBN(HookBase):
+    """From one iteration on, let every BN-like layer normalise by its population statistics.
+
+    Weights that are trained on for a while with what inference uses fit it, which makes small
+    normalisation batches nearly as good as large ones (arXiv 2105.07576, section 4, Figure 6).
+    Before iteration ``start`` the statistics are estimated, as :class:`PreciseBN` does, and all
+    layers are frozen for the rest of the run, whatever ``train()`` says. Runs on every rank.
+
+    State read: the model, the trainer's precision and optimizer. State changed: the population
+    statistics, once, and the layers' mode. State kept in a checkpoint: that the layers are frozen,
+    and so are those of a resumed run, whatever its ``start``.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        model: nn.Module,
+        data_loader: Iterable[Any] | None = None,
+        num_iter: int = 0,
+        *,
+        affine: bool = False,
+    ) -> None:
+        """
+        Args:
+            start: the first iteration with frozen layers, counted from 0.
+            model: the trainer's; may be wrapped in DistributedDataParallel.
+            data_loader: as PreciseBN's; its batches are estimated on. None: what the layers have
+                stored is frozen, after it has been merged over the ranks.
+            num_iter: batches per rank, equal on all ranks.
+            affine: freeze the layers' weight and bias, too: no weight decay, no momentum. Under
+                DistributedDataParallel, which waits for all gradients, theirs are discarded.
+
+        Raises:
+            ValueError: if ``start`` is negative, or ``num_iter`` with a loader not positive.
+        """
+        if start < 0:
+            raise ValueError(f"start must not be negative, got {start}")
+        self._start, self._model, self._affine = start, model, affine
+        self._estimator: PreciseBN | None = None
+        if data_loader is not None:
+            self._estimator = PreciseBN(0, model, data_loader, num_iter)
+        self._is_frozen = self._was_frozen = False
+
+    def before_step(self) -> None:
+        """Estimate and freeze when it is time to; freeze when resumed after that."""
+        if self._is_frozen or (self.trainer.iter < self._start and not self._was_frozen):
+            return
+        if self._estimator is not None and not self._was_frozen:
+            self._estimator.trainer = self.trainer
+            self._estimator.update_stats()
+        elif not self._was_frozen:
+            merge_statistics(self._model)
+        self._freeze()
+        self._is_frozen = True
+
+    def _freeze(self) -> None:
+        wrapped = isinstance(self._model, DistributedDataParallel)
+        names = freeze_batch_norm(self._model, affine=self._affine and not wrapped)
+        if self._affine and wrapped:
+            layers = [self._model.get_submodule(name) for name in names]
+            _discard_gradients([p for m in layers for p in m.parameters()], self.trainer.optimizer)
+        what = "statistics, weight and bias" if self._affine else "statistics"
+        logger.info(
+            "FreezeBN: %s of %d layers frozen from iteration %d on",
+            *(what, len(names), self.trainer.iter),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether the layers are frozen, nothing before that."""
+        return {"frozen": True} if self._is_frozen or self._was_frozen else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`'s; the next step freezes."""
+        self._was_frozen = bool(state_dict.get("frozen", False))
+
+
+def _discard_gradients(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer see no gradient of some parameters, though a backward computes one."""
+    for parameter in parameters:
+        if parameter.requires_grad:  # zeros for who clips all gradients by their norm before that
+            parameter.register_hook(torch.zeros_like)
+
+    def forget(*_: Any) -> None:
+        for parameter in parameters:
+            parameter.grad = None  # so neither weight decay nor momentum applies
+
+    optimizer.register_step_pre_hook(forget)
+
+
 def run_population_training(cfg: CfgNode, model: nn.Module) -> PopulationReport:
     """Estimate the population statistics of a loaded model, as the hook does while training.
 
     Args:
-        cfg: see :func:`build_population_loader`; SOLVER.AMP.ENABLED stands for the autocast that
-            training with it uses (float16 on CUDA, bfloat16 on the CPU).
+        cfg: see :func:`build_population_loader`; with SOLVER.AMP.ENABLED under autocast.
         model: estimated are the layers that are in training mode after ``model.train()`` and,
             with TEST.PRECISE_BN.THAW, every FrozenBatchNorm2d; its modes are put back.
 
     Raises:
-        ValueError: see :func:`build_population_loader`, and for layers to thaw whose statistics
-            are folded into their weights.
+        ValueError: see :func:`build_population_loader`, and for layers that cannot be thawed.
     """
     loader = build_together(cfg)
     with modes_kept(model):
@@ -157,9 +220,9 @@ def run_population_training(cfg: CfgNode, model: nn.Module) -> PopulationReport:
 
 @contextmanager
 def inference_statistics(cfg: CfgNode, model: nn.Module) -> Iterator[None]:
-    """Let inference with a model use the statistics that ``cfg.TEST.STATISTICS`` names.
+    """Let inference with a model of any project use the statistics that TEST.STATISTICS names.
 
-    For the evaluation of any detectron2 project. Modes of modules come back as they were.
+    Modes of modules come back as they were.
 
     Raises:
         ValueError: for a value that is neither "population" nor "batch", or a layer that cannot
@@ -174,9 +237,8 @@ def inference_statistics(cfg: CfgNode, model: nn.Module) -> Iterator[None]:
         frozen = stack.enter_context(batch_statistics(model.eval()))
         _by_batch.add(model)
         stack.callback(_by_batch.discard, model)
-        logger.info("Inference by mini-batch statistics of each rank (TEST.STATISTICS)")
-        if frozen:
-            logger.info("frozen, so by their own statistics: %s", ", ".join(frozen))
+        said = "Inference by mini-batch statistics of each rank (TEST.STATISTICS); frozen: %s"
+        logger.info(said, ", ".join(frozen) or "none")
         yield
 
 
@@ -189,9 +251,6 @@ def _autocast(model: nn.Module, dtype: torch.dtype | None = None) -> Autocast:
 
 def autocast_of(trainer: Any, model: nn.Module) -> Autocast | None:
     """Return the autocast of a mixed-precision trainer; None: whatever is active."""
-    for candidate in (trainer, getattr(trainer, "_trainer", None)):
-        if isinstance(candidate, AMPTrainer):
-            return _autocast(model, candidate.precision)
-        if isinstance(candidate, CPUAutocastTrainer):
-            return _autocast(model, torch.bfloat16)
-    return None
+    trainers = (trainer, getattr(trainer, "_trainer", None))
+    mixed = (t for t in trainers if isinstance(t, (AMPTrainer, CPUAutocastTrainer)))
+    return next((_autocast(model, t.precision) for t in mixed), None)

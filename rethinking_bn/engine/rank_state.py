@@ -37,14 +37,12 @@ _OF_PASSES = "loss_normalizers"  # a dense detector's loss_normalizer of each pa
 def merge_statistics(model: nn.Module, group: ProcessGroup | None = None) -> None:
     """Replace the ranks' population statistics by their equal-weight mixture, in place.
 
-    Under unsynced BN every rank's moving averages follow its own data. The mixture of W ranks has
+    The mixture of W ranks has
 
         mean = Σ meanᵣ / W,    var = Σ varᵣ / W + Σ (meanᵣ - mean)² / W,
 
     and a mean square (MABN) is averaged. Statistics that are equal on all ranks stay bit for bit
-    what they are. Layers in eval mode are frozen, and left alone.
-
-    A collective (one, whatever the number of layers): every rank must call it.
+    what they are. Frozen layers are left alone. One collective: every rank must call it.
 
     Args:
         model: its BN-like layers are found by :func:`~rethinking_bn.layers.bn_like.find_bn_like`.
@@ -64,11 +62,10 @@ def merge_statistics(model: nn.Module, group: ProcessGroup | None = None) -> Non
 
 
 class MergeStatistics(HookBase):
-    """Merge the ranks' statistics before every checkpoint and every evaluation.
+    """Merge the ranks' statistics before every checkpoint and every evaluation, on all ranks.
 
-    So every rank evaluates what is saved. Then a trainer with ``gather_rank_states()``, as ours
-    has, collects what each rank has of its own. Belongs after population training and before the
-    checkpointer, on all ranks.
+    Then a trainer with ``gather_rank_states()``, as ours has, collects what each rank has of its
+    own. Belongs after population training and before the checkpointer.
 
     State read: the model. State changed: its running statistics, to the same values on all ranks.
     """
@@ -80,36 +77,28 @@ class MergeStatistics(HookBase):
             periods: of checkpoints and of evaluations, in iterations; 0: at the end alone.
         """
         self._model = model
-        self._periods = [period for period in periods if period > 0]
-
-    @classmethod
-    def from_config(cls, cfg: Any, model: nn.Module, loader: Any) -> "MergeStatistics | None":
-        """Return the hook; None for one process, which has nothing to merge."""
-        if comm.get_world_size() == 1:
-            return None
-        return cls(model, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
+        self._periods = periods
 
     def after_step(self) -> None:
         """Merge and collect if something is about to read the statistics."""
-        if self.is_due(self.trainer.iter + 1):
+        if is_due(self.trainer, *self._periods):
             merge_statistics(self._model)
             if hasattr(self.trainer, "gather_rank_states"):
                 self.trainer.gather_rank_states()
 
-    def is_due(self, iterations_done: int) -> bool:
-        """Return whether a checkpoint or an evaluation follows this iteration."""
-        if iterations_done >= self.trainer.max_iter:
-            return True
-        return any(iterations_done % period == 0 for period in self._periods)
+
+def is_due(trainer: Any, *periods: int) -> bool:
+    """Return whether an iteration is the last one, or ends one of the periods (0: none)."""
+    done = trainer.iter + 1
+    return done >= trainer.max_iter or any(p > 0 and done % p == 0 for p in periods)
 
 
 @contextmanager
 def normalizers_of_pass(model: nn.Module, index: int, passes: int) -> Iterator[None]:
     """Let detectron2's dense detectors use the moving loss normaliser of one pass, and move it.
 
-    So each of the ``passes`` of an iteration keeps its own, as each process does. They are kept
-    beside detectron2's, and all start where that one is. With one pass nothing happens. ``index``
-    counts passes from 0; ``model`` may be wrapped in DistributedDataParallel.
+    So each of the ``passes`` of an iteration, counted by ``index``, keeps its own, as each process
+    does. They are kept beside detectron2's, and all start where that one is.
     """
     if passes == 1:
         yield
@@ -133,8 +122,7 @@ def gather_rank_state(model: nn.Module) -> list[RankState]:
     """Return every rank's own state, rank 0 first: what a bit-exact resume needs beside the model.
 
     These are the loss normalisers of detectron2's dense detectors (one for each pass), the buffers
-    that differ between ranks, and those that layers of ours keep out of the state dict. A
-    collective: every rank must call it.
+    that differ between ranks, and those that layers of ours keep out of the state dict. Collective.
     """
     model = unwrap(model)
     buffers = dict(model.named_buffers())
@@ -142,48 +130,39 @@ def gather_rank_state(model: nn.Module) -> list[RankState]:
     layers = tuple(f"{name}." if name else "" for name in ours)
     saved = model.state_dict().keys()
     unsaved = {name for name in buffers if name.startswith(layers) and name not in saved}
-    names = unsaved | _differing(buffers)
-    own: RankState = {
-        "normalizers": {
-            # one number, or one for each pass
-            name: [
-                float(module.loss_normalizer if n is None else n)
-                for n in vars(module).get(_OF_PASSES, ())
-            ]
-            or float(module.loss_normalizer)
-            for name, module in _dense_detectors(model)
-            if "loss_normalizer" in vars(module)
-        },
-        "buffers": {name: buffers[name].detach().cpu().clone() for name in sorted(names)},
-    }
-    return comm.all_gather(own)
+    normalizers: dict[str, Any] = {}  # one number, or one for each pass
+    for name, module in _dense_detectors(model):
+        now = vars(module).get("loss_normalizer")
+        if now is not None:
+            each = [float(now if own is None else own) for own in vars(module).get(_OF_PASSES, ())]
+            normalizers[name] = each or float(now)
+    names = sorted(unsaved | _differing(buffers))
+    own = {name: buffers[name].detach().cpu().clone() for name in names}
+    return comm.all_gather({"normalizers": normalizers, "buffers": own})
 
 
 def load_rank_state(model: nn.Module, states: list[RankState], passes: int = 1) -> None:
     """Give this rank its own part of :func:`gather_rank_state`'s result.
 
-    For another number of ranks there is no own part: every rank then takes the mean over the
-    ranks there were, and the log says so. The same goes for the ``passes`` of an iteration.
+    With another number of ranks it gets the part of one that there was, but keeps the buffers that
+    the model's state dict has; with another number of ``passes`` per iteration, the mean over them.
+    The log says so.
     """
-    world = comm.get_world_size()
-    if len(states) == world:
-        state = states[comm.get_rank()]
-    else:
-        logger.warning(
-            "The checkpoint was saved by %d process(es) and is resumed by %d: loss normalisers and "
-            "rank-local buffers are set to their mean, so this continues another run.",
-            *(len(states), world),
+    model, world = unwrap(model), comm.get_world_size()
+    state, saved = states[comm.get_rank() % len(states)], {}
+    if len(states) != world:
+        saved = model.state_dict()
+        said = (
+            "The checkpoint was saved by %d process(es) and is resumed by %d: another run goes on."
         )
-        state = _mean(states)
-    model = unwrap(model)
-    modules = dict(model.named_modules())
+        logger.warning(said, len(states), world)
+    modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
     for name, value in state["normalizers"].items():
         if name in modules:
             _set_normalizer(modules[name], value, passes)
-    buffers = dict(model.named_buffers())
     with torch.no_grad():
         for name, value in state["buffers"].items():
-            if name in buffers and buffers[name].shape == value.shape:
+            if name in buffers and name not in saved and buffers[name].shape == value.shape:
                 buffers[name].copy_(value)
 
 
@@ -197,52 +176,24 @@ def _dense_detectors(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _set_normalizer(module: Any, value: float | list[float], passes: int) -> None:
     values = value if isinstance(value, list) else [value]
     if len(values) != passes:
-        logger.warning(
-            "The checkpoint was saved with %d pass(es) per iteration and is resumed with %d: the "
-            "loss normalisers are set to their mean, so this continues another run.",
-            *(len(values), passes),
-        )
+        said = "The checkpoint was saved with %d pass(es) per iteration and is resumed with %d."
+        logger.warning(said, len(values), passes)
         values = [sum(values) / len(values)] * passes
     module.loss_normalizer = values[-1]
-    vars(module).pop(_OF_PASSES, None)
-    if passes > 1:
-        setattr(module, _OF_PASSES, values)
+    vars(module)[_OF_PASSES] = values if passes > 1 else ()
 
 
 def _differing(buffers: dict[str, Tensor]) -> set[str]:
     """Return the names of the buffers that are not the same, bit for bit, on all ranks."""
-    if comm.get_world_size() == 1:
-        return set()
     flat = {name: x.detach().cpu().contiguous().flatten() for name, x in buffers.items()}
-    digests = {
-        name: hashlib.sha1(x.view(torch.uint8).numpy().tobytes()).digest()
-        for name, x in flat.items()
-    }
+    raw = {name: x.view(torch.uint8).numpy().tobytes() for name, x in flat.items()}
+    digests = {name: hashlib.sha1(x).digest() for name, x in raw.items()}
     ranks = comm.all_gather(digests)
     return {name for name in digests if any(rank.get(name) != digests[name] for rank in ranks)}
 
 
-def _mean(states: list[RankState]) -> RankState:
-    """Return the mean over ranks; of what cannot be averaged, rank 0's."""
-    first = states[0]
-    normalizers = {}
-    for name in first["normalizers"]:
-        ranks = [state["normalizers"][name] for state in states if name in state["normalizers"]]
-        if len(ranks) == len(states):  # numbers, or lists of them
-            normalizers[name] = torch.tensor(ranks, dtype=torch.float64).mean(0).tolist()
-    buffers = {}
-    for name, value in first["buffers"].items():
-        if value.is_floating_point():
-            values = torch.stack([state["buffers"][name].double() for state in states])
-            value = values.mean(0).to(value.dtype)
-        buffers[name] = value
-    return {"normalizers": normalizers, "buffers": buffers}
-
-
 def wrap_data_parallel(model: nn.Module) -> nn.Module:
-    """Wrap a model on the CPU for data-parallel training, if there are several processes.
-
-    Buffers stay each rank's own, see :func:`rethinking_bn.distributed.data_parallel`.
+    """Wrap a model on the CPU if there are several ranks; buffers stay each rank's own.
 
     The gradients of three or more ranks are added up in the order of the ranks. gloo's order
     depends on the place in a bucket, and torch lays buckets out anew after the first step of a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,7 @@ from detectron2.utils.env import seed_all_rng
 from rethinking_bn.checkpointer import later_checkpoints
 from rethinking_bn.engine.checks import check_required_weights, hold_output_dir
 from rethinking_bn.engine.launch import Preemption
+from rethinking_bn.engine.load_config import changed
 from rethinking_bn.engine.loaders import build_train_loader
 from rethinking_bn.engine.rank_state import (
     MergeStatistics,
@@ -24,7 +26,7 @@ from rethinking_bn.engine.rank_state import (
     gather_rank_state,
     load_rank_state,
 )
-from rethinking_bn.engine.trainer_mixin import TrainerMixin, changed, on_gpu
+from rethinking_bn.engine.trainer_mixin import TrainerMixin, on_gpu
 from rethinking_bn.engine.weight_average import WeightAverage
 from rethinking_bn.randomness import announce_iteration, derive_seed
 
@@ -37,30 +39,21 @@ class Trainer(TrainerMixin, DefaultTrainer):
     What it adds to :class:`TrainerMixin`:
 
     - a resumed run equals the uninterrupted one bit for bit (on the CPU, with the same number of
-      processes; CUDA has kernels that are not deterministic): all generators are seeded at every
-      iteration from (run seed, iteration, rank). ``cfg.SEED`` < 0 stands for a random run seed,
-      which the checkpoint keeps;
+      processes): all generators are seeded at every iteration from (run seed, iteration, rank);
     - SIGTERM to any rank ends all of them after the iteration, with a checkpoint
       (:class:`~rethinking_bn.engine.launch.Preemption`), and a second training in OUTPUT_DIR is
       refused;
     - before each step, modules with a method ``set_iteration`` are told run seed and iteration.
-
-    Attributes:
-        cfg: the config in use: scaled to the number of processes, and SEED is the run seed.
-        run_seed: the seed everything random of this run derives from, equal on all ranks.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         """
         Args:
-            cfg: as for DefaultTrainer.
-
-        Raises:
-            ValueError: as TrainerMixin.
+            cfg: as for TrainerMixin; SEED < 0 stands for a random run seed, which a checkpoint
+                keeps.
         """
-        self._seed_is_given = cfg.SEED >= 0
         drawn = comm.all_gather(int.from_bytes(os.urandom(4), "big") >> 1)[0]  # the ranks agree
-        seed = cfg.SEED if self._seed_is_given else drawn
+        seed = cfg.SEED if cfg.SEED >= 0 else drawn
         self._rank_states: tuple[int, list[RankState]] | None = None
         seed_all_rng(seed)
         super().__init__(changed(cfg, "SEED", seed))
@@ -69,7 +62,7 @@ class Trainer(TrainerMixin, DefaultTrainer):
 
     @property
     def run_seed(self) -> int:
-        """The seed everything random of this run derives from, equal on all ranks."""
+        """The seed, ``cfg.SEED``, that everything random of this run derives from, on all ranks."""
         return self.cfg.SEED
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -101,21 +94,18 @@ class Trainer(TrainerMixin, DefaultTrainer):
             super().run_step()
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Load the last checkpoint, or ``MODEL.WEIGHTS``; as DefaultTrainer's.
-
-        Checkpoints of later iterations, which are in the way, are warned of.
+        """Load the last checkpoint, or ``MODEL.WEIGHTS``; warn of later checkpoints.
 
         Raises:
             RuntimeError: on every rank, if they do not see the same last checkpoint.
-            ValueError: if the config fine-tunes and there are no weights
-                (``MODEL.MABN.REQUIRE_WEIGHTS``).
+            ValueError: for no weights under ``MODEL.MABN.REQUIRE_WEIGHTS``.
         """
         found = self.checkpointer.get_checkpoint_file() if resume else ""
         seen = comm.all_gather(os.path.basename(found))
         if len(set(seen)) > 1:
             raise RuntimeError(
-                f"the ranks see different last checkpoints in {self.cfg.OUTPUT_DIR}: {seen}; "
-                "OUTPUT_DIR must be the same folder for all of them"
+                f"the ranks see different last checkpoints, {seen}: OUTPUT_DIR "
+                f"{self.cfg.OUTPUT_DIR} must be one folder for all of them"
             )
         if not found:
             check_required_weights(self.cfg)
@@ -123,10 +113,10 @@ class Trainer(TrainerMixin, DefaultTrainer):
         later = later_checkpoints(self.cfg.OUTPUT_DIR, self.start_iter)
         if later:
             logger.warning(
-                "%s holds checkpoints of an earlier run (%s%s), which this one, starting at "
-                "iteration %d, will overwrite as it comes to them.%s",
-                *(self.cfg.OUTPUT_DIR, ", ".join(later[:3]), ", ..." if len(later) > 3 else ""),
-                *(self.start_iter, "" if found else " --resume would go on from the last one."),
+                "%s holds checkpoints of an earlier run (%s), which this one will overwrite from "
+                "iteration %d on.%s",
+                *(self.cfg.OUTPUT_DIR, textwrap.shorten(", ".join(later), 60), self.start_iter),
+                "" if found else " --resume would go on from the last one.",
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,14 +128,11 @@ class Trainer(TrainerMixin, DefaultTrainer):
         elif self._rank_states is not None and self._rank_states[0] == self.iter:
             state["rank_states"] = self._rank_states[1]
         else:
-            logger.warning(
-                "Saved at an iteration without a checkpoint due, so without the ranks' own state: "
-                "resuming from this file is not exact."
-            )
+            logger.warning("Saved without the ranks' own state: resuming from it is not exact.")
         return state
 
     def gather_rank_states(self) -> None:
-        """Collect what :meth:`state_dict` will hold for this iteration; all ranks must call it."""
+        """Collect what :meth:`state_dict` will hold for this iteration, on all ranks."""
         self._rank_states = (self.iter, gather_rank_state(self.model))
         for hook in self._hooks:
             if isinstance(hook, WeightAverage):
@@ -166,8 +153,7 @@ class Trainer(TrainerMixin, DefaultTrainer):
         """Continue with another run seed: rebuild what was built from the old one."""
         if seed == self.run_seed:
             return
-        level = logging.WARNING if self._seed_is_given else logging.INFO
-        logger.log(level, "Run seed: %d, the checkpoint's, not %d", seed, self.run_seed)
+        logger.info("Run seed: %d, the checkpoint's, not %d", seed, self.run_seed)
         self.cfg = changed(self.cfg, "SEED", seed)
         self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg))
         registered = self._hooks[self._built_hooks :]

@@ -1,10 +1,11 @@
-"""Training with every key of ours: a mixin for anybody's DefaultTrainer, and our own trainer."""
+"""Training with every key of ours: a mixin for anybody's DefaultTrainer."""
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, defaults
 from detectron2.layers import CycleBatchNormList
 from detectron2.solver import build_optimizer as detectron2_build_optimizer
 from detectron2.utils import comm
@@ -28,19 +29,17 @@ from rethinking_bn.engine.accumulation import (
     AccumulatingTrainer,
     CPUAutocastTrainer,
 )
-from rethinking_bn.engine.checks import apply_train_only
 from rethinking_bn.engine.hooks import with_rethinking_bn
-from rethinking_bn.engine.load_config import scale_to_ranks
+from rethinking_bn.engine.load_config import changed, scale_to_ranks
 from rethinking_bn.engine.precise_bn import inference_statistics
 from rethinking_bn.engine.rank_state import wrap_data_parallel
 from rethinking_bn.engine.unread_keys import check_keys_are_read, warn_of_unread_keys
 from rethinking_bn.layers import PopulationLayer, compile_norms
-from rethinking_bn.layers.bn_like import communicates
+from rethinking_bn.population import train_only
 
 logger = logging.getLogger(__name__)
 
-# detectron2 recognises norm layers by a closed list of torch's classes. Its own CycleBatchNormList
-# is not on it, and neither are these layers of ours that subclass none of torch's.
+# norm layers that are not on detectron2's closed list of them
 _NORM_LAYERS = (PopulationLayer, CycleBatchNormList)
 
 # a DefaultTrainer by the time that a class is made of it
@@ -63,20 +62,18 @@ class TrainerMixin(_Base):
     - weights and checkpoints are read by :class:`Checkpointer`, which executes no code;
     - keys of ours that nothing reads are refused, and ``rethinking_bn`` is logged as detectron2 is.
 
-    A config without our keys gets their defaults. In several processes on the CPU, where detectron2
-    cannot wrap the model, ``DefaultTrainer.__init__`` is passed over and its work done here.
+    A config without our keys gets their defaults. Several processes on the CPU work, too.
     """
 
+    cfg: CfgNode
+    checkpointer: Any
+    _trainer: Any
+
     def __init__(self, cfg: CfgNode) -> None:
-        """
-        Args:
-            cfg: as for DefaultTrainer.
+        """Take a config as DefaultTrainer does.
 
         Raises:
-            ValueError: for a key of ours that nothing reads, images that cannot be divided among
-                ranks and passes, or a pattern of ``SOLVER.TRAIN_ONLY`` that names no module; in
-                several processes on the CPU, for a class between this one and DefaultTrainer that
-                has an ``__init__``.
+            ValueError: for a key of ours that nothing reads or that cannot be followed.
         """
         for name in ("detectron2", "rethinking_bn"):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
@@ -84,13 +81,16 @@ class TrainerMixin(_Base):
         cfg = with_our_keys(cfg)
         register_coco_format(cfg)
         check_keys_are_read(cfg)
-        cfg = scale_to_ranks(cfg, comm.get_world_size())
-        images_per_pass(cfg, comm.get_world_size())  # raises before anything is built
+        ranks = comm.get_world_size()
+        cfg = scale_to_ranks(cfg, ranks)
+        passes = cfg.SOLVER.ACCUMULATION_STEPS
+        images = images_per_pass(cfg, ranks)  # raises before anything is built
         build_model, build_hooks = self.build_model, self.build_hooks
 
         def build_prepared(cfg: CfgNode) -> nn.Module:
             model = build_model(cfg)
-            apply_train_only(cfg, model)
+            if cfg.SOLVER.TRAIN_ONLY:
+                train_only(model, cfg.SOLVER.TRAIN_ONLY)
             if cfg.MODEL.COMPILE_NORMS:
                 logger.info("Compiled norm layers: %d", len(compile_norms(model)))
             return model
@@ -102,19 +102,21 @@ class TrainerMixin(_Base):
         # whoever overrides them
         self.__dict__.update(build_model=build_prepared, build_hooks=build_after_our_parts)
         try:
-            if comm.get_world_size() > 1 and not on_gpu(cfg):
-                self._build(cfg)
-            else:
+            with _wraps_on_cpu(cfg):
                 super().__init__(cfg)
         finally:
             del self.__dict__["build_model"], self.__dict__["build_hooks"]
-        log_passes(self.cfg, self.model)
-        optimizer = self._trainer.optimizer
-        others = _decayed_otherwise(cfg, optimizer, self.model)
+        if passes > 1:
+            logger.info(
+                "An iteration is %d passes over %d image(s) on each of %d process(es); layers that "
+                "pool over processes (SyncBN, shuffling) pool the images of one pass.",
+                *(passes, images, ranks),
+            )
+        others = _decayed_otherwise(cfg, self._trainer.optimizer, self.model)
         if others:
             logger.warning(
-                "SOLVER.WEIGHT_DECAY_NORM is %s, but %s.build_optimizer decays %d parameters of "
-                "norm layers otherwise: give what it builds to rethinking_bn.engine.decay_norms.",
+                "SOLVER.WEIGHT_DECAY_NORM is %s, but %s.build_optimizer decays %d norm parameters "
+                "otherwise: give what it builds to rethinking_bn.engine.decay_norms.",
                 *(cfg.SOLVER.WEIGHT_DECAY_NORM, type(self).__name__, len(others)),
             )
 
@@ -128,28 +130,6 @@ class TrainerMixin(_Base):
             cls.test = classmethod(_by_chosen_statistics(test.__func__))  # type: ignore
         else:
             cls.test = _by_chosen_statistics(test)  # type: ignore[method-assign]
-
-    def _build(self, cfg: CfgNode) -> None:
-        """Do what DefaultTrainer's __init__ does, with a wrapper for models on the CPU."""
-        mro = type(self).__mro__
-        between = mro[mro.index(TrainerMixin) + 1 : mro.index(DefaultTrainer)]
-        passed = [kind.__name__ for kind in between if "__init__" in vars(kind)]
-        if passed:
-            raise ValueError(
-                f"several processes on the CPU skip {passed[0]}.__init__, between TrainerMixin "
-                "and DefaultTrainer: train in one process or on GPUs, or move its work to a class "
-                f"before TrainerMixin, such as {type(self).__name__}"
-            )
-        super(DefaultTrainer, self).__init__()
-        model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
-        model = wrap_data_parallel(model)
-        self._trainer = SimpleTrainer(model, data_loader, optimizer)
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
-        self.register_hooks(self.build_hooks())
 
     def _take_our_parts(self) -> None:
         """Replace detectron2's step trainer and checkpointer, before hooks are built on them."""
@@ -176,7 +156,7 @@ class TrainerMixin(_Base):
             self.cfg = cfg
 
     def register_hooks(self, hooks: list[HookBase | None]) -> None:
-        """Register hooks; ours, too, among those that are registered first."""
+        """Register hooks; with those that are registered first, ours too."""
         if not self._hooks:
             hooks = with_rethinking_bn(hooks, self.cfg, self.model)
         super().register_hooks(hooks)
@@ -202,23 +182,16 @@ class TrainerMixin(_Base):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
-        """Evaluate a model by the statistics that ``cfg.TEST.STATISTICS`` names.
-
-        Raises:
-            ValueError: for another value of that key, or a layer that cannot do it.
-        """
-        cfg = with_our_keys(cfg)
-        with inference_statistics(cfg, model):
+        """Evaluate a model by the statistics that TEST.STATISTICS names, or raise a ValueError."""
+        with inference_statistics(cfg := with_our_keys(cfg), model):
             return super().test(cfg, model, evaluators)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Build detectron2's optimizer; every norm layer gets ``SOLVER.WEIGHT_DECAY_NORM``.
+    """Build detectron2's optimizer for a project's own trainer; it knows our norm layers, too.
 
-    Learning rates, the settings for biases and gradient clipping are detectron2's. A model whose
-    norm layers detectron2 knows gets exactly detectron2's parameter groups; any other model gets
-    the groups detectron2 would have built had it known the layers. It warns of keys of ours in
-    ``cfg`` that the model has not read. For a project with its own trainer.
+    The groups of parameters are those that detectron2 would build if it knew that our layers get
+    ``SOLVER.WEIGHT_DECAY_NORM``. Keys of ours that the model has not read are warned of.
     """
     warn_of_unread_keys(cfg)
     return decay_norms(cfg, detectron2_build_optimizer(cfg, model), model)
@@ -228,21 +201,20 @@ def decay_norms(
     cfg: CfgNode, optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> torch.optim.Optimizer:
     """Give SOLVER.WEIGHT_DECAY_NORM to the norms that a fresh optimizer's builder did not know."""
-    decay = cfg.SOLVER.WEIGHT_DECAY_NORM
-    others = {id(p) for p in _decayed_otherwise(cfg, optimizer, model)}
+    others = {*_decayed_otherwise(cfg, optimizer, model)}
     if not others:
         return optimizer
     settings: dict[nn.Parameter, dict[str, Any]] = {}
     for group in optimizer.param_groups:
-        shared = {key: value for key, value in group.items() if key != "params"}
         for p in group["params"]:
-            settings[p] = {**shared, "weight_decay": decay} if id(p) in others else shared
+            settings[p] = {key: value for key, value in group.items() if key != "params"}
+            if p in others:
+                settings[p]["weight_decay"] = cfg.SOLVER.WEIGHT_DECAY_NORM
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for parameter in model.parameters():  # in the model's order
-        if parameter in settings:
-            shared = settings[parameter]
-            group = groups.setdefault(tuple(shared.items()), {"params": [], **shared})
-            group["params"].append(parameter)
+    for p in model.parameters():  # in the model's order
+        if p in settings:
+            group = groups.setdefault(tuple(settings[p].items()), {"params": [], **settings[p]})
+            group["params"].append(p)
     optimizer.param_groups[:] = groups.values()
     return optimizer
 
@@ -276,34 +248,17 @@ def _by_chosen_statistics(test: Callable[..., Any]) -> Callable[..., Any]:
     return chosen
 
 
-def log_passes(cfg: CfgNode, model: nn.Module) -> None:
-    """Say what an iteration of several passes is, and what is pooled within one of them."""
-    passes, ranks = cfg.SOLVER.ACCUMULATION_STEPS, comm.get_world_size()
-    if passes == 1:
-        return
-    images = images_per_pass(cfg, ranks)
-    logger.info(
-        "An iteration is %d passes over %d image(s) on each of %d process(es).",
-        *(passes, images, ranks),
-    )
-    pooling = [name for name, module in model.named_modules() if communicates(module)]
-    if pooling and ranks > 1:
-        logger.info(
-            "Layers that pool over processes (SyncBN, shuffling) pool the %d images of one pass, "
-            "not those of the iteration: %s and %d more",
-            *(images * ranks, pooling[0], len(pooling) - 1),
-        )
+@contextmanager
+def _wraps_on_cpu(cfg: CfgNode) -> Iterator[None]:
+    """Let DefaultTrainer wrap a model on the CPU, which detectron2's function for that refuses."""
+    stock = defaults.create_ddp_model
+    if not on_gpu(cfg):
+        defaults.create_ddp_model = lambda model, **options: wrap_data_parallel(model)
+    try:
+        yield
+    finally:
+        defaults.create_ddp_model = stock
 
 
 def on_gpu(cfg: CfgNode) -> bool:
     return torch.device(cfg.MODEL.DEVICE).type == "cuda"
-
-
-def changed(cfg: CfgNode, key: str, value: Any) -> CfgNode:
-    """Return a copy of a config, as frozen as it is, with another value of one key."""
-    frozen, cfg = cfg.is_frozen(), cfg.clone()
-    cfg.defrost()
-    cfg.merge_from_list([key, value])
-    if frozen:
-        cfg.freeze()
-    return cfg

@@ -1,16 +1,16 @@
 """Keys of ours that are set and that nothing reads: no component of the model, no trainer.
 
-A registered component of ours declares ``reads``, the keys that it reads or groups of them
-("MODEL.RETINANET.BN"), and ``norm_keys``, the keys that name its norms, which may have options
-(:data:`rethinking_bn.modeling.norm_head.NORM_OPTIONS`). detectron2's components read none of ours;
-those of other projects may read what they like.
+A registered component of ours declares ``reads``, keys or groups of them ("MODEL.RETINANET.BN"),
+and ``norm_keys``, the keys that name its norms, which may have options (``NORM_OPTIONS``).
+detectron2's components read none of ours; those of other projects may read what they like.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from operator import attrgetter
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -30,6 +30,7 @@ from detectron2.modeling.roi_heads import (
 from torch import nn
 
 from rethinking_bn.config import our_keys
+from rethinking_bn.engine.load_config import flat
 from rethinking_bn.layers import PopulationLayer
 from rethinking_bn.modeling import RETINANET_HEAD
 from rethinking_bn.modeling.norm_head import NORM_OPTIONS
@@ -68,25 +69,21 @@ def unread_keys(cfg: CfgNode) -> list[str]:
     """Return a line for each key of ours that was changed and that no chosen component reads."""
     if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
         return []  # building the model says so
-    parts = _chosen(cfg)
+    parts, values = _chosen(cfg), flat(cfg.MODEL, "MODEL.")
     read = [*_ELSEWHERE, *(key for place in parts for key in _reads(cfg, place, parts[place]))]
-    if not cfg.MODEL.get("DOMAIN_BN", {}).get("DATASETS", ()):
+    if not values.get("MODEL.DOMAIN_BN.DATASETS"):
         read = [key for key in read if key != "MODEL.DOMAIN_BN"]  # there are no domains
-    found = [
-        _line(cfg, parts, key, value)
-        for key, value in _changed(our_keys().MODEL, cfg.MODEL, "MODEL.")
-        if not _covered(key, read)
-    ]
+    changed = {
+        key: values[key]
+        for key, default in flat(our_keys().MODEL, "MODEL.").items()
+        if not isinstance(default, CfgNode) and key in values
+        if values[key] != default and (values[key] or default)
+    }
     for place, registry in _PLACES.items():  # a head of ours in a model without its place
         name = _value(cfg, place)
-        if place.startswith("ROI") and place not in parts and name in registry:
-            if hasattr(registry.get(name), "reads"):
-                outer = [f"MODEL.{p} {_value(cfg, p)}" for p in parts if p in _OUTER]
-                found.append(
-                    f"MODEL.{place} is {name!r}, but {' or '.join(outer[-1:])} has no such head: "
-                    "set that to GeneralizedRCNN or NormImagesROIHeads, or leave it out"
-                )
-    return found
+        if place not in parts and name in registry and hasattr(registry.get(name), "reads"):
+            changed[f"MODEL.{place}"] = name
+    return [_line(cfg, parts, *item) for item in changed.items() if not _covered(item[0], read)]
 
 
 def _chosen(cfg: CfgNode) -> dict[str, Any]:
@@ -111,7 +108,7 @@ def _reads(cfg: CfgNode, place: str, part: Any) -> Iterator[str]:
         yield f"MODEL.{section}" if section else "MODEL"
         yield from NORM_OPTIONS.values()
         return
-    yield from getattr(part, "reads", ()) if not _is_detectron2s(part) else ()
+    yield from getattr(part, "reads", ())
     for key in getattr(part, "norm_keys", ()):
         norm = _value(cfg, key.removeprefix("MODEL."))
         if norm in NORM_OPTIONS:
@@ -120,43 +117,28 @@ def _reads(cfg: CfgNode, place: str, part: Any) -> Iterator[str]:
 
 def _line(cfg: CfgNode, parts: dict[str, Any], key: str, value: Any) -> str:
     """Say that a key is not read, and what would read it."""
-    said = f"{key} is {value!r}, but"
     norms = [norm for norm, group in NORM_OPTIONS.items() if _covered(key, [group])]
+    here = " with ".join(f"MODEL.{p} {_value(cfg, p)}" for p in parts if p in _OUTER)
+    readers = _readers(key)
+    for place in [*readers]:  # what reads the name of that component
+        readers = _readers(f"MODEL.{place}") | readers
+    choice = " and ".join(f"MODEL.{place} {' or '.join(n)}" for place, n in readers.items())
     if norms:
-        return f"{said} no norm of this package is {norms[0]}: set one of the NORM keys to it"
-    place, ours = _readers(key)
-    if place and place not in parts:
-        what = place
-        place, ours = _readers(f"MODEL.{place}")
-        if not place:
-            here = f"MODEL.META_ARCHITECTURE {_value(cfg, 'META_ARCHITECTURE')}"
-            return f"{said} {here} has no MODEL.{what} to read it: leave it out"
-    if not place:
-        return f"{said} nothing reads it: leave it out"
-    if _value(cfg, place) in ours:
-        return f"{said} there are no domains: name them in MODEL.DOMAIN_BN.DATASETS"
-    here = f"MODEL.{place} {_value(cfg, place)}"
-    return f"{said} {here} does not read it: set that to {' or '.join(ours)}, or leave it out"
+        choice = f"{norms[0]} in one of the NORM keys of this package's components"
+    elif key.startswith("MODEL.DOMAIN_BN.") and not cfg.MODEL.DOMAIN_BN.DATASETS:
+        choice = "the domains, in MODEL.DOMAIN_BN.DATASETS"
+    return (
+        f"{key} is {value!r}, but {here} does not read it: choose {choice or 'other components'}, "
+        "or leave it out"
+    )
 
 
-def _readers(key: str) -> tuple[str, list[str]]:
-    """Return where a key is read, and the components there that read it."""
+def _readers(key: str) -> dict[str, list[str]]:
+    """Return the first place where components of ours read a key, and their names."""
     for place, registry in _PLACES.items():
-        readers = {n: part for n, part in registry if _covered(key, getattr(part, "reads", ()))}
-        ours = [name for name, part in readers.items() if not _is_detectron2s(part)]
-        if ours:
-            return place, ours
-    return "", []
-
-
-def _changed(defaults: CfgNode, cfg: CfgNode, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yield the keys of ours whose values are not their defaults."""
-    for name, default in defaults.items():
-        value = cfg.get(name, default)
-        if isinstance(default, CfgNode):
-            yield from _changed(default, value, f"{prefix}{name}.")
-        elif value != default and (value or default):
-            yield prefix + name, value
+        if ours := [n for n, part in registry if _covered(key, getattr(part, "reads", ()))]:
+            return {place: ours}
+    return {}
 
 
 def _covered(key: str, groups: Iterable[str]) -> bool:
@@ -165,30 +147,21 @@ def _covered(key: str, groups: Iterable[str]) -> bool:
 
 def _value(cfg: CfgNode, key: str) -> Any:
     """Return the value of a key of MODEL, "" where there is no such key."""
-    node: Any = cfg.MODEL
-    for name in key.split("."):
-        node = node.get(name, "")
-    return node
-
-
-def _reader(component: Any) -> str:
-    reader = getattr(component, "from_config", component)
-    return str(getattr(reader, "__func__", reader).__module__)
-
-
-def _is_detectron2s(component: Any) -> bool:
-    return _reader(component).startswith("detectron2.")
+    return flat(cfg.MODEL).get(key, "")
 
 
 def _is_foreign(component: Any) -> bool:
-    return not _reader(component).startswith(("detectron2.", "rethinking_bn."))
+    """Return whether the config is read for a component by neither detectron2's code nor ours."""
+    reader = getattr(component, "from_config", component)
+    module = getattr(reader, "__func__", reader).__module__
+    return not module.startswith(("detectron2.", "rethinking_bn."))
 
 
 class FollowKeys(HookBase):
     """Refuse to train where a key of ours is set that hooks cannot follow and the trainer does not.
 
-    TrainerMixin follows all of them; another trainer may by an AccumulatingTrainer, ``train_only``,
-    ``compile_norms``, and a ``test`` that uses ``inference_statistics``.
+    TrainerMixin follows all of them. Another trainer may, too: by an AccumulatingTrainer,
+    ``train_only``, ``compile_norms``, and a ``test`` that uses ``inference_statistics``.
 
     State read: the trainer's step trainer, model and test function. State changed: none.
     """
@@ -196,69 +169,51 @@ class FollowKeys(HookBase):
     def __init__(self, cfg: Any) -> None:
         self._cfg = cfg
 
-    @classmethod
-    def from_config(cls, cfg: Any, model: nn.Module, loader: Any = None) -> FollowKeys | None:
-        """Return the hook; None where no such key is set."""
-        solver = cfg.SOLVER
-        asked = solver.ACCUMULATION_STEPS > 1 or solver.TRAIN_ONLY or cfg.MODEL.COMPILE_NORMS
-        return cls(cfg) if asked or cfg.TEST.STATISTICS != "population" else None
-
     def before_train(self) -> None:
-        """Look at the trainer.
-
-        Raises:
-            ValueError: naming the first key that it does not follow.
-        """
-        for key, value, is_followed in _of_trainers(self._cfg):
-            if not is_followed(self.trainer):
-                name = self.trainer.__class__.__name__
+        """Look at the trainer; a ValueError names the first key that it does not follow."""
+        cfg, model, kind = self._cfg, unwrap(self.trainer.model), self.trainer.__class__
+        step = getattr(self.trainer, "_trainer", self.trainer)
+        passes, patterns = cfg.SOLVER.ACCUMULATION_STEPS, cfg.SOLVER.TRAIN_ONLY
+        follows = {
+            "SOLVER.ACCUMULATION_STEPS": getattr(step, "accumulation_steps", 1) == passes,
+            "SOLVER.TRAIN_ONLY": not patterns or _trains_only(model, patterns),
+            "TEST.STATISTICS": cfg.TEST.STATISTICS == "population" or _tests_by_choice(kind),
+            "MODEL.COMPILE_NORMS": not cfg.MODEL.COMPILE_NORMS or _is_compiled(model),
+        }
+        for key, is_followed in follows.items():
+            if not is_followed:
                 raise ValueError(
-                    f"{key} is {value!r}, but {name} does not follow it: derive it as class "
-                    f"{name}(rethinking_bn.engine.TrainerMixin, DefaultTrainer), or leave it out"
+                    f"{key} is {attrgetter(key)(cfg)!r}, but {kind.__name__} does not follow it: "
+                    f"derive it as class {kind.__name__}(rethinking_bn.engine.TrainerMixin, "
+                    "DefaultTrainer), or leave it out"
                 )
 
 
-def _of_trainers(cfg: Any) -> list[tuple[str, Any, Callable[[Any], bool]]]:
-    """Return the keys that trainers follow: key, value, and whether a trainer follows that."""
-    passes, patterns = cfg.SOLVER.ACCUMULATION_STEPS, cfg.SOLVER.TRAIN_ONLY
-    statistics, compiled = cfg.TEST.STATISTICS, cfg.MODEL.COMPILE_NORMS
-
-    def steps(trainer: Any) -> bool:
-        step = getattr(trainer, "_trainer", trainer)
-        return bool(getattr(step, "accumulation_steps", 1) == passes)
-
-    def trains(trainer: Any) -> bool:
-        return not patterns or not _trained_otherwise(unwrap(trainer.model), patterns)
-
-    def compiles(trainer: Any) -> bool:
-        ours = [m for m in trainer.model.modules() if isinstance(m, PopulationLayer)]
-        marks = ("_compiled_call_impl", "_normalize_level", "_run")  # see layers/compile.py
-        return not (compiled and ours) or any(vars(m).get(k) for m in ours for k in marks)
-
-    def tests(trainer: Any) -> bool:
-        for kind in trainer.__class__.__mro__ if statistics != "population" else ():
-            function = vars(kind).get("test")
-            code = getattr(getattr(function, "__func__", function), "__code__", None)
-            if code is not None and {"inference_statistics", "batch_statistics"} & {*code.co_names}:
-                return True
-            if code is not None and "test" not in code.co_names:
-                return False  # it does not call the next class's
-        return statistics == "population"
-
-    return [
-        ("SOLVER.ACCUMULATION_STEPS", passes, steps),
-        ("SOLVER.TRAIN_ONLY", patterns, trains),
-        ("TEST.STATISTICS", statistics, tests),
-        ("MODEL.COMPILE_NORMS", compiled, compiles),
-    ]
+def _trains_only(model: nn.Module, patterns: Sequence[str]) -> bool:
+    """Return whether only parameters within the modules that patterns name need a gradient."""
+    named = {
+        parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if any(fnmatchcase(name, f"{pattern}.*") for pattern in patterns)
+    }
+    return not any(p.requires_grad and p not in named for p in model.parameters())
 
 
-def _trained_otherwise(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Return the names of the parameters that train though no pattern names their module."""
-    named = [
-        module
-        for name, module in model.named_modules()
-        if name and any(fnmatchcase(name, pattern) for pattern in patterns)
-    ]
-    chosen = {id(parameter) for module in named for parameter in module.parameters()}
-    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in chosen]
+def _is_compiled(model: nn.Module) -> bool:
+    """Return whether compile_norms has left its mark on a layer of ours, if there is one."""
+    ours = [m for m in model.modules() if isinstance(m, PopulationLayer)]
+    marks = ("_compiled_call_impl", "_normalize_level", "_run")  # see layers/compile.py
+    return not ours or any(vars(m).get(mark) for m in ours for mark in marks)
+
+
+def _tests_by_choice(trainer: type) -> bool:
+    """Return whether a trainer's ``test``, or one that it calls, chooses the statistics."""
+    for kind in trainer.__mro__:
+        function = vars(kind).get("test")
+        code = getattr(getattr(function, "__func__", function), "__code__", None)
+        names = getattr(code, "co_names", ("test",))  # as if it called the next class's
+        if {"inference_statistics", "batch_statistics"} & {*names}:
+            return True
+        if "test" not in names:
+            return False
+    return False

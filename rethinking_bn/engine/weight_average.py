@@ -6,16 +6,16 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch import nn
 
-from rethinking_bn.averaging import KINDS, STATISTICS, AveragedWeights
+from rethinking_bn.averaging import AveragedWeights
 from rethinking_bn.checkpointer import Checkpointer
 from rethinking_bn.engine.precise_bn import autocast_of
 from rethinking_bn.engine.rank_state import (
     RankState,
     gather_rank_state,
+    is_due,
     load_rank_state,
     merge_statistics,
 )
@@ -29,24 +29,22 @@ FILE_NAME = "model_averaged"
 class WeightAverage(HookBase):
     """Keep an EMA or SWA of the weights, a model of its own, beside a training that it lets be.
 
-    After an iteration the average is updated; before a checkpoint, an evaluation and the end, it
-    gets its statistics: with "estimate" by population training (with PreciseBN's data, so the same
-    weights get the same statistics), and under unsynced BN merged over the ranks as the model's
-    are. At a checkpoint and the end it is also written to ``model_averaged.pth``, which any
-    detectron2 loads. Checkpoints of our Trainer hold what resuming needs; those of another trainer
-    do too if it calls :meth:`gather_rank_states` on every rank before it saves.
+    After an iteration the average is updated. Before a checkpoint, an evaluation and the end it
+    gets its statistics: with "estimate" by population training, and under unsynced BN merged over
+    the ranks as the model's are. At a checkpoint and the end it is also written to
+    ``model_averaged.pth``, which any detectron2 loads. Checkpoints of our Trainer hold what
+    resuming needs; those of another trainer do too if it calls :meth:`gather_rank_states` on every
+    rank before it saves.
 
     The average starts from the weights before iteration ``start``. From then on, ``rates`` may
-    replace the learning rate of the trainer's own schedule, for SWA's (Izmailov et al., arXiv
-    1803.05407): a constant one, or one that falls linearly from the first to the second within each
-    period, with an update at the end of each.
+    replace the learning rate of the trainer's schedule by SWA's (Izmailov et al., arXiv
+    1803.05407): a constant one, or one that falls linearly within each period, with an update at
+    the end of each.
 
-    State read: the trained model, the trainer's precision. State changed: its own average and, with
-    ``rates``, the optimizer's learning rates. Comes after PreciseBN (a "copy" then has its
-    statistics) and before the hooks that merge, checkpoint and evaluate; on every rank.
-
-    Attributes:
-        averaged: the :class:`rethinking_bn.averaging.AveragedWeights`.
+    State read: the trained model, the trainer's precision. State changed: its own average,
+    ``averaged`` (:class:`rethinking_bn.averaging.AveragedWeights`), and, with ``rates``, the
+    optimizer's learning rates. Comes after PreciseBN (a "copy" then has its statistics) and before
+    the hooks that merge, checkpoint and evaluate; on every rank.
     """
 
     def __init__(
@@ -79,47 +77,27 @@ class WeightAverage(HookBase):
             output_dir: where ``model_averaged.pth`` goes; "": nowhere.
 
         Raises:
-            ValueError: for a kind or statistics that there is not, a decay outside [0, 1], a
-                negative start, a period below 1, or "estimate" without data.
+            ValueError: for another kind or statistics, a decay outside [0, 1], a negative start, a
+                period below 1, more than two rates or one not above 0, "estimate" without data.
         """
         if start < 0 or period < 1:
             raise ValueError(
                 f"start must not be negative and period at least 1, got {start} and {period}"
             )
+        if len(rates) > 2 or (rates and min(*rates, base_rate) <= 0):
+            raise ValueError(
+                f"rates must be one or two above 0, as base_rate {base_rate}, got {rates}"
+            )
         if statistics == "estimate" and (data_loader is None or num_iter < 1):
             raise ValueError('statistics "estimate" needs a data_loader and num_iter at least 1')
-        choices: Any = {"kind": kind, "decay": decay, "statistics": statistics}
-        self.averaged = AveragedWeights(model, **choices)
+        options: Any = {"kind": kind, "decay": decay, "statistics": statistics}
+        self.averaged = AveragedWeights(model, **options)
         self._model, self._start, self._period = model, start, period
         self._rates, self._base_rate = tuple(rates), base_rate
         self._data_loader, self._num_iter = data_loader, num_iter
         self._checkpoint_period, self._eval_period = checkpoint_period, eval_period
-        self._output_dir = output_dir
-        self._started = False
+        self._output_dir, self._started = output_dir, False
         self._rank_states: tuple[int, list[RankState]] | None = None
-
-    @classmethod
-    def from_config(
-        cls, cfg: Any, model: nn.Module, loader: Callable[[], Iterable[Any]]
-    ) -> WeightAverage | None:
-        """Return the hook that SOLVER.AVERAGE asks for; None if it does not."""
-        options = average_options(cfg)
-        if options is None:
-            return None
-        if options["statistics"] == "estimate":
-            if layers_to_estimate(model):
-                options.update(data_loader=loader(), num_iter=cfg.TEST.PRECISE_BN.NUM_ITER)
-            else:
-                logger.info("The average has the model's statistics: no BN-like layer to estimate.")
-                options["statistics"] = "copy"
-        return cls(
-            model,
-            base_rate=cfg.SOLVER.BASE_LR,
-            checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
-            eval_period=cfg.TEST.EVAL_PERIOD,
-            output_dir=cfg.OUTPUT_DIR,
-            **options,
-        )
 
     def before_step(self) -> None:
         """Begin, with the weights as they are now, if it is time to and nothing was resumed."""
@@ -138,12 +116,8 @@ class WeightAverage(HookBase):
         done = self.trainer.iter + 1
         if done > self._start and (done - self._start) % self._period == 0:
             self.averaged.update(self._model)
-        end = done >= self.trainer.max_iter
-        saves, evaluates = (
-            end or (period > 0 and done % period == 0)
-            for period in (self._checkpoint_period, self._eval_period)
-        )
-        if self.averaged.updates and (saves or evaluates):
+        saves = is_due(self.trainer, self._checkpoint_period)
+        if self.averaged.updates and (saves or is_due(self.trainer, self._eval_period)):
             self._give_statistics()
             if saves and self._output_dir:
                 Checkpointer(self.averaged.module, self._output_dir).save_untagged(FILE_NAME)
@@ -159,17 +133,10 @@ class WeightAverage(HookBase):
         merge_statistics(module)
 
     def evaluate(self, test: Callable[[nn.Module], Any]) -> dict[str, Any] | None:
-        """Return {"averaged": what ``test`` finds for the averaged model}; None before any update.
-
-        For detectron2's EvalHook, which names the results by that key.
-        """
+        """Return {"averaged": what ``test`` finds for the average}; None before any update."""
         if not self.averaged.updates:
             logger.info("The weights are not averaged yet, so there is no average to evaluate.")
             return None
-        logger.info(
-            "Evaluating the averaged weights (%s, %d updates, statistics: %s)",
-            *(self.averaged.kind, self.averaged.updates, self.averaged.statistics),
-        )
         return {"averaged": test(self.averaged.module)}
 
     def gather_rank_states(self) -> None:
@@ -195,40 +162,3 @@ class WeightAverage(HookBase):
         if "rank_states" in state:
             load_rank_state(self.averaged.module, state["rank_states"])
         self._started = True
-
-
-def average_options(cfg: CfgNode) -> dict[str, Any] | None:
-    """Return WeightAverage's arguments that SOLVER.AVERAGE holds; None where it averages nothing.
-
-    Raises:
-        ValueError: naming the key and what it may be.
-    """
-    keys = cfg.SOLVER.AVERAGE
-    if keys.KIND == "":
-        if keys.LR:
-            raise ValueError(f"SOLVER.AVERAGE.LR is {keys.LR}, but SOLVER.AVERAGE.KIND is empty")
-        return None
-    rates = [*keys.LR, cfg.SOLVER.BASE_LR] if keys.LR else []
-    number = cfg.TEST.PRECISE_BN.NUM_ITER
-    for name, good, may_be in (
-        ("KIND", keys.KIND in KINDS, f"one of {', '.join(KINDS)}"),
-        ("STATISTICS", keys.STATISTICS in STATISTICS, f"one of {', '.join(STATISTICS)}"),
-        ("DECAY", 0 <= keys.DECAY <= 1, "in [0, 1]"),
-        ("START", keys.START >= 0, "at least 0"),
-        ("PERIOD", keys.PERIOD >= 1, "at least 1"),
-        (
-            "LR",
-            len(rates) <= 3 and all(rate > 0 for rate in rates),
-            f"(), (rate,) or (first, last), each above 0 as SOLVER.BASE_LR {cfg.SOLVER.BASE_LR}",
-        ),
-        (
-            "STATISTICS",
-            keys.STATISTICS != "estimate" or number >= 1,
-            f"average or copy where TEST.PRECISE_BN.NUM_ITER is {number}",
-        ),
-    ):
-        if not good:
-            raise ValueError(f"SOLVER.AVERAGE.{name} must be {may_be}; got {keys[name]!r}")
-    options = {name.lower(): keys[name] for name in keys}
-    options["rates"] = options.pop("lr")
-    return options

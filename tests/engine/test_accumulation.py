@@ -24,9 +24,9 @@ from rethinking_bn.engine import AccumulatingAMPTrainer, AccumulatingTrainer, Tr
 from rethinking_bn.engine.accumulation import CPUAutocastTrainer, split_batch
 from rethinking_bn.engine.check_config import check_batch_size
 from rethinking_bn.engine.rank_state import gather_rank_state, load_rank_state, wrap_data_parallel
-from rethinking_bn.engine.trainer_mixin import log_passes
-from rethinking_bn.layers import SyncBatchNorm2d, get_norm
-from tests.engine.tiny import register_data, tiny_config, write_data
+from rethinking_bn.layers import get_norm
+from tests.engine.test_rank_state import Detector
+from tests.engine.tiny import register_data, tiny_config
 from tests.helpers import run_distributed
 
 STEPS = 2
@@ -231,13 +231,8 @@ def test_mixed_precision_without_a_gpu() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_the_amp_twin_has_amp_trainers_state_and_needs_cuda() -> None:
     model = Counted()
-    twin = AccumulatingAMPTrainer(
-        model,
-        [torch.randn(8, 3)],
-        torch.optim.SGD(model.parameters(), 0.1),
-        accumulation_steps=2,
-        precision=torch.bfloat16,
-    )
+    parts = (model, [torch.randn(8, 3)], torch.optim.SGD(model.parameters(), 0.1))
+    twin = AccumulatingAMPTrainer(*parts, accumulation_steps=2, precision=torch.bfloat16)
     assert twin.accumulation_steps == 2 and "grad_scaler" in twin.state_dict()
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="needs CUDA"):
@@ -295,13 +290,6 @@ def test_images_of_a_pass() -> None:
             Trainer(cfg) if passes == 0 else images_per_pass(cfg, 2)
 
 
-class Detector(nn.Module):
-    """Names its moving normaliser as detectron2's dense detectors do."""
-
-    def _ema_update(self) -> None:
-        self.loss_normalizer = 1.0
-
-
 def test_normalizers_of_another_number_of_passes_are_averaged_and_it_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -317,12 +305,11 @@ def test_normalizers_of_another_number_of_passes_are_averaged_and_it_is_said(
     assert resumed(states([2.0, 4.0]), 1) == 3.0
     assert "saved with 2 pass(es) per iteration and is resumed with 1" in caplog.text
     assert resumed(states(5.0), 2) == [5.0, 5.0]
-    assert resumed(states([2.0, 4.0], [4.0, 8.0]), 2) == [3.0, 6.0]  # of another number of ranks
+    assert resumed(states([2.0, 4.0], [4.0, 8.0]), 2) == [2.0, 4.0]  # of another number of ranks
 
 
 @pytest.fixture
 def cfg(tmp_path: Path) -> CfgNode:
-    write_data(tmp_path)
     cfg = tiny_config(register_data(tmp_path), tmp_path / "out", SOLVER__ACCUMULATION_STEPS=2)
     cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD, cfg.DATASETS.TEST = 2, 0, ()
     return cfg
@@ -344,17 +331,3 @@ def test_the_trainer_counts_iterations_and_estimates_at_the_batch_of_a_pass(
     assert iterations == [0, 1] and sizes == [2] * (2 * 2 + 2)
     assert len(trainer.scheduler.get_last_lr()) > 0 and trainer.scheduler.last_epoch == 2
     assert len(trainer.state_dict()["rank_states"][0]["normalizers"][""]) == 2
-
-
-def test_what_pools_over_processes_is_said(
-    cfg: CfgNode, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cfg.SOLVER.IMS_PER_BATCH = 12
-    with caplog.at_level(logging.INFO, logger="rethinking_bn"):
-        log_passes(cfg, nn.Sequential(nn.BatchNorm2d(2), SyncBatchNorm2d(2)))
-        assert "pool over processes" not in caplog.text  # there is one
-        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
-        log_passes(cfg, nn.BatchNorm2d(2))
-        assert "pool over processes" not in caplog.text
-        log_passes(cfg, nn.Sequential(nn.BatchNorm2d(2), SyncBatchNorm2d(2), SyncBatchNorm2d(2)))
-    assert "pool the 6 images of one pass, not those of the iteration: 1 and 1 more" in caplog.text

@@ -15,8 +15,7 @@ import torch
 from rethinking_bn.diagnosis import Diagnosis, Finding
 from rethinking_bn.engine import DiagnoseBN, Trainer, run_diagnosis, with_rethinking_bn
 from rethinking_bn.engine.diagnose_bn import with_config_keys
-from rethinking_bn.engine.launch import argument_parser, check_arguments
-from tests.engine.tiny import register_data, tiny_config, write_data
+from tests.engine.tiny import register_data, tiny_config
 
 TOOL = Path(__file__).parents[2] / "tools" / "diagnose.py"
 
@@ -24,7 +23,6 @@ TOOL = Path(__file__).parents[2] / "tools" / "diagnose.py"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
     return register_data(folder)
 
 
@@ -76,58 +74,6 @@ def test_a_detectors_output_is_that_of_its_heads(data: str, tmp_path: Path) -> N
     whole = run_diagnosis(cfg, model, 2).of("output-effect", "")
     assert not any(module.training for module in model.modules())
     assert whole and 0 < whole[0].evidence["stored_to_exact"] < float("inf")
-
-
-@pytest.mark.parametrize("row", [1, 3, 4, 6])
-def test_row_3_is_told_by_name_and_remedy(row: int, data: str, tmp_path: Path) -> None:
-    choices = {1: "SSS", 3: "DSS", 4: "DDS", 6: "DDD"}[row]
-    words = [{"S": "shared", "D": "domain_specific"}[c] for c in choices]
-    cfg = tiny_config(
-        data,
-        tmp_path,
-        SOLVER__MAX_ITER=2,
-        TEST__EVAL_PERIOD=0,
-        MODEL__META_ARCHITECTURE="ConfigurableHeadRetinaNet",
-        MODEL__RETINANET__HEAD_NAME="MultiDomainBNRetinaNetHead",
-        MODEL__RETINANET__BN__TRAIN_STATS=words[0],
-        MODEL__RETINANET__BN__POPULATION_STATS=words[1],
-        MODEL__RETINANET__BN__AFFINE=words[2],
-        TEST__PRECISE_BN__ENABLED=True,
-        TEST__PRECISE_BN__NUM_ITER=8,
-    )
-    trainer = Trainer(cfg)
-    trainer.train()
-    repeated = run_diagnosis(cfg, trainer.model, 8).of("repeated-use")
-    assert [f.layer for f in sorted(repeated, key=lambda f: f.layer)] == [
-        "head.bbox_subnet.1",
-        "head.cls_subnet.1",
-    ]
-    assert all(f.evidence["apart"] > 0.15 for f in repeated)
-    for finding in repeated:
-        if row == 3:
-            assert finding.severity in ("warning", "severe")
-            assert "rows 1, 4 or 6" in finding.remedy and "HEAD_NAME" in finding.remedy
-            assert finding.what.startswith("row 3 of") and "5 times a forward" in finding.what
-        else:
-            assert finding.severity == "ok" and finding.remedy == ""
-
-
-@pytest.mark.parametrize(
-    ("opts", "said"),
-    [
-        (("TEST.DIAGNOSE.PERIOD", "-1"), "TEST.DIAGNOSE.PERIOD must be at least 0, got -1"),
-        (("TEST.PRECISE_BN.NUM_ITER", "1"), "needs at least 2 batches"),
-        (("TEST.PRECISE_BN.DATASETS", "('nowhere',)"), "registered as 'nowhere'"),
-    ],
-)
-def test_what_cannot_be_diagnosed_is_refused_before_the_run(
-    opts: tuple[str, ...], said: str, data: str, tmp_path: Path
-) -> None:
-    (tmp_path / "run.yaml").write_text(tiny_config(data, tmp_path, TEST__DIAGNOSE__PERIOD=5).dump())
-    parser = argument_parser("")
-    check_arguments(parser.parse_args(["--config-file", str(tmp_path / "run.yaml")]))
-    with pytest.raises(ValueError, match=said):
-        check_arguments(parser.parse_args(["--config-file", str(tmp_path / "run.yaml"), *opts]))
 
 
 def call_tool(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:

@@ -8,7 +8,6 @@ import pytest
 from detectron2 import model_zoo
 
 from rethinking_bn.engine import load_config
-from rethinking_bn.engine.load_config import use_available_device
 
 
 def write(folder: Path, **files: str) -> str:
@@ -57,15 +56,12 @@ def test_tags_are_refused_and_not_executed(tmp_path: Path, place: str) -> None:
     ],
 )
 def test_a_bad_file_gives_one_line_that_names_it(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(FileNotFoundError, match="none.yaml"):
+        load_config(str(tmp_path / "none.yaml"))
     path = write(tmp_path, run=text)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         load_config(path)
     assert path in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_missing_file_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
-        load_config("nowhere.yaml")
 
 
 @pytest.mark.parametrize(
@@ -84,24 +80,8 @@ def test_bad_overrides_are_named(opts: list[str], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("gpu", [True, False])
-def test_without_a_gpu_the_device_is_the_cpu(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = load_config()
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    assert use_available_device(cfg) != gpu and cfg.MODEL.DEVICE == ("cuda" if gpu else "cpu")
-    assert not use_available_device(cfg)
-
-
-def test_detectron2s_retinanet_says_what_to_write_instead() -> None:
+def test_detectron2s_retinanet_is_refused_by_its_line() -> None:
     """Defect 18: its base holds a tag that executes code."""
     name = model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
-    with pytest.raises(ValueError, match="Base-RetinaNet.yaml, line 8") as caught:
+    with pytest.raises(ValueError, match="Base-RetinaNet.yaml, line 8.*apply:eval"):
         load_config(name)
-    key, _, sizes = str(caught.value).partition(" such as RetinaNet's ")
-    assert "MODEL.ANCHOR_GENERATOR.SIZES" in key
-    cfg = load_config("", ["MODEL.ANCHOR_GENERATOR.SIZES", sizes])
-    stock = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
-    for ours, theirs in zip(
-        cfg.MODEL.ANCHOR_GENERATOR.SIZES, stock.MODEL.ANCHOR_GENERATOR.SIZES, strict=True
-    ):
-        assert ours == pytest.approx(theirs, rel=0.01)

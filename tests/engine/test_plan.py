@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from detectron2.config import get_cfg
 
 from rethinking_bn import get_config_file
 from rethinking_bn.config import list_config_files
 from rethinking_bn.engine import load_config
 from rethinking_bn.engine.norm_plan import Plan, make_plan
-from rethinking_bn.layers import BatchNorm2d
 
 FILES = [name for name in list_config_files() if not Path(name).name.startswith("Base-")]
 AT_ODDS = ("row2", "row3", "row5")
@@ -44,7 +42,6 @@ def test_the_plan_of_every_config(name: str) -> None:
         assert all(("levels" in layer.pools) == shared for layer in head)
         separate = any(row in name for row in ("row2", "row4", "row6"))
         assert all(("each of 5" in layer.inference) == separate for layer in head)
-        assert warned(made, "one process") == small
     if "mask_rcnn_bn_head_1im" in name:
         assert {layer.nbs for layer in head} == {1} and warned(made, "below 8")
     if "shuffle" in name:
@@ -54,7 +51,7 @@ def test_the_plan_of_every_config(name: str) -> None:
     if not small and "gn" not in name and "mabn" not in name:
         backbone = [layer for layer in made.layers if "bottom_up" in layer.name]
         assert len(backbone) == 53 and all(layer.frozen for layer in backbone)
-    assert not warned(made, "decay") and not warned(made, "mean 0, variance 1")
+    assert not warned(made, "decay") and not warned(made, "is empty")
 
 
 def test_mistakes_are_warned_of() -> None:
@@ -81,21 +78,3 @@ def test_a_config_of_another_project_lacks_our_keys() -> None:
     cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
     assert len(make_plan(cfg).layers) == 53
     assert "THAW" not in cfg.TEST.PRECISE_BN  # the config is as it was
-
-
-def test_weights_without_statistics_are_warned_of(tmp_path: Path) -> None:
-    weights = tmp_path / "w.pth"
-    name = "shapes/mask_rcnn_bn_head.yaml"
-    layer = BatchNorm2d(64)
-    layer.running_mean.fill_(1.0)
-    state = {
-        f"roi_heads.{head}.norm.{key}": value
-        for head in ("box_head.conv1", "box_head.conv2")
-        for key, value in layer.state_dict().items()
-    }
-    state["roi_heads.box_head.conv2.norm.running_mean"] = torch.zeros(64)
-    torch.save({"model": state}, weights)
-    (warning,) = (
-        w for w in plan(name, 1, "MODEL.WEIGHTS", str(weights)).warnings if "no statistics" in w
-    )
-    assert "box_head.conv2.norm and 6 more layers" in warning

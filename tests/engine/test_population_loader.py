@@ -24,7 +24,6 @@ from tests.helpers import run_distributed
 
 @pytest.fixture
 def cfg(tmp_path: Path) -> CfgNode:
-    write_data(tmp_path)
     return tiny_config(register_data(tmp_path), tmp_path)
 
 

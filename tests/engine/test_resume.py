@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
 from torch import nn
 
-from rethinking_bn.engine import Trainer
+from rethinking_bn.engine import Trainer, WeightAverage
 from rethinking_bn.modeling import ConfigurableHeadRetinaNet
 from tests.engine.tiny import register_data, tiny_config, write_data
 from tests.helpers import run_distributed
@@ -29,7 +32,25 @@ MABN = {
     "MODEL.MABN.WARMUP_ITERS": "1",
     "MODEL.MABN.SIMULATED_BATCH_SIZE": "8",
 }
+EVERYTHING = {
+    "SOLVER.IMS_PER_BATCH": "8",  # two images in each of two passes on two ranks
+    "SOLVER.ACCUMULATION_STEPS": "2",
+    "SOLVER.AMP.ENABLED": "True",
+    "SOLVER.AVERAGE.KIND": "ema",
+    "TEST.PRECISE_BN.ENABLED": "True",
+    "TEST.PRECISE_BN.NUM_ITER": "1",
+}
+FROZEN = {"SOLVER.FREEZE_BN.START": "2", "SOLVER.FREEZE_BN.AFFINE": "True"}
 NO_EVALUATION = {"TEST.EVAL_PERIOD": "0", "DATASETS.TEST": "()"}
+# BN of each rank's own data: the ranks' statistics differ until they are merged. The checkpoint is
+# between the start and the first update.
+AVERAGE = {
+    **NO_EVALUATION,
+    "SOLVER.AVERAGE.KIND": "ema",
+    "SOLVER.AVERAGE.PERIOD": "2",
+    "SOLVER.AVERAGE.START": "2",
+    "TEST.PRECISE_BN.ENABLED": "True",
+}
 
 
 class NoisyRetinaNet(ConfigurableHeadRetinaNet):
@@ -68,6 +89,14 @@ class Interruption(HookBase):
             raise KeyboardInterrupt
 
 
+class SchedulersSignal(Interruption):
+    """SIGTERM to the last rank, which ends all of them after that iteration."""
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.iteration and comm.get_rank() == comm.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class RecordingTrainer(Trainer):
     """Keeps this rank's losses of every iteration."""
 
@@ -89,12 +118,12 @@ def digest(state: dict[str, torch.Tensor]) -> dict[str, str]:
     }
 
 
-def train(cfg: CfgNode, *, resume: bool = False, interrupt_at: int | None = None) -> Record:
+def train(cfg: CfgNode, *, resume: bool = False, interruption: HookBase | None = None) -> Record:
     trainer = RecordingTrainer(cfg)
     trainer.resume_or_load(resume)
-    if interrupt_at is not None:
-        trainer.register_hooks([Interruption(interrupt_at)])
-        with pytest.raises(KeyboardInterrupt):
+    if interruption is not None:
+        trainer.register_hooks([interruption])
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
             trainer.train()
         return {"seed": trainer.run_seed}
     trainer.train()
@@ -103,8 +132,10 @@ def train(cfg: CfgNode, *, resume: bool = False, interrupt_at: int | None = None
         str(index): entry["momentum_buffer"]
         for index, entry in trainer.optimizer.state_dict()["state"].items()
     }
+    averages = (hook.averaged for hook in trainer._hooks if isinstance(hook, WeightAverage))
     return {
         "start": trainer.start_iter,
+        "average": [(average.updates, digest(average.module.state_dict())) for average in averages],
         "seed": trainer.run_seed,
         "losses": trainer.losses,
         "normalizer": model.loss_normalizer,
@@ -120,27 +151,28 @@ def config(data: str, out: Path, overrides: dict[str, Any]) -> CfgNode:
     return tiny_config(data, out, MODEL__META_ARCHITECTURE="NoisyRetinaNet", **overrides)
 
 
-def interrupted_and_not(folder: Path, overrides: dict[str, Any]) -> tuple[Record, Record]:
-    """Train 6 iterations at one go, and again with a crash in the fifth; checkpoint after 3."""
+def interrupted_and_not(
+    folder: Path, overrides: dict[str, Any], interruption: HookBase
+) -> tuple[Record, Record]:
+    """Train 6 iterations at one go, and again with an interruption; checkpoint after 3."""
     data = register_data(folder)
     whole = train(config(data, folder / "whole", overrides))
     if int(overrides.get("SEED", 0)) < 0:
         overrides = {**overrides, "SEED": whole["seed"]}
-    crashed = config(data, folder / "crashed", overrides)
-    train(crashed, interrupt_at=4)
-    crashed.SEED = -1  # a new random seed, which the checkpoint's must replace
+    ended = config(data, folder / "ended", overrides)
+    train(ended, interruption=interruption)
+    ended.SEED = -1  # a new random seed, which the checkpoint's must replace
     torch.manual_seed(99)  # whatever happened in between
-    return whole, train(crashed, resume=True)
+    return whole, train(ended, resume=True)
 
 
-def assert_same_run(whole: Record, resumed: Record) -> None:
-    assert (whole["start"], resumed["start"]) == (0, 3)
-    for key in ("seed", "normalizer", "state", "momenta", "lr"):
+def assert_same_run(whole: Record, resumed: Record, start: int = 3) -> None:
+    assert (whole["start"], resumed["start"]) == (0, start)
+    for key in ("seed", "normalizer", "state", "momenta", "lr", "average"):
         assert resumed[key] == whole[key], key
-    assert sorted(whole["losses"]) == list(range(6)) and sorted(resumed["losses"]) == [3, 4, 5]
-    for iteration, losses in resumed["losses"].items():
-        assert losses == whole["losses"][iteration], iteration
-    assert resumed["told"] == whole["told"][3:]
+    assert sorted(whole["losses"]) == list(range(6))
+    assert resumed["losses"] == {i: whole["losses"][i] for i in range(start, 6)}
+    assert resumed["told"] == whole["told"][start:]
 
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -165,34 +197,40 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
     ids=str,
 )
 def test_one_process(tmp_path: Path, overrides: dict[str, Any]) -> None:
-    write_data(tmp_path)
-    whole, resumed = interrupted_and_not(tmp_path, overrides)
+    whole, resumed = interrupted_and_not(tmp_path, overrides, Interruption(4))
     assert_same_run(whole, resumed)
     assert whole["told"] == [(whole["seed"], iteration) for iteration in range(6)]
 
 
-def on_rank(rank: int, folder: Path, overrides: dict[str, Any]) -> tuple[Record, Record]:
-    return interrupted_and_not(folder, overrides)
+def on_rank(rank: int, *args: Any) -> tuple[Record, Record]:
+    return interrupted_and_not(*args)
 
 
 @pytest.mark.parametrize(
-    ("world", "overrides"),
+    ("world", "overrides", "interruption"),
     [
-        (2, {"TEST.PRECISE_BN.ENABLED": "True"}),
-        slow(2, {"SOLVER.FREEZE_BN.START": "2", "SOLVER.FREEZE_BN.AFFINE": "True"}),
-        slow(2, {"SOLVER.IMS_PER_BATCH": "8", "SOLVER.ACCUMULATION_STEPS": "2", **NO_EVALUATION}),
+        (2, {"TEST.PRECISE_BN.ENABLED": "True"}, Interruption(4)),
+        # frozen after the checkpoint that is resumed, and before it
+        slow(2, {**EVERYTHING, "SOLVER.FREEZE_BN.START": "4"}, Interruption(4)),
+        slow(2, {**EVERYTHING, **FROZEN}, Interruption(4)),
+        (2, {**AVERAGE, "SOLVER.AVERAGE.STATISTICS": "average"}, SchedulersSignal(3)),
+        slow(2, {**AVERAGE, "SOLVER.AVERAGE.STATISTICS": "copy"}, SchedulersSignal(3)),
+        slow(2, {**AVERAGE, "SOLVER.AVERAGE.STATISTICS": "copy"}, Interruption(4)),
         # the sum of three gradients depends on their order
-        (3, {"SOLVER.IMS_PER_BATCH": "6", **MABN, **NO_EVALUATION}),
+        (3, {"SOLVER.IMS_PER_BATCH": "6", **MABN, **NO_EVALUATION}, Interruption(4)),
     ],
 )
-def test_several_processes(tmp_path: Path, world: int, overrides: dict[str, Any]) -> None:
+def test_several_processes(
+    tmp_path: Path, world: int, overrides: dict[str, Any], interruption: Interruption
+) -> None:
     write_data(tmp_path)
-    ranks = run_distributed(on_rank, world, tmp_path, overrides, timeout=240)
+    ranks = run_distributed(on_rank, world, tmp_path, overrides, interruption, timeout=240)
     for whole, resumed in ranks:
-        assert_same_run(whole, resumed)
+        assert_same_run(whole, resumed, 4 if isinstance(interruption, SchedulersSignal) else 3)
     first, second = ranks[0][0], ranks[1][0]
     # the ranks see different data, and end with the same model
     assert first["losses"] != second["losses"] and first["normalizer"] != second["normalizer"]
+    assert first["average"] == second["average"]
     differing = {name for name in first["state"] if first["state"][name] != second["state"][name]}
     assert all("_ring." in name for name in differing)
     assert bool(differing) == ("MABN" in overrides.values())

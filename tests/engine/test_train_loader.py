@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -15,7 +14,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build_detection_train_loader
 
 from rethinking_bn.engine import ResumableTrainLoader, build_train_loader
-from tests.engine.tiny import register_data, tiny_config, write_data
+from tests.engine.test_population_loader import random_states, register_copy, without
+from tests.engine.tiny import register_data, tiny_config
 
 SAMPLERS = [
     "TrainingSampler",
@@ -28,7 +28,6 @@ SAMPLERS = [
 
 @pytest.fixture
 def cfg(tmp_path: Path) -> CfgNode:
-    write_data(tmp_path)
     return tiny_config(register_data(tmp_path), tmp_path)
 
 
@@ -87,20 +86,9 @@ def test_another_seed_gives_other_images_and_other_augmentation(cfg: CfgNode) ->
 
 
 def test_loading_leaves_the_global_generators_alone(cfg: CfgNode) -> None:
-    def state() -> tuple[Any, ...]:
-        return random.random(), np.random.rand(), torch.rand(()).item()
-
-    def seed() -> None:
-        random.seed(0)
-        np.random.seed(0)
-        torch.manual_seed(0)
-
-    seed()
-    expected = state()
-    seed()
-    loader = build_train_loader(cfg)
-    take(loader, 0, 3)
-    assert state() == expected
+    before = random_states()
+    take(build_train_loader(cfg), 0, 3)
+    assert random_states() == before
 
 
 def counting(mapper_result: Callable[[dict[str, Any]], Any]) -> tuple[list[int], Any]:
@@ -132,44 +120,23 @@ def test_a_mapper_that_refuses_everything_is_an_error(cfg: CfgNode) -> None:
         take(build_train_loader(cfg, mapper), 0, 1)
 
 
-def test_sizes_are_needed_only_for_grouping(cfg: CfgNode, tmp_path: Path) -> None:
-    name = f"without sizes {tmp_path}"
-    dicts = [
-        {key: value for key, value in d.items() if key not in ("width", "height")}
-        for d in DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
-    ]
-    DatasetCatalog.register(name, lambda: dicts)
-    try:
-        cfg.DATASETS.TRAIN = (name,)
-        with pytest.raises(ValueError, match="ASPECT_RATIO_GROUPING"):
-            build_train_loader(cfg)
-        cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
-        take(build_train_loader(cfg), 0, 1)
-    finally:
-        DatasetCatalog.remove(name)
+def test_without_sizes_nothing_is_grouped(cfg: CfgNode) -> None:
+    (trained,) = cfg.DATASETS.TRAIN
+    bare = register_copy(trained, "no sizes", lambda d: without("width")(without("height")(d)))
+    ungrouped = tiny_config(trained, cfg.OUTPUT_DIR, DATALOADER__ASPECT_RATIO_GROUPING=False)
+    cfg.DATASETS.TRAIN = (bare,)
+    expected = ids(take(build_train_loader(ungrouped), 0, 4))
+    assert ids(take(build_train_loader(cfg), 0, 4)) == expected
 
 
 def test_a_torch_dataset_gets_detectron2s_loader_and_a_warning(
-    cfg: CfgNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cfg: CfgNode, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Images(torch.utils.data.Dataset[Any]):
-        def __init__(self, dicts: list[Any]) -> None:
-            self.dicts = dicts
-
-        def __len__(self) -> int:
-            return len(self.dicts)
-
-        def __getitem__(self, index: int) -> Any:
-            return self.dicts[index]
-
-    name = f"a torch dataset {tmp_path}"
-    dataset = Images(DatasetCatalog.get(cfg.DATASETS.TRAIN[0]))
-    DatasetCatalog.register(name, lambda: dataset)
-    try:
-        cfg.DATASETS.TRAIN = (name,)
-        loader = build_train_loader(cfg)
-        assert not isinstance(loader, ResumableTrainLoader)
-        assert len(next(iter(loader))) == 4
-        assert "starts over" in caplog.text
-    finally:
-        DatasetCatalog.remove(name)
+    (trained,) = cfg.DATASETS.TRAIN
+    name, dicts = f"a torch dataset {trained}", DatasetCatalog.get(trained)
+    DatasetCatalog.register(name, lambda: torch.utils.data.Subset(dicts, range(len(dicts))))
+    cfg.DATASETS.TRAIN = (name,)
+    loader = build_train_loader(cfg)
+    assert not isinstance(loader, ResumableTrainLoader)
+    assert len(next(iter(loader))) == 4
+    assert "starts over" in caplog.text

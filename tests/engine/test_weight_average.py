@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +14,15 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.engine import hooks as stock
 from detectron2.modeling import build_model
-from detectron2.utils import comm
 from torch import Tensor, nn
 
 from rethinking_bn.engine import PreciseBN, Trainer, WeightAverage, with_rethinking_bn
 from rethinking_bn.engine.rank_state import MergeStatistics
-from rethinking_bn.engine.weight_average import average_options
-from tests.engine.test_resume import Interruption, RecordingTrainer, digest
-from tests.engine.tiny import register_data, tiny_config, write_data
-from tests.helpers import run_distributed
+from tests.engine.test_resume import RecordingTrainer, digest
+from tests.engine.tiny import register_data, tiny_config
 
 SWA = {"SOLVER__AVERAGE__KIND": "swa", "SOLVER__AVERAGE__START": "2"}
 EMA = {"SOLVER__AVERAGE__KIND": "ema", "SOLVER__AVERAGE__PERIOD": "2"}
-NO_EVALUATION = {"TEST__EVAL_PERIOD": "0", "DATASETS__TEST": "()"}
 
 
 class Weights(HookBase):
@@ -38,12 +32,8 @@ class Weights(HookBase):
         self.seen: dict[int, dict[str, Tensor]] = {}
 
     def after_step(self) -> None:
-        named = unwrapped(self.trainer.model).named_parameters()
+        named = self.trainer.model.named_parameters()
         self.seen[self.trainer.iter + 1] = {name: p.detach().clone() for name, p in named}
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    return getattr(model, "module", model)
 
 
 def average_of(trainer: Trainer) -> WeightAverage:
@@ -51,41 +41,15 @@ def average_of(trainer: Trainer) -> WeightAverage:
     return hook
 
 
-class SchedulersSignal(Interruption):
-    """SIGTERM to the last rank, which ends all of them after that iteration."""
-
-    def before_step(self) -> None:
-        if self.trainer.iter == self.iteration and comm.get_rank() == comm.get_world_size() - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def train(cfg: CfgNode, *, resume: bool = False, interruption: HookBase | None = None) -> Any:
+def train(cfg: CfgNode) -> Any:
     trainer = RecordingTrainer(cfg)
-    trainer.resume_or_load(resume)
     trainer.weights = Weights()
     trainer.register_hooks([trainer.weights])
-    if interruption is None:
-        trainer.train()
-    else:
-        trainer.register_hooks([interruption])
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            trainer.train()
+    trainer.train()
     return trainer
 
 
-def record(trainer: Trainer) -> dict[str, Any]:
-    """What a run leaves of the model and of its average."""
-    averaged = average_of(trainer).averaged
-    return {
-        "losses": trainer.losses,
-        "state": digest(unwrapped(trainer.model).state_dict()),
-        "average": digest(averaged.module.state_dict()),
-        "updates": averaged.updates,
-    }
-
-
 def test_beside_a_run_that_it_leaves_alone(tmp_path: Path, caplog: Any) -> None:
-    write_data(tmp_path)
     data = register_data(tmp_path)
     without = train(tiny_config(data, tmp_path / "off"))
     cfg = tiny_config(data, tmp_path / "on", **SWA)
@@ -123,69 +87,7 @@ def test_beside_a_run_that_it_leaves_alone(tmp_path: Path, caplog: Any) -> None:
     assert not any(torch.equal(live[n], averaged.state_dict()[n]) for n in running)
 
 
-def interrupted_and_not(
-    folder: Path, overrides: dict[str, str], *others: HookBase
-) -> list[dict[str, Any]]:
-    """Train 6 iterations at one go, and again with a crash in the fifth; checkpoint after 3."""
-    data = register_data(folder)
-    runs = [record(train(tiny_config(data, folder / "whole", **overrides)))]
-    for interruption in (Interruption(4), *others):
-        ended = tiny_config(data, folder / type(interruption).__name__, **overrides)
-        train(ended, interruption=interruption)
-        runs.append(record(train(ended, resume=True)))
-        runs[-1]["resumed"] = sorted(runs[-1]["losses"])
-        runs[-1]["losses"] = {**runs[0]["losses"], **runs[-1]["losses"]}
-    return runs
-
-
-def on_rank(rank: int, folder: Path, overrides: dict[str, str]) -> list[dict[str, Any]]:
-    return interrupted_and_not(folder, overrides, SchedulersSignal(3))
-
-
-@pytest.mark.parametrize("statistics", ["average", pytest.param("copy", marks=pytest.mark.slow)])
-def test_two_processes(tmp_path: Path, statistics: str) -> None:
-    """BN of each rank's own data: the ranks' statistics differ until they are merged.
-
-    The checkpoint is between the start and the first update.
-    """
-    write_data(tmp_path)
-    overrides = {**EMA, **NO_EVALUATION, "SOLVER__AVERAGE__STATISTICS": statistics}
-    overrides |= {"SOLVER__AVERAGE__START": "2", "TEST__PRECISE_BN__ENABLED": "True"}
-    first, second = run_distributed(on_rank, 2, tmp_path, overrides, timeout=240)
-    for whole, crashed, preempted in (first, second):
-        assert crashed == {**whole, "resumed": [3, 4, 5]}
-        assert preempted == {**whole, "resumed": [4, 5]}
-    assert first[0]["average"] == second[0]["average"]
-    assert first[0]["losses"] != second[0]["losses"]
-
-
-def test_an_interrupted_evaluation_swaps_nothing(tmp_path: Path) -> None:
-    write_data(tmp_path)
-    cfg = tiny_config(register_data(tmp_path), tmp_path / "out", **EMA)
-    cfg.SOLVER.MAX_ITER = 2
-
-    class Stopped(Trainer):
-        @classmethod
-        def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
-            tested.append(model)
-            if len(tested) == 2:
-                raise KeyboardInterrupt
-            return {}
-
-    tested: list[nn.Module] = []
-    trainer = Stopped(cfg)
-    weights = Weights()
-    trainer.register_hooks([weights])
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    assert tested == [trainer.model, average_of(trainer).averaged.module]
-    assert trainer.model.training
-    for name, parameter in trainer.model.named_parameters():
-        assert torch.equal(parameter, weights.seen[2][name])
-
-
 def test_places_in_the_list_and_the_shared_loader(tmp_path: Path) -> None:
-    write_data(tmp_path)
     overrides = {**EMA, "TEST__PRECISE_BN__ENABLED": "True"}
     cfg = tiny_config(register_data(tmp_path), tmp_path / "out", **overrides)
     trainer = Trainer(cfg)
@@ -205,7 +107,6 @@ def test_places_in_the_list_and_the_shared_loader(tmp_path: Path) -> None:
 
 
 def test_without_a_layer_to_estimate(tmp_path: Path, caplog: Any) -> None:
-    write_data(tmp_path)
     overrides = {**EMA, "MODEL__RESNETS__NORM": "FrozenBN", "MODEL__RETINANET__NORM": ""}
     cfg = tiny_config(register_data(tmp_path), tmp_path / "out", **overrides)
     with caplog.at_level(logging.INFO):
@@ -216,20 +117,20 @@ def test_without_a_layer_to_estimate(tmp_path: Path, caplog: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("KIND", "mean", "KIND must be one of ema, swa; got 'mean'"),
-        ("STATISTICS", "none", "STATISTICS must be one of estimate, average, copy; got 'none'"),
-        ("DECAY", 2.0, r"DECAY must be in \[0, 1\]; got 2.0"),
-        ("START", -1, "START must be at least 0; got -1"),
-        ("PERIOD", 0, "PERIOD must be at least 1; got 0"),
-        ("LR", (0.1, 0.0), r"LR must be .*; got \(0.1, 0.0\)"),
-        ("LR", (0.3, 0.2, 0.1), r"LR must be .*; got \(0.3, 0.2, 0.1\)"),
+        ("KIND", "mean", "kind must be one of ema, swa; got 'mean'"),
+        ("STATISTICS", "none", "statistics must be one of estimate, average, copy; got 'none'"),
+        ("DECAY", 2.0, r"decay must be in \[0, 1\], got 2.0"),
+        ("START", -1, "start must not be negative .*got -1"),
+        ("PERIOD", 0, ".*period at least 1, got 0 and 0"),
+        ("LR", (0.1, 0.0), r"rates must be .*got \(0.1, 0.0\)"),
+        ("LR", (0.3, 0.2, 0.1), r"rates must be .*got \(0.3, 0.2, 0.1\)"),
     ],
 )
 def test_wrong_keys(tmp_path: Path, key: str, value: Any, said: str) -> None:
     cfg = tiny_config("none", tmp_path, **EMA)
     cfg.SOLVER.AVERAGE[key] = value
-    with pytest.raises(ValueError, match=f"SOLVER.AVERAGE.{said}"):
-        average_options(cfg)
+    with pytest.raises(ValueError, match=f"SOLVER.AVERAGE: {said}"):
+        with_rethinking_bn([], cfg, nn.BatchNorm2d(2), data_loader=[])
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ def write_data(
 
 
 def register_data(folder: str | Path) -> str:
-    """Register what :func:`write_data` wrote, in this process, and return its name."""
+    """Register the data of :func:`write_data`, written if they are not there; return the name."""
+    if not Path(folder, "tiny.json").exists():
+        write_data(folder)
     name = f"tiny in {folder}"
     if name in DatasetCatalog.list():
         DatasetCatalog.remove(name)

@@ -122,11 +122,7 @@ def _parent(pid: int) -> int:
 
 @contextmanager
 def started(folder: Path, *argv: str, ignored: Iterable[int] = ()) -> Iterator[Run]:
-    """Start the tool as a shell does; whatever is left of it at the end is killed.
-
-    Args:
-        ignored: signals that the process is started with as ignored.
-    """
+    """Start the tool as a shell does, some signals ignored; what is left at the end is killed."""
 
     def ignore() -> None:
         for number in ignored:
@@ -151,12 +147,9 @@ def started(folder: Path, *argv: str, ignored: Iterable[int] = ()) -> Iterator[R
 def forked(
     folder: Path, *argv: str, ignored: Iterable[int] = (), terminal: str | None = None
 ) -> Iterator[Run]:
-    """Start the tool as :func:`started`, its processes forked from one that has imported it.
+    """Start the tool as :func:`started`, but in a second: forked from what has imported it.
 
-    So that a start takes a second, not twenty. All else is the tool's own.
-
-    Args:
-        terminal: that is to control the launcher.
+    ``terminal`` is to control the launcher.
     """
     path = folder / f"{uuid.uuid4().hex}.txt"
     path.touch()

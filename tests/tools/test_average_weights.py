@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,14 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+import average_weights
 from rethinking_bn.engine import run_population_training
-from tests.engine.tiny import register_data, tiny_config, write_data
-
-PATH = Path(__file__).parents[2] / "tools" / "average_weights.py"
-
-
-def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("average_weights", PATH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.engine.tiny import register_data, tiny_config
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
     """Return (config, its path, paths of two checkpoints)."""
-    write_data(tmp_path)
     cfg = tiny_config(register_data(tmp_path), tmp_path)
     (tmp_path / "tiny.yaml").write_text(cfg.dump())
     paths = [tmp_path / "a.pth", tmp_path / "b.pth"]
@@ -45,7 +34,7 @@ def command(run: Any, *extra: str, output: str = "c.pth") -> list[str]:
 
 def test_the_mean_with_its_own_statistics(run: Any) -> None:
     cfg, config, paths = run
-    assert tool().main(command(run, "TEST.PRECISE_BN.NUM_ITER", "1")) == 0
+    assert average_weights.main(command(run, "TEST.PRECISE_BN.NUM_ITER", "1")) == 0
     saved = torch.load(config.parent / "c.pth", weights_only=True)
     assert set(saved) == {"model"}
     states = [torch.load(path)["model"] for path in paths]
@@ -73,18 +62,21 @@ def test_what_does_not_fit_is_refused_in_one_line(run: Any, capsys: Any) -> None
     ]
     for content, said in cases:
         torch.save({"model": content}, second)
-        assert tool().main(command(run)) == 1
+        assert average_weights.main(command(run)) == 1
         error = capsys.readouterr().err
         assert str(second) in error and said in error and error.count("\n") == 1
     second.write_text("no checkpoint")
-    assert tool().main(command(run)) == 1 and "b.pth cannot be read" in capsys.readouterr().err
+    assert (
+        average_weights.main(command(run)) == 1
+        and "b.pth cannot be read" in capsys.readouterr().err
+    )
     second.unlink()
-    assert tool().main(command(run)) == 1 and str(second) in capsys.readouterr().err
-    assert tool().main(command((cfg, config, [first]))) == 1
+    assert average_weights.main(command(run)) == 1 and str(second) in capsys.readouterr().err
+    assert average_weights.main(command((cfg, config, [first]))) == 1
     assert "two or more" in capsys.readouterr().err
     torch.save({"model": kept}, second)
     for extra, said in (("MODEL.RETINANET.NUM_CONVS", "not of this config"), ("A.B", "A.B")):
-        assert tool().main(command(run, extra, "2")) == 1
+        assert average_weights.main(command(run, extra, "2")) == 1
         assert said in capsys.readouterr().err
-        assert tool().main(command(run, extra, "2", output="new/c.pth")) == 1
+        assert average_weights.main(command(run, extra, "2", output="new/c.pth")) == 1
     assert not (config.parent / "c.pth").exists() and not (config.parent / "new").exists()

@@ -5,7 +5,7 @@ Nothing here looks at how long anything took.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
 import warnings
@@ -16,43 +16,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import (
-    COMPARISONS,
-    Options,
-    ResultsDiffer,
-    compare,
-    levels,
-    mabn,
-    precise_bn,
-)
+from benchmarks import COMPARISONS, levels, mabn, precise_bn
 
-QUICK = Options(quick=True)
 _LONG = ("diagnosis", "head", "level-norm", "precise-bn")
-# two sides that each comparison must have measured beside each other
-EXPECTED = {
-    "level-norm": ("row 1 compiled", "a dozen plain lines compiled"),
-    "head": ("ours, row 1 compiled", "detectron2, BN"),
-    "collectives": ("MultiDomainBatchNorm2d", "CycleBatchNormList of SyncBatchNorm2d"),
-    "shuffle": ("shuffle_rows", "padded all_gather"),
-    "precise-bn": ("estimate_population_statistics", "forward without gradients"),
-    "mabn": ("MABN2d", "eager formulas"),
-    "averaging": ("AveragedWeights.update", "torch's AveragedModel, get_ema_multi_avg_fn"),
-    "diagnosis": ("diagnosis", "population training"),
-}
 
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import tools/benchmark.py from its path: other packages are named tools, too."""
     # The tool sets this variable for the processes it starts, unless it is set.
     monkeypatch.setenv("PYTHONWARNINGS", "ignore::FutureWarning")
-    path = Path(__file__).parents[2] / "tools" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("benchmark_tool", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with warnings.catch_warnings():  # the tool sets filters of its own
-        spec.loader.exec_module(module)
-    return module
+    with warnings.catch_warnings():  # and filters of its own
+        return importlib.import_module("benchmark")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +48,6 @@ def test_the_tool_runs_a_comparison_and_reports_it(
             median, low, high = value
             assert math.isfinite(high) and low <= median <= high
         assert m["ours"] in out and m["other"] in out
-    assert EXPECTED[name] in {(m["ours"], m["other"]) for m in comparison["measurements"]}
     if name == "collectives":  # one per layer against one per level and layer, and none besides
         counts = [m for m in comparison["measurements"] if not m["unit"]]
         assert {m["case"].split()[0] for m in counts} == {"all_gather", "all_reduce"}
@@ -85,28 +58,25 @@ def _off(x: Any) -> Any:
     return [_off(v) for v in x] if isinstance(x, list) else x * 1.05
 
 
-def test_wrong_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = levels.ConcatenatedBatchNorm2d.forward
-    monkeypatch.setattr(levels.ConcatenatedBatchNorm2d, "forward", lambda *a: _off(right(*a)))
-    with pytest.raises(ResultsDiffer, match="row 1 = concatenate/split, outputs"):
-        compare("level-norm", QUICK)
-    monkeypatch.setattr(precise_bn, "estimate_population_statistics", lambda *a, **k: None)
-    with pytest.raises(ResultsDiffer, match="resnet18"):
-        compare("precise-bn", QUICK)
-
-
-def test_a_refused_comparison_ends_the_tool_with_one_line(
-    monkeypatch: pytest.MonkeyPatch, tool: Any, tmp_path: Any, capsys: Any
+def test_wrong_results_end_the_tool_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, tool: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    right = mabn.EagerMABN2d.average
+    right, average = levels.ConcatenatedBatchNorm2d.forward, mabn.EagerMABN2d.average
 
-    def average(self: Any, window: list[Tensor], value: Tensor) -> Tensor:
-        return right(self, window, value) * (1.01 if window is self.backward_window else 1.0)
+    def wrong(self: Any, window: list[Tensor], value: Tensor) -> Tensor:
+        return average(self, window, value) * (1.01 if window is self.backward_window else 1.0)
 
-    monkeypatch.setattr(mabn.EagerMABN2d, "average", average)  # only gradients differ
-    assert tool.main(["mabn", "--quick", "--output", str(tmp_path)]) == 1
-    err = capsys.readouterr().err
-    assert err.startswith("mabn: the sides differ") and err.count("\n") == 1 and "gradients" in err
+    monkeypatch.setattr(levels.ConcatenatedBatchNorm2d, "forward", lambda *a: _off(right(*a)))
+    monkeypatch.setattr(mabn.EagerMABN2d, "average", wrong)  # only gradients differ
+    monkeypatch.setattr(precise_bn, "estimate_population_statistics", lambda *a, **k: None)
+    for name, said in (
+        ("level-norm", "row 1 = concatenate/split, outputs"),
+        ("mabn", "gradients"),
+        ("precise-bn", "resnet18"),
+    ):
+        assert tool.main([name, "--quick", "--output", str(tmp_path)]) == 1
+        *_, line = capsys.readouterr().err.splitlines()  # after what the compiler says
+        assert line.startswith(f"{name}: the sides differ") and said in line
     assert not list(tmp_path.iterdir())
 
 
