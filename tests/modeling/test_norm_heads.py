@@ -144,6 +144,20 @@ def test_no_rois_give_no_results_and_leave_statistics_alone(
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_statistics_at_inference_load_a_bn_checkpoint_and_the_reverse(kind: str) -> None:
+    trained = make_head(kind)
+    for _ in range(3):
+        call(trained, rois(6))
+    by_batch = make_head(kind, conv_norm="BatchStatBN")
+    by_batch.load_state_dict(trained.state_dict())
+    trained.load_state_dict(by_batch.state_dict())
+    x = rois(6, seed=1)
+    expected = call(trained, x)  # in training mode: by the mini-batch
+    torch.testing.assert_close(call(by_batch.eval(), x), expected)
+    assert (call(trained.eval(), x) - expected).abs().max() > 0.01
+
+
 def test_models_from_config_read_the_keys() -> None:
     cfg = mask_config(**norms("MABN"), SOLVER__IMS_PER_BATCH=4, MODEL__MABN__R_MAX=3.0)
     heads = build_model(cfg).roi_heads
