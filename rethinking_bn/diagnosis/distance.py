@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rethinking_bn.diagnosis.record import (
-    DiagnosedLayer,
-    Record,
-    Statistics,
-    image_means,
-    variance,
-)
-from rethinking_bn.numerics.moments import Moments, merge_moments
+from rethinking_bn.diagnosis.record import DiagnosedLayer, Record, Statistics, image_means, variance
+from rethinking_bn.numerics.moments import merge_moments
 
 DEAD = 1e-3  # of eps: the variance below which a channel is dead
 Z_LIMIT, TOGETHER_LIMIT = 5.0, 4.0  # standard errors: of one channel, of all of a layer together
@@ -35,6 +28,7 @@ class Verdict(NamedTuple):
         z: the largest.
         together: whether they count as a whole, no single one being certain.
         noise: the same of all channels, beyond what the sample of batches explains.
+        row: which of the layer's sets of statistics, or uses, it is about.
     """
 
     effect: float
@@ -42,6 +36,10 @@ class Verdict(NamedTuple):
     z: float
     together: bool = False
     noise: float = 0.0
+    row: int = 0
+
+
+NOTHING = Verdict(0.0, torch.zeros(0, dtype=torch.long), 0.0)
 
 
 def judge(size: Tensor, z: Tensor, chance: Tensor | None = None) -> Verdict:
@@ -57,7 +55,7 @@ def judge(size: Tensor, z: Tensor, chance: Tensor | None = None) -> Verdict:
     if chance is not None and len(z) >= _FEWEST and rms(z) > TOGETHER_LIMIT:
         excess = size.square().mean() - chance.square().mean()
         return Verdict(math.sqrt(max(0.0, float(excess))), torch.arange(len(z)), worst, True)
-    return Verdict(0.0, z.new_zeros(0, dtype=torch.long), worst)
+    return NOTHING._replace(z=worst)
 
 
 def rms(x: Tensor) -> float:
@@ -65,19 +63,15 @@ def rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt()) if x.numel() else 0.0
 
 
-def to_z(t: Tensor, df: float) -> Tensor:
+def to_z(difference: Tensor, error: Tensor, df: float) -> Tensor:
     """Turn Student's t with ``df`` degrees of freedom into a z as improbable, always finite.
 
-    Wallace's approximation (Annals of Mathematical Statistics 30, 1959), within 1 % far into the
-    tail.
+    By Wallace's approximation (Annals of Mathematical Statistics 30, 1959), within 1 % far into the
+    tail. A difference within 1e-9 of nothing is rounding.
     """
+    t = torch.where(difference.abs() < 1e-9, 0.0, difference / error)
     t = t.abs().nan_to_num(0.0, posinf=1e30).clamp(max=1e30)
     return (8 * df + 1) / (8 * df + 3) * (df * torch.log1p(t.square() / df)).sqrt()
-
-
-def ratio(difference: Tensor, error: Tensor) -> Tensor:
-    """Return difference / error, 0 where the difference is rounding: within 1e-9 of nothing."""
-    return torch.where(difference.abs() < 1e-9, 0.0, difference / error)
 
 
 def off_by(mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor, eps: float) -> Tensor:
@@ -92,12 +86,18 @@ def off_by(mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor, eps
     return (d.square() + (gain - 1).square()).sqrt()
 
 
+def by_row(layer: DiagnosedLayer, values: Tensor) -> Tensor:
+    """View (U, ·) as (K, D, ·): K uses of each of the D sets of stored statistics."""
+    return values.unflatten(0, (-1, layer.rows))
+
+
 def exact_statistics(layer: DiagnosedLayer, record: Record, which: str = "exact") -> Statistics:
     """Return the mean and variance (D, C) that population training gives on the same batches.
 
     Rows without a value keep what is stored.
     """
-    rows = by_row(layer, record, record[which])
+    count, means, m2 = (by_row(layer, values) for values in record[which])
+    rows = merge_moments(count, means, m2)
     mean, var = rows.mean, rows.variance(unbiased=layer.unbiased)
     if layer.stored is not None:
         kept = (rows.count < (1 if layer.equal_weights else 2))[:, None]
@@ -106,36 +106,17 @@ def exact_statistics(layer: DiagnosedLayer, record: Record, which: str = "exact"
     return mean, var
 
 
-def pool(moments: Moments, uses: list[int]) -> Moments:
-    """Pool some uses into one set of moments."""
-    return merge_moments(moments.count[uses], moments.mean[uses], moments.m2[uses])
-
-
-def by_row(layer: DiagnosedLayer, record: Record, moments: Moments) -> Moments:
-    """Pool uses that share a row of the stored statistics."""
-    rows = [pool(moments, _uses_of(layer, record, row)) for row in range(layer.rows)]
-    return Moments(*(torch.stack(values) for values in zip(*rows, strict=True)))
-
-
-def _uses_of(layer: DiagnosedLayer, record: Record, row: int) -> list[int]:
-    """Return the uses that are normalised by one of the D sets of stored statistics."""
-    return list(range(row, record.uses, layer.rows))
-
-
 def moving_average_limit(layer: DiagnosedLayer, record: Record) -> Statistics:
     """Return what a moving average settles at: means of the batches' means and variances, (D, C).
 
     Of a layer called K times a forward, use k weighs (1 - m)^(K - 1 - k).
     """
-    keep = 1 - (layer.momentum or 0.0)
-    means, variances = [], []
-    for row in range(layer.rows):
-        uses = [u for u in _uses_of(layer, record, row) if record["mean"].count[u]]
-        weights = torch.tensor([keep ** (len(uses) - 1 - k) for k in range(len(uses))])
-        weights = (weights / weights.sum()).double()[:, None]
-        means.append((weights * record["mean"].mean[uses]).sum(0))
-        variances.append((weights * record["var"].mean[uses]).sum(0))
-    return torch.stack(means), torch.stack(variances)
+    seen = (by_row(layer, record["mean"].count) > 0).double()
+    later = seen.flip(0).cumsum(0).flip(0) - seen  # uses that come after
+    weights = seen * (1 - (layer.momentum or 0.0)) ** later
+    weights = (weights / weights.sum(0).clamp(min=1))[..., None]
+    mean, var = (by_row(layer, record[name].mean) for name in ("mean", "var"))
+    return (weights * mean).sum(0), (weights * var).sum(0)
 
 
 def sampling_error(layer: DiagnosedLayer, record: Record, *, moving: bool) -> Statistics:
@@ -145,23 +126,19 @@ def sampling_error(layer: DiagnosedLayer, record: Record, *, moving: bool) -> St
     error s²·m / (2 - m). K uses of a row are taken as one sample of the same images: errors add
     up, and the average moves by 1 - (1 - m)^K a forward.
     """
-    out = []
-    for name in ("mean", "var"):
-        errors = []
-        for row in range(layer.rows):
-            uses = _uses_of(layer, record, row)
-            share = record["exact"].count[uses]
-            share = (share / share.sum().clamp(min=1))[:, None]
-            error = (share * record.scatter(name)[uses].sqrt()).sum(0)
-            terms = 1 / max(float(record[name].count[uses].max()), 1)
-            if moving and layer.momentum is not None:
-                m = 1 - (1 - layer.momentum) ** len(uses)
-                terms += m / (2 - m)
-            elif moving and layer.steps:
-                terms += 1 / layer.steps
-            errors.append(error * terms**0.5)
-        out.append(torch.stack(errors))
-    return out[0], out[1]
+    count, batches = (by_row(layer, record[name].count) for name in ("exact", "mean"))
+    share = (count / count.sum(0).clamp(min=1))[..., None]
+    terms = 1 / batches.amax(0).clamp(min=1)
+    if moving and layer.momentum is not None:
+        m = 1 - (1 - layer.momentum) ** len(count)
+        terms = terms + m / (2 - m)
+    elif moving and layer.steps:
+        terms = terms + 1 / layer.steps
+    mean, var = (
+        (share * by_row(layer, record.scatter(name).sqrt())).sum(0) * terms.sqrt()[:, None]
+        for name in ("mean", "var")
+    )
+    return mean, var
 
 
 def compare_with_stored(layer: DiagnosedLayer, record: Record, *, moving: bool) -> list[Verdict]:
@@ -171,36 +148,31 @@ def compare_with_stored(layer: DiagnosedLayer, record: Record, *, moving: bool) 
     chance; its size is in ``noise``.
     """
     assert layer.stored is not None
+    stored = layer.stored
     errors = sampling_error(layer, record, moving=moving)
     sample = sampling_error(layer, record, moving=False)
     df = max(float(record["mean"].count.max()) - 1, 1)
+    exact = exact_statistics(layer, record)
     # the others have findings of their own
-    alive = exact_statistics(layer, record)[1] >= DEAD * layer.eps
-    alive &= layer.stored[0].isfinite() & layer.stored[1].isfinite() & (layer.stored[1] >= 0)
-    verdicts = []
-    for row in range(layer.rows):
-        candidates = []
-        for mean, var in (exact_statistics(layer, record), moving_average_limit(layer, record)):
-            stored = layer.stored[0][row], layer.stored[1][row]
-            size = off_by(mean[row], var[row], stored[0], stored[1], layer.eps)
-            z = torch.maximum(
-                to_z(ratio(mean[row] - stored[0], errors[0][row]), df),
-                to_z(ratio(var[row] - stored[1], errors[1][row]), df),
-            )
-            size = size.nan_to_num(0.0).masked_fill(~alive[row], 0.0)
-            z = z.masked_fill(~alive[row], 0.0)
-            sd = (var[row] + layer.eps).sqrt()
-            chance, least = (
-                ((e[0][row] / sd) ** 2 + (e[1][row] / sd**2 / 2) ** 2).sqrt() * alive[row]
-                for e in (errors, sample)
-            )
-            verdict = judge(size, z, chance)
+    alive = exact[1] >= DEAD * layer.eps
+    alive &= stored[0].isfinite() & stored[1].isfinite() & (stored[1] >= 0)
+    nearest: list[tuple[float, Verdict]] = [(math.inf, NOTHING)] * layer.rows
+    for mean, var in (exact, moving_average_limit(layer, record)):
+        sd = (var + layer.eps).sqrt()
+        chance, least = (
+            ((e[0] / sd) ** 2 + (e[1] / sd**2 / 2) ** 2).sqrt() for e in (errors, sample)
+        )
+        differences = mean - stored[0], var - stored[1]
+        z = torch.maximum(*(to_z(d, e, df) for d, e in zip(differences, errors, strict=True)))
+        size = off_by(mean, var, *stored, layer.eps)
+        values = (torch.where(alive, value, 0.0) for value in (size, z, chance, least))
+        for row, (size, z, chance, least) in enumerate(zip(*values, strict=True)):
             excess = rms(size) ** 2 - rms(least) ** 2
             # three times the error of the sample, or the sample may be all of it
             noise = math.sqrt(excess) if excess > 2 * rms(least) ** 2 else 0.0
-            candidates.append((rms(size), verdict._replace(noise=noise)))
-        verdicts.append(min(candidates, key=lambda pair: pair[0])[1])
-    return verdicts
+            verdict = judge(size, z, chance)._replace(row=row, noise=noise)
+            nearest[row] = min(nearest[row], (rms(size), verdict), key=lambda pair: pair[0])
+    return [verdict for _, verdict in nearest]
 
 
 class Scatter:
@@ -213,21 +185,21 @@ class Scatter:
 
     def __init__(self, layer: DiagnosedLayer) -> None:
         self.layer = layer
-        self.forwards = 0
+        self.called = False
         self._now = 0
         self._seen: list[list[Tensor]] = []  # by use: image means (N, C) of each batch
 
     def see(self, tensors: Sequence[Tensor]) -> None:
         """Take in one call of the layer: one use per tensor (N, C, *)."""
-        for x in tensors:
-            if self._now == len(self._seen):
+        for use, x in enumerate(tensors, self._now):
+            if use == len(self._seen):
                 self._seen.append([])
-            self._seen[self._now].append(image_means(x.detach()) if x.numel() else x.flatten(1))
-            self._now += 1
+            self._seen[use].append(image_means(x.detach()) if x.numel() else x.flatten(1))
+        self._now += len(tensors)
+        self.called = True
 
     def end_of_forward(self) -> None:
         """Close a forward of the model: the next call is its first use again."""
-        self.forwards += self._now > 0
         self._now = 0
 
     def summary(self) -> list[list[Any]]:
@@ -238,10 +210,9 @@ class Scatter:
             if len(batches) < 2 or self.layer.equal_weights:
                 found.append([0.0] * 7)
                 continue
-            sizes = torch.tensor([float(len(b)) for b in batches], dtype=torch.float64)[:, None]
+            sizes = torch.tensor([float(len(b)) for b in batches], dtype=torch.float64)
             means = torch.stack([b.mean(0) for b in batches])
-            centre = (sizes * means).sum(0) / sizes.sum()
-            between = (sizes * (means - centre).square()).sum(0)
+            between = merge_moments(sizes, means, torch.zeros_like(means)).m2
             within = sum((len(b) - 1) * variance(b) for b in batches)
             freedom = len(batches) - 1.0, float(sizes.sum()) - len(batches)
             z = _against_chance(batches)
@@ -251,14 +222,14 @@ class Scatter:
 
 def scattering(
     layer: DiagnosedLayer, record: Record, ranks: Sequence[Any]
-) -> tuple[Verdict, float, int]:
-    """Return how far the batch means scatter beyond independent images', the F, and of which use.
+) -> tuple[Verdict, float]:
+    """Return how far the batch means of a use scatter beyond independent images', and the F.
 
     The effect is the excess in standard deviations of the values. F is the mean over channels of
     N · Var(batch means) / Var(image means within batches), 1 for independent images. ``ranks``
     are their :meth:`Scatter.summary`.
     """
-    best = Verdict(0.0, torch.zeros(0, dtype=torch.long), 0.0), 1.0, 0
+    best = NOTHING, 1.0
     for use in range(min([record.uses, *map(len, ranks)])):
         df1, df2, between, within, images, z, known = (
             sum(values) for values in zip(*(rank[use] for rank in ranks), strict=True)
@@ -272,9 +243,9 @@ def scattering(
         excess = (((between - within).clamp(min=0) / (images / known)) / var).sqrt()
         certain = z > _SCATTER_LIMIT and f > 1.5
         effect = rms(excess) if certain else 0.0
-        channels = torch.arange(layer.channels if certain else 0)
         if (effect, z) > (best[0].effect, best[0].z):
-            best = Verdict(effect, channels, z, certain), f, use
+            channels = torch.arange(layer.channels if certain else 0)
+            best = Verdict(effect, channels, z, certain, row=use), f
     return best
 
 
@@ -304,28 +275,3 @@ def _against_chance(batches: list[Tensor]) -> float:
     between = (sums.view(1 + _TRIALS, len(some), -1).square() / sizes[:, None]).sum(1)
     logs = (between / (1 - between).clamp(min=1e-30)).mean(1).log()
     return float((logs[0] - logs[1:].mean()) / logs[1:].std().clamp(min=1e-6))
-
-
-@contextmanager
-def by_constants(layer: DiagnosedLayer, statistics: Statistics) -> Iterator[None]:
-    """Let a layer normalise by these statistics, also where inference takes the mini-batch's.
-
-    Its buffers hold ``statistics`` already, if it has any.
-    """
-    attributes, buffers = vars(layer.layer), layer.layer._buffers
-    before, own = attributes.get("batch_stats_at_inference"), dict(buffers)
-    layer.normalise_by_population()
-    if layer.stored is None:
-        weight = next(iter(layer.layer.parameters()))
-        mean, var = (value[0].to(weight) for value in statistics)
-        buffers.update(running_mean=mean, running_var=var)
-    if layer.by_batch and hasattr(layer.layer, "batch_stats_at_inference"):
-        attributes["batch_stats_at_inference"] = False
-    try:
-        yield
-    finally:
-        buffers.update(own)
-        attributes.pop("batch_stats_at_inference", None)
-        if before is not None:
-            attributes["batch_stats_at_inference"] = before
-        layer.normalise_by_batch()

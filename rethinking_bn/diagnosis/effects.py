@@ -4,68 +4,61 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from rethinking_bn.diagnosis.distance import exact_statistics
-from rethinking_bn.diagnosis.record import DiagnosedLayer, Record, Statistics
-from rethinking_bn.diagnosis.result import LIMITS, Finding, make, severity_of, worse
+from rethinking_bn.diagnosis.record import Record, Statistics
+from rethinking_bn.diagnosis.result import LIMITS, SEVERITIES, Finding, make, severity_of
+from rethinking_bn.diagnosis.session import Session
 from rethinking_bn.distributed import all_gather_object, get_world_size, raise_together
-from rethinking_bn.layers.bn_like import communicates
 
 Output = Callable[[Any], Any]
-Choice = dict[str, Statistics | str]  # by layer: statistics, or "batch"; others keep the stored
+Choice = dict[str, Statistics | Literal["batch"]]  # by layer; the others use what they store
 Outputs = Sequence[list[Tensor] | None]  # of each batch; None: the model refused what came out
 
 # where detectors have the raw outputs of their heads, by the names torchvision and detectron2 use
-_HEADS = (
-    "head",
-    "rpn.head",
-    "proposal_generator.rpn_head",
-    "roi_heads.box_predictor",
-    "roi_heads.mask_predictor",
-    "roi_heads.mask_head.predictor",
-    "roi_heads.keypoint_predictor",
-)
+_ROI = ("box_predictor", "mask_predictor", "mask_head.predictor", "keypoint_predictor")
+_HEADS = ("head", "rpn.head", "proposal_generator.rpn_head", *(f"roi_heads.{n}" for n in _ROI))
 _PROPOSALS = ("rpn", "proposal_generator")
 _CHANGE = LIMITS["output-effect"]
 # of all layers, from stored to exact and from exact to mini-batch statistics
 _TO_EXACT, _TO_BATCH = (0.1, 0.3, math.inf), (0.5, 1.0, math.inf)
 _CHANCE = 3.0  # times what half of the batches gives
 _WORST = 8  # layers whose own effect is measured
-_BY_BATCH = ("repeated-use", "dependent-samples", "small-batch")  # felt in mini-batches
+# which change of the output tells whether a finding matters; of other kinds from stored to exact
+_FELT = dict.fromkeys(("repeated-use", "dependent-samples", "small-batch"), "exact_to_batch")
+_FELT["domain-shift"] = "stored_to_target"
 _UNGATED = ("non-finite", "impossible-variance", "output-effect")
 
 
+@dataclass
 class Effects:
     """Runs a model on a few batches with other statistics, and compares what comes out.
 
     The output of one of torchvision's or detectron2's detectors is what its heads return before
     boxes are decoded, for the region proposals of the first choice throughout: then rows of two
-    choices are the same regions. ``run`` takes the i-th batch always with the same random numbers;
-    ``restore`` puts the model's state back.
+    choices are the same regions. ``reference`` is the output whose spread is the unit.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: Sequence[DiagnosedLayer], batches: Sequence[Any],
-        run: Callable[[int, Any], Any], restore: Callable[[], None], output: Output | None,
-        group: ProcessGroup | None,
-    ) -> None:  # fmt: skip
-        self.model, self.layers, self.batches = model, layers, batches
-        self.run, self.restore, self.output, self.group = run, restore, output, group
-        self.heads: list[nn.Module] = []
-        self.proposer: nn.Module | None = None
-        self.reference: Outputs = ()
-        if output is None and hasattr(model, "backbone"):
-            modules = dict(model.named_modules())
-            self.heads = [modules[name] for name in _HEADS if name in modules]
-            self.proposer = next((modules[n] for n in _PROPOSALS if n in modules), None)
-        self._proposals: dict[int, Any] = {}
+    session: Session
+    batches: Sequence[Any]
+    output: Output | None
+    reference: Outputs = ()
+    _proposals: dict[int, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        model, self.group = self.session.model, self.session.group
+        detects = self.output is None and hasattr(model, "backbone")
+        modules = dict(model.named_modules()) if detects else {}
+        self.heads = [modules[name] for name in _HEADS if name in modules]
+        self.proposers = [modules[name] for name in _PROPOSALS if name in modules]
 
     def outputs(self, choice: Choice, count: int) -> Outputs:
         """Return the output tensors of each of the first batches, on the CPU in float64.
@@ -78,14 +71,14 @@ class Effects:
         waits = False
         try:
             for index, batch in enumerate(self.batches[:count]):
-                self.restore()
+                self.session.restore()
                 with ExitStack() as stack:
-                    for layer in self.layers:
-                        stack.enter_context(_using(layer, choice.get(layer.name)))
-                    waits = waiting_ranks(self.model, self.group)
+                    for layer in self.session.layers:
+                        stack.enter_context(layer.using(choice.get(layer.name)))
+                    waits = self.session.ranks_wait()
                     seen = stack.enter_context(self._raw_outputs(index))
                     try:
-                        returned = self.run(index, batch)
+                        returned = self.session.run_again(index, batch)
                     except FloatingPointError:
                         if waits:
                             raise
@@ -112,13 +105,13 @@ class Effects:
             kept = self._proposals.setdefault(index, copy.deepcopy(out))
             return copy.deepcopy(kept)
 
+        def see(module: nn.Module, args: Any, out: Any) -> None:
+            seen.append(out)
+
         with ExitStack() as stack:
-            for head in self.heads:
-                stack.enter_context(
-                    head.register_forward_hook(lambda m, args, out: seen.append(out))
-                )
-            if self.proposer is not None:
-                stack.enter_context(self.proposer.register_forward_hook(same))
+            for modules, hook in ((self.heads, see), (self.proposers[:1], same)):
+                for module in modules:
+                    stack.enter_context(module.register_forward_hook(hook))
             yield seen
 
     def change(self, one: Outputs, other: Outputs) -> float | None:
@@ -127,53 +120,24 @@ class Effects:
         The root mean square over output tensors of equal shapes; infinite where one is not finite
         or the model refused; None for none. A single number, such as a loss, is its own spread.
         """
-        sums: dict[int, tuple[float, float]] = {}
+        found: list[tuple[int, float, float]] = []
         for before, after, normal in zip(one, other, self.reference, strict=False):
             if before is None or after is None or normal is None:
-                sums[0] = (math.inf, math.inf)
+                found.append((0, math.inf, math.inf))
                 continue
             for index, (a, b, r) in enumerate(zip(before, after, normal, strict=False)):
                 if a.shape == b.shape == r.shape:
                     spread = r - r.mean() if r.numel() > 1 else r
-                    change, size = sums.get(index, (0.0, 0.0))
-                    change += float((a - b).square().sum())
-                    sums[index] = change, size + float(spread.square().sum())
-        parts = all_gather_object(sums, self.group)
-        ratios = []
-        for index in sorted({index for part in parts for index in part}):
-            found = [part[index] for part in parts if index in part]
-            change, size = (sum(values) for values in zip(*found, strict=True))
-            if not math.isfinite(change) or not math.isfinite(size):
-                return math.inf
-            if size > 0:
-                ratios.append(change / size)
+                    changed, size = (a - b).square().sum(), spread.square().sum()
+                    found.append((index, float(changed), float(size)))
+        totals: dict[int, tuple[float, float]] = {}
+        for index, change, size in itertools.chain(*all_gather_object(found, self.group)):
+            before_it = totals.get(index, (0.0, 0.0))
+            totals[index] = before_it[0] + change, before_it[1] + size
+        if not all(map(math.isfinite, itertools.chain(*totals.values()))):
+            return math.inf
+        ratios = [change / size for change, size in totals.values() if size > 0]
         return math.sqrt(sum(ratios) / len(ratios)) if ratios else None
-
-    def all_finite(self, outputs: Outputs) -> bool:
-        """Return whether every rank's outputs are finite."""
-        finite = all(b is not None and all(bool(t.isfinite().all()) for t in b) for b in outputs)
-        return all(all_gather_object(finite, self.group))
-
-
-def waiting_ranks(model: nn.Module, group: ProcessGroup | None) -> bool:
-    """Return whether ranks wait for each other in a forward, in the modes that hold now."""
-    return get_world_size(group) > 1 and any(
-        module.training and communicates(module) for module in model.modules()
-    )
-
-
-@contextmanager
-def _using(layer: DiagnosedLayer, chosen: Statistics | str | None) -> Iterator[None]:
-    if chosen == "batch":
-        layer.normalise_by_batch()
-        # MABN's training state is more than buffers
-        with layer.state_untouched() if layer.mean_square else nullcontext():
-            yield
-        return
-    layer.normalise_by_population()
-    if isinstance(chosen, tuple) and not layer.by_batch:
-        layer.about.write_statistics(*chosen)
-    yield
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -191,9 +155,9 @@ def output_effects(
     findings: list[Finding],
 ) -> list[Finding]:  # fmt: skip
     """Return the findings and those about the output; what hardly changes it is less severe."""
-    layers = {layer.name: layer for layer in effects.layers}
-    used = [n for n, x in layers.items() if x.stored is not None and not x.by_batch]
-    used = [n for n in used if records[n].uses]
+    layers = {layer.name: layer for layer in effects.session.layers}
+    stores = [n for n, layer in layers.items() if layer.stored is not None and not layer.by_batch]
+    used = [n for n in stores if records[n].uses]
     exact: Choice = {n: exact_statistics(layers[n], records[n]) for n in used}
     half: Choice = {n: exact_statistics(layers[n], records[n], "even") for n in used}
     by_batch: Choice = {n: "batch" for n, layer in layers.items() if not layer.frozen}
@@ -205,92 +169,81 @@ def output_effects(
     # the unit is the spread of what training sees, where frozen layers keep what they store
     frozen = any(layer.frozen for layer in layers.values())
     trained = effects.outputs(by_batch, count) if frozen else mixed
-    effects.reference = trained if effects.all_finite(trained) else as_exact
+    effects.reference = trained
+    if effects.change(trained, trained) == math.inf:
+        effects.reference = as_exact
     to_exact = effects.change(as_stored, as_exact)
     chance = effects.change(as_exact, as_half)
     to_batch = effects.change(as_exact, mixed)
     if to_exact is None or chance is None or to_batch is None:
         return findings
     # the noise of a moving average of usual momentum is chance, too
-    usual = [min(layers[n].momentum or 0.0, 0.1) for n in used if not layers[n].frozen]
-    m = max(usual, default=0.0)
+    m = max((min(layers[n].momentum or 0.0, 0.1) for n in used if n in by_batch), default=0.0)
     chance *= math.sqrt(1 + forwards * m / (2 - m))
     findings = [*findings, _together(to_exact, to_batch, chance, count)]
 
     each = max(1, count // 2)
     # where the stored statistics of all layers give nothing finite, from the exact ones instead
     sound = math.isfinite(to_exact)
-    singles: dict[str, dict[str, float]] = {}
-    for finding in sorted(findings, key=lambda f: f.rank):
-        name = finding.layer
-        if finding.severity == "ok" or not name or name in singles or len(singles) == _WORST:
-            continue
-        found = [f for f in findings if f.layer == name and f.severity != "ok"]
-        asked = {_felt(f.kind) for f in found}
+    loud = sorted((f for f in findings if f.severity != "ok" and f.layer), key=lambda f: f.rank)
+    changes: dict[str, dict[str, float]] = {}
+    for name in list(dict.fromkeys(f.layer for f in loud))[:_WORST]:
+        asked = {_FELT.get(f.kind, "stored_to_exact") for f in loud if f.layer == name}
         if name not in exact:
             asked &= {"exact_to_batch"}
         others = {} if sound else {n: s for n, s in exact.items() if n != name}
-        before = as_stored[:each] if sound else effects.outputs(others, each)
-        base, alone = before, {}
+        base = before = as_stored[:each] if sound else effects.outputs(others, each)
+        changes[name] = {}
         for key in sorted(asked, reverse=True):  # to the target, to exact, from exact to batch
-            chosen: Statistics | str = "batch"
+            chosen: Statistics | Literal["batch"] = "batch"
             if key != "exact_to_batch":
                 seen = targets if key == "stored_to_target" else records
                 chosen = exact_statistics(layers[name], seen[name])
             after = effects.outputs({**others, name: chosen}, each)
-            alone[key] = effects.change(base, after)
+            if (change := effects.change(base, after)) is not None:
+                changes[name][key] = change
             base = after if key == "stored_to_exact" else before
-        singles[name] = {key: value for key, value in alone.items() if value is not None}
     bounds = {"stored_to_exact": to_exact, "exact_to_batch": max(to_exact, to_batch)}
-    findings = [_gated(f, singles.get(f.layer, {}), bounds) for f in findings]
-    return findings + [_single(name, found, each) for name, found in singles.items()]
+    findings = [_gated(f, changes.get(f.layer, {}), bounds) for f in findings]
+    for name, alone in changes.items():
+        parts = [f"{value:.2f} from {key.replace('_to_', ' to ')}" for key, value in alone.items()]
+        what = f"this layer alone changes the output by {', '.join(parts) or 'nothing comparable'}"
+        evidence: dict[str, Any] = {**alone, "batches": each}
+        effect = alone.get("stored_to_exact", 0.0)
+        findings.append(make("output-effect", name, effect, what, **evidence))
+    return findings
 
 
 def _together(to_exact: float, to_batch: float, chance: float, batches: int) -> Finding:
     certain = not to_exact <= _CHANCE * chance
     severity = severity_of(to_exact, _TO_EXACT) if certain else "ok"
     by_batch = severity_of(to_batch, _TO_BATCH)
+    severity = max(severity, by_batch, key=SEVERITIES.index)
     what = (
         f"with all layers on exact statistics in place of the stored ones, the output changes by "
         f"{to_exact:.2f} of its spread (chance: {chance:.2f}); from there to mini-batch ones, by "
         f"{to_batch:.2f}"
     )
     return make(
-        "output-effect", "", by_batch if worse(by_batch, severity) else severity, what, to_exact,
+        "output-effect", "", to_exact, what, severity=severity,
         stored_to_exact=to_exact, exact_to_batch=to_batch, chance=chance, batches=batches,
     )  # fmt: skip
 
 
-def _felt(kind: str) -> str:
-    """Return which change of the output tells whether a finding of a kind matters."""
-    if kind in _BY_BATCH:
-        return "exact_to_batch"
-    return "stored_to_target" if kind == "domain-shift" else "stored_to_exact"
-
-
-def _single(name: str, changes: dict[str, float], batches: int) -> Finding:
-    effect = changes.get("stored_to_exact", 0.0)
-    parts = [f"{value:.2f} from {key.replace('_to_', ' to ')}" for key, value in changes.items()]
-    what = f"this layer alone changes the output by {', '.join(parts) or 'nothing comparable'}"
-    severity = severity_of(effect, _CHANGE)
-    return make("output-effect", name, severity, what, effect, **changes, batches=batches)
-
-
 def _gated(finding: Finding, alone: dict[str, float], bounds: dict[str, float]) -> Finding:
     """Add the output's change to a finding; what changes the output too little is less severe."""
-    if finding.kind in _UNGATED or finding.severity == "ok":
+    severity, key = finding.severity, _FELT.get(finding.kind, "stored_to_exact")
+    if finding.kind in _UNGATED or severity == "ok":
         return finding
-    key = _felt(finding.kind)
-    change = alone.get(key)
-    size = bounds.get(key, math.inf) if change is None else change
-    severity = finding.severity
-    for name, limit in (("severe", _CHANGE[1]), ("warning", _CHANGE[0])):
-        if severity == name and size < limit:
-            severity = "warning" if name == "severe" else "note"
-    if change is None:
-        return dataclasses.replace(finding, severity=severity)
-    if severity == "note" and key != "exact_to_batch" and change >= _CHANGE[1]:
+    size = alone.get(key, bounds.get(key, math.inf))
+    if severity == "severe" and size < _CHANGE[1]:
         severity = "warning"
-    what = f"{finding.what}; alone, it changes the output by {change:.2f} of its spread"
-    evidence = {**finding.evidence, "output_change": change}
+    if severity == "warning" and size < _CHANGE[0]:
+        severity = "note"
+    if key not in alone:
+        return dataclasses.replace(finding, severity=severity)
+    if severity == "note" and key != "exact_to_batch" and size >= _CHANGE[1]:
+        severity = "warning"
+    what = f"{finding.what}; alone, it changes the output by {size:.2f} of its spread"
+    evidence = {**finding.evidence, "output_change": size}
     return dataclasses.replace(finding, severity=severity, evidence=evidence, what=what)

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import operator
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from rethinking_bn.diagnosis.distance import Scatter, by_constants, exact_statistics
-from rethinking_bn.diagnosis.effects import Effects, Output, output_effects, waiting_ranks
+from rethinking_bn.diagnosis.effects import Effects, Output, output_effects
 from rethinking_bn.diagnosis.judge import domain_shift, judge_layer, mixed_blocks
 from rethinking_bn.diagnosis.record import DiagnosedLayer, Record, find_layers
 from rethinking_bn.diagnosis.result import Diagnosis, Finding
-from rethinking_bn.distributed import all_gather_object, get_rank, get_world_size
-from rethinking_bn.population import forwards
-from rethinking_bn.population.forwards import Forward, PopulationRun
-from rethinking_bn.population.model_state import ModelState, exclusive, unwrap
-from rethinking_bn.randomness import announce_iteration, isolated_random_state
+from rethinking_bn.diagnosis.session import Session
+from rethinking_bn.distributed import get_rank, get_world_size
+from rethinking_bn.population.forwards import Forward, call_model, check_number, together
+from rethinking_bn.population.model_state import unwrap
+from rethinking_bn.randomness import isolated_random_state
 
 logger = logging.getLogger(__name__)
-
-_FIRST = 4  # batches that give the constants by which every third later one runs again
 
 
 def diagnose(
@@ -59,54 +54,47 @@ def diagnose(
     plain attributes and generators come back, after any exception too.
 
     Args:
-        model: may be wrapped in DistributedDataParallel, DataParallel or torch.compile.
+        model, group, forward, labelled, progress: as for ``estimate_population_statistics``; every
+            rank of the group gets the same diagnosis.
         batches: inputs of the model on this rank; 20 or more are needed to be sure of anything.
         target_batches: of the domain that the model is to be used in, as many; None: no judgement.
         num_batches: batches per rank of both; None: all, until the first rank has no more.
         output: turns what the model returns into tensors; None: the tensors in it, for detectors
             the raw outputs of their heads.
-        group: ranks that diagnose together; None: the default group, or this process alone. Every
-            rank gets the same diagnosis.
-        forward, labelled: as for ``estimate_population_statistics``.
         output_batches: kept for the effects on the output, of all layers and of the worst eight
             alone; 0: no such effects.
         seed: of the random numbers the forwards draw.
-        progress: log a line every ten seconds on rank 0.
 
     Raises:
-        ValueError: for fewer than two batches, a lazy layer, or a loader that ends before
-            ``num_batches``; when the ranks' models differ.
+        ValueError: for fewer than two batches, a lazy layer, a loader that has no length and no
+            ``num_batches`` or ends before them, or when the ranks' models differ.
         Exception: what the model, a loader or another rank raises; see
             ``estimate_population_statistics``.
     """
-    start = time.perf_counter()
-    if num_batches is not None and (isinstance(num_batches, bool) or num_batches < 2):
-        raise ValueError(f"num_batches must be at least 2, or None for all, got {num_batches!r}")
-    for loader in (batches, target_batches):
-        if num_batches is None and loader is not None and operator.length_hint(loader, -1) < 0:
-            kind = type(loader).__name__
-            raise ValueError(f"num_batches is None, but the loader ({kind}) has no length")
-    model = unwrap(model)
-    layers, left = find_layers(model)
-    told = [(layer.name, layer.channels, layer.rows, layer.frozen) for layer in layers]
-    if any(other != told for other in all_gather_object(told, group)):
-        raise ValueError("the ranks disagree about the model's BN-like layers or which are frozen")
-    world = get_world_size(group)
-    if not layers:
-        what = f": {'; '.join(left)}" if left else " (scripted ones cannot be seen)"
-        logger.warning("diagnosis: the model has no BN-like layer that can be judged%s", what)
-        return Diagnosis((), (), 0, world, 0.0, left=left)
-    session = _Session(model, layers, forward or forwards.call_model, group, seed, progress)
-    random = isolated_random_state(seed + get_rank(group), session.devices)
-    with exclusive(model), random, torch.no_grad():
-        try:
+    start, model = time.perf_counter(), unwrap(model)
+
+    def prepare() -> tuple[tuple[list[DiagnosedLayer], tuple[str, ...]], dict[str, Any]]:
+        for loader in (batches, batches if target_batches is None else target_batches):
+            check_number(num_batches, loader, least=2)
+        layers, left = find_layers(model)
+        told = [(layer.name, layer.channels, layer.rows, layer.frozen) for layer in layers]
+        return (layers, left), {"BN-like layers, or which are frozen": told}
+
+    with together(model, prepare, group) as (layers, left):
+        world = get_world_size(group)
+        if not layers:
+            what = f": {'; '.join(left)}" if left else " (scripted ones cannot be seen)"
+            logger.warning("diagnosis: the model has no BN-like layer that can be judged%s", what)
+            return Diagnosis((), (), 0, world, 0.0, left=left)
+        session = Session(model, layers, forward or call_model, group, seed, progress)
+        with isolated_random_state(seed + get_rank(group), session.devices), torch.no_grad():
             records, scatters, kept = session.observe(
                 batches, num_batches, labelled, output_batches, again=True
             )
             findings = list(mixed_blocks(layers))
             for layer in layers:
                 calls, summaries = zip(*(r[layer.name] for r in scatters), strict=True)
-                idle = session.ran_again and not any(calls)
+                idle = session.constants is not None and not any(calls)
                 findings += judge_layer(layer, records[layer.name], summaries, idle=idle)
             targets: dict[str, Record] = {}
             if target_batches is not None:
@@ -114,13 +102,13 @@ def diagnose(
                 for layer in layers:
                     findings += domain_shift(layer, targets[layer.name])
             if kept:
-                run, restore = session.run_again, session.restore
-                effects = Effects(model, layers, kept, run, restore, output, group)
-                findings = output_effects(effects, records, targets, findings)
-        finally:
-            session.state.restore()
+                effects = Effects(session, kept, output)
+                try:
+                    findings = output_effects(effects, records, targets, findings)
+                finally:
+                    session.state.restore()
     count = max(record.forwards for record in records.values())
-    ways = Remedies(model, layers, count // world, forward is not None)
+    ways = _Remedies(model, layers, count // world, forward is not None)
     findings = [ways.given_to(finding) for finding in findings]
     depth = {layer.name: layer.depth for layer in layers}
     findings.sort(key=lambda f: (*f.rank, depth.get(f.layer, -1)))
@@ -129,113 +117,6 @@ def diagnose(
         logger.warning("diagnosis: layers that no value reached: %s", ", ".join(unreached))
     seconds = time.perf_counter() - start
     return Diagnosis(tuple(findings), tuple(depth), count, world, seconds, unreached, left)
-
-
-class _Session:
-    """The state that every forward of a diagnosis starts from, and how it is run."""
-
-    def __init__(
-        self, model: nn.Module, layers: list[DiagnosedLayer], forward: Forward,
-        group: ProcessGroup | None, seed: int, progress: bool,
-    ) -> None:  # fmt: skip
-        self.model, self.layers, self.forward = model, layers, forward
-        self.group, self.seed, self.progress = group, seed, progress
-        self.state = ModelState(model)
-        self.devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-        self.ran_again = self._eval_only = False
-
-    def observe(
-        self, batches: Iterable[Any], num_batches: int | None, labelled: bool | None, keep: int,
-        again: bool = False,
-    ) -> tuple[dict[str, Record], list[dict[str, Any]], list[Any]]:  # fmt: skip
-        """Run every batch with mini-batch statistics, and a third of them with constant ones.
-
-        Return by layer the record of all ranks; of each rank, by layer, how often it was called
-        by constants and how its batch means scatter there; the first batches.
-        """
-        records = {layer.name: Record(layer) for layer in self.layers}
-        scatters = {layer.name: Scatter(layer) for layer in self.layers}
-        kept: list[Any] = []
-        index = 0
-
-        def forward(model: nn.Module, batch: Any) -> None:
-            nonlocal index
-            if len(kept) < keep:
-                kept.append(batch)
-            self._run(records, batch)
-            if again and index >= _FIRST and (index - _FIRST) % 3 == 0:
-                self._run_by_constants(records, scatters, batch)
-            index += 1
-
-        try:
-            with ExitStack() as stack:
-                for layer in self.layers:
-                    layer.normalise_by_batch()
-                    stack.enter_context(layer.watching())
-                run = PopulationRun(
-                    self.model, [layer.layer for layer in self.layers], num_batches,
-                    group=self.group, autocast=nullcontext, forward=forward, seed=self.seed,
-                    progress=self.progress, title="diagnosis",
-                )  # fmt: skip
-                self._eval_only = not run(batches, labelled)
-        finally:
-            self.state.restore()
-        states = all_gather_object({name: r.state() for name, r in records.items()}, self.group)
-        for name, record in records.items():
-            record.merge([state[name] for state in states])
-        if max(record.forwards for record in records.values()) < 2:
-            raise ValueError("a diagnosis needs at least two batches, better twenty or more")
-        told = {name: (s.forwards, s.summary()) for name, s in scatters.items() if again}
-        return records, all_gather_object(told, self.group), kept
-
-    def _run(self, records: dict[str, Any], batch: Any) -> None:
-        for layer in self.layers:
-            layer.record = records[layer.name]
-        try:
-            self.forward(self.model, batch)
-        finally:
-            for record in records.values():
-                record.end_of_forward()
-
-    def _run_by_constants(
-        self, records: dict[str, Record], scatters: dict[str, Scatter], batch: Any
-    ) -> None:
-        """Run a batch with all layers on the statistics of the first few batches."""
-        if not self.ran_again:
-            # any constants would do; these keep the activations in their place
-            self.constants = {}
-            for layer in self.layers:
-                record = Record(layer).merge([records[layer.name].state()])
-                if record.uses:
-                    self.constants[layer.name] = exact_statistics(layer, record)
-                    if layer.stored is not None and not layer.frozen:
-                        layer.about.write_statistics(*self.constants[layer.name])
-            self.ran_again = True
-        with ExitStack() as stack:
-            for layer in self.layers:
-                if layer.name in self.constants and not layer.frozen:
-                    stack.enter_context(by_constants(layer, self.constants[layer.name]))
-            try:
-                self._run(scatters, batch)
-            except FloatingPointError:  # of a model that refuses what is not finite
-                if waiting_ranks(self.model, self.group):
-                    raise
-                for scatter in scatters.values():  # nobody knows whom it would have called
-                    scatter.forwards += 1
-
-    def restore(self) -> None:
-        """Put the model back to what its forwards start from."""
-        self.state.restore()
-        if self._eval_only:
-            for module in self.model.modules():
-                module.training = False
-
-    def run_again(self, index: int, batch: Any) -> Any:
-        """Run one batch outside the observation, with the random numbers of its number."""
-        seed = self.seed + get_rank(self.group)
-        with isolated_random_state(seed + index, self.devices), forwards.throwaway_event_storage():
-            announce_iteration(self.model, self.seed, index)
-            return self.forward(self.model, batch)
 
 
 _REMEDIES = {
@@ -257,7 +138,7 @@ _REMEDIES = {
 }
 
 
-class Remedies:
+class _Remedies:
     """What to do about findings in this model.
 
     Code stands between backticks. It runs with the package's public names imported and ``model``,
@@ -276,17 +157,26 @@ class Remedies:
 
     def given_to(self, finding: Finding) -> Finding:
         """Return the finding with its remedy, unless it is "ok"."""
+        layer, what = self.layers.get(finding.layer), finding.what
         if finding.severity == "ok":
             return finding
-        layer = self.layers.get(finding.layer)
-        if finding.kind == "repeated-use":
-            assert layer is not None
+        if finding.kind != "repeated-use" or layer is None:
+            return dataclasses.replace(finding, remedy=self._remedy(finding, layer))
+        size, rows = f"{layer.channels}, {finding.evidence['uses']}", ""
+        if self.retinanet:
             own_affine = getattr(layer.layer, "affine", "") == "domain_specific"
             row = "row 2" if not layer.apart else "row 5" if own_affine else "row 3"
-            name = f"{row} of the paper's Table 5: " * self.retinanet
-            remedy = self._repeated_use(finding, layer)
-            return dataclasses.replace(finding, what=name + finding.what, remedy=remedy)
-        return dataclasses.replace(finding, remedy=self._remedy(finding, layer))
+            what = f"{row} of the paper's Table 5: {what}"
+            rows = " (rows 1, 4 or 6 of the paper's Table 5)"
+        alike = 'train_stats="domain_specific", population_stats="domain_specific"'
+        remedy = f"train and infer alike{rows}: `MultiDomainBatchNorm2d({size}, {alike})`"
+        if isinstance(layer.layer, nn.modules.batchnorm._BatchNorm):
+            remedy = (
+                f"give each use statistics of its own: `CycleBatchNorm2d({size})` where the layer "
+                f"is called once per use, `SplitBatchNorm2d({size})` where the uses are rows of "
+                f"one batch, `MultiDomainBatchNorm2d({size})` where they are a list"
+            )
+        return dataclasses.replace(finding, what=what, remedy=remedy)
 
     def _estimate(self, more: str = "", batches: str = "batches", model: str = "") -> str:
         model = model or self.model
@@ -315,15 +205,3 @@ class Remedies:
         if kind == "output-effect" and self.noisy:
             cause = "momentum"
         return _REMEDIES[cause or kind].format(estimate=f"estimate the statistics: {estimate}")
-
-    def _repeated_use(self, finding: Finding, layer: Any) -> str:
-        size = f"{layer.channels}, {finding.evidence['uses']}"
-        if isinstance(layer.layer, nn.modules.batchnorm._BatchNorm):
-            return (
-                f"give each use statistics of its own: `CycleBatchNorm2d({size})` where the layer "
-                f"is called once per use, `SplitBatchNorm2d({size})` where the uses are rows of "
-                f"one batch, `MultiDomainBatchNorm2d({size})` where they are a list"
-            )
-        alike = 'train_stats="domain_specific", population_stats="domain_specific"'
-        rows = " (rows 1, 4 or 6 of the paper's Table 5)" if self.retinanet else ""
-        return f"train and infer alike{rows}: `MultiDomainBatchNorm2d({size}, {alike})`"

@@ -15,14 +15,12 @@ from rethinking_bn.diagnosis.distance import (
     compare_with_stored,
     exact_statistics,
     judge,
-    pool,
-    ratio,
     scattering,
     to_z,
 )
 from rethinking_bn.diagnosis.record import DiagnosedLayer, Record
-from rethinking_bn.diagnosis.result import LIMITS, Finding, make, severity_of, worse
-from rethinking_bn.numerics.moments import merge_moments
+from rethinking_bn.diagnosis.result import LIMITS, SEVERITIES, Finding, make, severity_of
+from rethinking_bn.numerics.moments import Moments, merge_moments
 
 _FOLDED = -0.5  # correlation below which an affine holds the statistics
 _LARGEST_BLOCK = 8  # norm layers
@@ -34,15 +32,15 @@ def judge_layer(
 ) -> Iterator[Finding]:
     """Yield what is found at one layer alone.
 
-    Args:
-        scatter: every rank's summary of the forwards by constants.
-        idle: whether inference does not call the layer, whose statistics then do not matter.
+    ``scatter`` is every rank's summary of the forwards by constants. The statistics of an ``idle``
+    layer, one that inference does not call, do not matter.
     """
-    yield from _non_finite(layer, record)
-    yield from _impossible(layer)
+    yield _non_finite(layer, record)
+    if layer.stored is not None:
+        yield _impossible(layer)
     if record.uses == 0 or record["exact"].count.sum() == 0:
         return
-    yield from _dead_channels(layer, record)
+    yield _dead_channels(layer, record)
     if layer.stored is not None and not layer.by_batch and not idle:
         yield _stored_against(layer, record)
     if record.uses > 1:
@@ -70,22 +68,19 @@ def _stored_against(layer: DiagnosedLayer, record: Record) -> Finding:
     kind = "identity-statistics" if identity else kind
     moving = not (identity or layer.frozen)
     verdicts = compare_with_stored(layer, record, moving=moving)
-    row, worst = max(enumerate(verdicts), key=lambda pair: max(pair[1].effect, pair[1].noise))
-    severity = severity_of(worst.effect, LIMITS[kind])
-    evidence = {"distance": worst.effect, **_off(layer, worst)}
-    steps, momentum = layer.steps, layer.momentum
-    more = {"row": row if layer.rows > 1 else None, "steps": steps}
-    more["constant"] = True if layer.about.frozen == "constant" else None
-    evidence |= {name: value for name, value in more.items() if value is not None}
-    far = f"{worst.effect:.2f} standard deviations from the data's"
-    where = f" in {len(worst.channels)} of {layer.channels} channels (z {worst.z:.0f})"
+    worst = max(verdicts, key=lambda verdict: max(verdict.effect, verdict.noise))
+    severity, by_noise = (severity_of(x, LIMITS[kind]) for x in (worst.effect, worst.noise))
+    steps, momentum = layer.steps, layer.momentum or 0.0
+    evidence = {
+        "distance": worst.effect, **_off(layer, worst), "row": worst.row, "steps": steps,
+        "constant": layer.about.frozen == "constant",
+    }  # fmt: skip
     if identity and layer.frozen and severity != "ok" and _is_folded(layer, record):
-        evidence["folded"] = True
-        return make(kind, layer.name, "ok", "statistics are in the affine", 0.0, **evidence)
+        what = "statistics are in the affine"
+        return make(kind, layer.name, 0.0, what, severity="ok", folded=True, **evidence)
     # every average has some noise: with a usual momentum less than a warning's is none
-    noisy = moving and momentum is not None and worst.noise >= LIMITS[kind][momentum <= _USUAL]
-    if noisy and worse(by_noise := severity_of(worst.noise, LIMITS[kind]), severity):
-        assert momentum is not None
+    noisy = moving and momentum and worst.noise >= LIMITS[kind][momentum <= _USUAL]
+    if noisy and SEVERITIES.index(by_noise) > SEVERITIES.index(severity):
         held = (2 - momentum) / momentum
         batches = f"{held:.0f} batches" if held >= 1.5 else "one batch"
         evidence |= {"distance": worst.noise, "cause": "momentum", "momentum": momentum}
@@ -93,18 +88,20 @@ def _stored_against(layer: DiagnosedLayer, record: Record) -> Finding:
             f"momentum {momentum:g}: the average holds {batches}, and its noise takes the stored "
             f"statistics {worst.noise:.2f} standard deviations from the data's"
         )
-        return make(kind, layer.name, by_noise, what, worst.noise, **evidence)
+        return make(kind, layer.name, worst.noise, what, **evidence)
     whose, so = {
         "identity-statistics": ("mean 0 and variance 1, as created,", "does not normalise"),
         "mixed-modes": ("frozen statistics", "and training get features that are not normalised"),
         "stale-statistics": ("stored statistics", "sees other features than training"),
     }[kind]
-    what = f"{whose} are {far}{where}: inference {so}"
+    what = (
+        f"{whose} are {worst.effect:.2f} standard deviations from the data's in "
+        f"{len(worst.channels)} of {layer.channels} channels (z {worst.z:.0f}): inference {so}"
+    )
     if kind == "stale-statistics" and steps and momentum and (1 - momentum) ** steps > 0.01:
         what += f", after only {steps} updates"
-    if severity == "ok":
-        what = f"stored statistics fit the data's (largest z {worst.z:.1f})"
-    return make(kind, layer.name, severity, what, worst.effect, **evidence)
+    fine = f"stored statistics fit the data's (largest z {worst.z:.1f})"
+    return make(kind, layer.name, worst.effect, what, fine, **evidence)
 
 
 def _is_folded(layer: DiagnosedLayer, record: Record) -> bool:
@@ -117,121 +114,100 @@ def _is_folded(layer: DiagnosedLayer, record: Record) -> bool:
     return bool(w.std() >= 1e-6) and float(torch.corrcoef(torch.stack([w, s]))[0, 1]) < _FOLDED
 
 
-def _dead_channels(layer: DiagnosedLayer, record: Record) -> Iterator[Finding]:
-    kind = "dead-channels"
+def _dead_channels(layer: DiagnosedLayer, record: Record) -> Finding:
     mean, var = exact_statistics(layer, record)
-    dead = (var < DEAD * layer.eps) & (by_row(layer, record, record["exact"]).count > 1)[:, None]
+    seen = by_row(layer, record["exact"].count).sum(0) > 1
+    dead = (var < DEAD * layer.eps) & seen[:, None]
     count = int(dead.any(0).sum())
-    if not count:
-        yield make(kind, layer.name, "ok", "every channel varies", 0.0, channels=0)
-        return
     harm = 0.0
-    if layer.stored is not None and not layer.by_batch:
+    if count and layer.stored is not None and not layer.by_batch:
         sd = (layer.stored[1].clamp(min=0) + layer.eps).sqrt()
         harm = float(((mean - layer.stored[0]) / sd).abs().nan_to_num(0.0)[dead].max())
     share = count / layer.channels
-    severity = severity_of(harm, LIMITS[kind])
-    if severity == "severe" and share < 0.05 or severity in ("ok", "note") and share >= 0.25:
+    severity = severity_of(harm, LIMITS["dead-channels"]) if count else "ok"
+    if severity == "severe" and share < 0.05 or severity == "note" and share >= 0.25:
         severity = "warning"
     what = (
         f"{count} of {layer.channels} channels do not vary; their constant at inference is up to "
         f"{harm:.2f} standard deviations from training's"
     )
-    yield make(
-        kind, layer.name, severity, what, max(share, harm),
-        channels=count, of=layer.channels, harm=harm,
+    return make(
+        "dead-channels", layer.name, max(share, harm), what, "every channel varies",
+        severity=severity, channels=count, of=layer.channels, harm=harm,
         which=dead.any(0).nonzero()[:16, 0].tolist(),
     )  # fmt: skip
 
 
-def _non_finite(layer: DiagnosedLayer, record: Record) -> Iterator[Finding]:
+def _non_finite(layer: DiagnosedLayer, record: Record) -> Finding:
     stored = torch.zeros(layer.channels, dtype=torch.bool)
     if layer.stored is not None:
         stored = ~(layer.stored[0].isfinite() & layer.stored[1].isfinite()).all(0)
-    given = record.not_finite > 0
+    given, batches = record.not_finite > 0, int(record.not_finite.max())
     channels = (stored | given).nonzero()[:, 0]
-    if not len(channels):
-        yield make("non-finite", layer.name, "ok", "everything is finite", 0.0, channels=0)
-        return
-    batches = int(record.not_finite.max())
     what = (
         f"of {layer.channels} channels, {int(stored.sum())} store statistics that are not finite, "
         f"and {int(given.sum())} were given such values, in {batches} of {record.forwards} batches"
     )
-    yield make(
-        "non-finite", layer.name, "severe", what, float(len(channels)),
+    return make(
+        "non-finite", layer.name, len(channels), what, "everything is finite",
         channels=len(channels), of=layer.channels, stored=int(stored.sum()), batches=batches,
         which=channels[:16].tolist(),
     )  # fmt: skip
 
 
-def _impossible(layer: DiagnosedLayer) -> Iterator[Finding]:
-    if layer.stored is None:
-        return
+def _impossible(layer: DiagnosedLayer) -> Finding:
+    assert layer.stored is not None
     bad = (layer.stored[1] < 0).any(0).nonzero()[:, 0]
-    if not len(bad):
-        yield make("impossible-variance", layer.name, "ok", "variances are possible", 0.0)
-        return
     lowest = float(layer.stored[1].nan_to_num(0.0).min())
     what = f"{len(bad)} of {layer.channels} channels store a variance below 0, down to {lowest:.3g}"
-    evidence = {"channels": len(bad), "of": layer.channels, "lowest": lowest}
-    yield make(
-        "impossible-variance", layer.name, "severe", what, len(bad), **evidence,
-        which=bad[:16].tolist(),
+    return make(
+        "impossible-variance", layer.name, len(bad), what, "variances are possible",
+        channels=len(bad), of=layer.channels, lowest=lowest, which=bad[:16].tolist(),
     )  # fmt: skip
 
 
 def _repeated_use(layer: DiagnosedLayer, record: Record) -> Finding:
     """Do uses that training normalises apart share stored statistics, or the other way round?"""
-    kind = "repeated-use"
-    seen, exact = record["mean"].count, record["exact"]
-    df = max(float(seen.max()) - 1, 1)
-    pooled = merge_moments(exact.count, exact.mean, exact.m2)
-    mean, var, each = pooled.mean, pooled.variance(), exact.variance()
-    z = to_z(torch.zeros_like(mean), df)
-    sizes = []
-    for use in range(record.uses):
-        if seen[use] == 0:
-            continue
-        for name in ("apart_mean", "apart_var"):
-            error = (record.scatter(name)[use] / seen[use]).sqrt()
-            z = torch.maximum(z, to_z(ratio(record[name].mean[use], error), df))
-        sd = (var + layer.eps).sqrt()
-        gain = (each[use] + layer.eps).sqrt() / sd
-        sizes.append(((exact.mean[use] - mean) / sd).square() + (gain - 1).square())
-    verdict = judge(torch.stack(sizes).mean(0).sqrt(), z)
-    at_odds = layer.apart if layer.rows == 1 else not layer.apart
-    at_odds = at_odds and not (layer.frozen or layer.by_batch)
-    severity = severity_of(verdict.effect, LIMITS[kind]) if at_odds else "ok"
-    evidence = {"uses": record.uses, "apart": verdict.effect, **_off(layer, verdict)}
+    batches, exact = record["mean"].count, record["exact"]
+    df, used = max(float(batches.max()) - 1, 1), batches > 0
+    pooled = merge_moments(*exact)
+    z = torch.zeros_like(exact.mean)
+    for name in ("apart_mean", "apart_var"):
+        error = (record.scatter(name) / batches.clamp(min=1)[:, None]).sqrt()
+        z = torch.maximum(z, to_z(record[name].mean, error, df))
+    sd = (pooled.variance() + layer.eps).sqrt()
+    gain = (exact.variance() + layer.eps).sqrt() / sd
+    size = ((exact.mean - pooled.mean) / sd).square() + (gain - 1).square()
+    verdict = judge(size[used].mean(0).sqrt(), z[used].amax(0))
+    at_odds = layer.apart == (layer.rows == 1) and not (layer.frozen or layer.by_batch)
     what = (
         f"one BatchNorm is used {record.uses} times a forward, on inputs that lie "
         f"{verdict.effect:.2f} standard deviations apart"
     )
-    if severity == "ok":
-        what += "" if at_odds else ", but training and inference treat them alike"
-    else:
-        train, infer = "each by its own statistics", "all by one set of statistics"
-        train, infer = (train, infer) if layer.apart else (infer, train)
-        what += f" (z {verdict.z:.0f}): training normalises {train}, inference {infer}"
-    return make(kind, layer.name, severity, what, verdict.effect, **evidence)
+    train, infer = "each by its own statistics", "all by one set of statistics"
+    train, infer = (train, infer) if layer.apart else (infer, train)
+    odds = f" (z {verdict.z:.0f}): training normalises {train}, inference {infer}"
+    return make(
+        "repeated-use", layer.name, verdict.effect, what + odds,
+        what + ("" if at_odds else ", but training and inference treat them alike"),
+        severity=None if at_odds else "ok", uses=record.uses, apart=verdict.effect,
+        **_off(layer, verdict),
+    )  # fmt: skip
 
 
 def _dependent_samples(layer: DiagnosedLayer, record: Record, scatter: Sequence[Any]) -> Finding:
     """Do batch means scatter more than means of as many independent images would?"""
-    kind = "dependent-samples"
-    verdict, f, use = scattering(layer, record, scatter)
-    severity = severity_of(verdict.effect, LIMITS[kind])
-    evidence = {"excess": verdict.effect, "variance_ratio": f, "z": verdict.z}
-    evidence |= {"use": use} if record.uses > 1 else {}
+    verdict, f = scattering(layer, record, scatter)
     what = (
         f"the samples of a batch are alike: batch means scatter {verdict.effect:.2f} standard "
         f"deviations more than those of independent samples (F {f:.1f}, z {verdict.z:.0f}), so "
         "training sees what they have in common and inference does not"
     )
-    if severity == "ok":
-        what = f"batch means scatter no more than independent samples' (z {verdict.z:.1f})"
-    return make(kind, layer.name, severity, what, verdict.effect, **evidence)
+    fine = f"batch means scatter no more than independent samples' (z {verdict.z:.1f})"
+    return make(
+        "dependent-samples", layer.name, verdict.effect, what, fine,
+        excess=verdict.effect, variance_ratio=f, z=verdict.z, use=verdict.row,
+    )  # fmt: skip
 
 
 def _small_batch(layer: DiagnosedLayer, record: Record) -> Finding:
@@ -241,41 +217,37 @@ def _small_batch(layer: DiagnosedLayer, record: Record) -> Finding:
     each = [float(_samples(layer, record, part).median()) for part in parts]
     # the harmonic mean: a coarse level of few positions is not the whole layer
     samples = len(each) / max(sum(1 / max(n, 1e-9) for n in each), 1e-30)
-    severity = severity_of(-samples, LIMITS["small-batch"])
-    images = float(record["images"].mean.mean()) * layer.ranks / record.groups
+    images = float(record["images"].mean.mean()) * layer.ranks
     noise = samples**-0.5 if samples > 0 else float("inf")
+    fine = f"a normalisation batch is worth {samples:.0f} independent samples"
     what = (
         f"a normalisation batch of {images:.0f} is worth {samples:.0f} independent samples: its "
         f"mean is off by {noise:.2f} standard deviations, noise that inference does not have"
     )
-    if severity == "ok":
-        what = f"a normalisation batch is worth {samples:.0f} independent samples"
     return make(
-        "small-batch", layer.name, severity, what, noise,
+        "small-batch", layer.name, noise, what, fine,
+        severity=severity_of(-samples, LIMITS["small-batch"]),
         samples=samples, noise=noise, rows=images, ranks=layer.ranks,
     )  # fmt: skip
 
 
-def _samples(layer: DiagnosedLayer, record: Record, uses: Sequence[int]) -> Tensor:
+def _samples(layer: DiagnosedLayer, record: Record, uses: list[int]) -> Tensor:
     """Return (C,): variance of the values over variance of the normalisation batch's mean.
 
     Pixels are correlated: a batch of N is worth N to N·H·W. Levels of an image are taken as one.
     """
-    exact = record["exact"]
-    chosen = [use for use in uses if record["mean"].count[use] > 0]
-    if not chosen:
-        return torch.full((layer.channels,), float("inf"), dtype=torch.float64)
-    pooled = pool(exact, chosen)
-    share = exact.count[chosen] / exact.count[chosen].sum()
-    error = torch.zeros(layer.channels, dtype=torch.float64)
-    for use, part in zip(chosen, share, strict=True):
-        images = float(record["images"].mean[use]) / record.groups
-        within = record["within"].mean[use]
-        if float(record["within"].count[use]) < 1:  # a single image: the scatter of batches
-            within, images = record.scatter("mean")[use], max(images, 1.0)
-        error += part * (within / max(images * layer.ranks, 1.0)).sqrt()
-    alive = pooled.variance() >= DEAD * layer.eps
-    n = pooled.variance() / error.square().clamp(min=1e-30)
+    exact, within, images = (
+        Moments(*(value[uses] for value in record[name])) for name in ("exact", "within", "images")
+    )
+    # a single image: the scatter of batches
+    single = (within.count < 1)[:, None]
+    scatter = torch.where(single, record.scatter("mean")[uses], within.mean)
+    size = torch.where(single, images.mean.clamp(min=1), images.mean) * layer.ranks
+    share = (exact.count / exact.count.sum().clamp(min=1))[:, None]
+    error = (share * (scatter / size.clamp(min=1)).sqrt()).sum(0)
+    variance = merge_moments(*exact).variance()
+    alive = variance >= DEAD * layer.eps
+    n = variance / error.square().clamp(min=1e-30)
     return n[alive] if alive.any() else torch.full_like(n, float("inf"))
 
 
@@ -293,15 +265,14 @@ def mixed_blocks(layers: Sequence[DiagnosedLayer]) -> Iterator[Finding]:
         if block is None or block in seen or len(within[block]) > _LARGEST_BLOCK:
             continue
         seen.add(block)
-        frozen = [member.name for member in within[block] if member.frozen]
-        thawed = [member.name for member in within[block] if not member.frozen]
+        frozen, thawed = ([m.name for m in within[block] if m.frozen is by] for by in (True, False))
         if frozen and thawed:
             what = (
                 f"{len(frozen)} of {len(within[block])} layers of the block {block} are frozen "
                 f"({', '.join(frozen)}): their statistics stay while those beside them move"
             )
             yield make(
-                "mixed-modes", frozen[0], "note", what, len(frozen) / len(thawed),
+                "mixed-modes", frozen[0], len(frozen) / len(thawed), what, severity="note",
                 cause="block", block=block, frozen=frozen, thawed=thawed,
             )  # fmt: skip
 
@@ -312,12 +283,10 @@ def domain_shift(layer: DiagnosedLayer, record: Record) -> Iterator[Finding]:
         return
     verdicts = compare_with_stored(layer, record, moving=not layer.frozen)
     worst = max(verdicts, key=lambda verdict: verdict.effect)
-    severity = severity_of(worst.effect, LIMITS["domain-shift"])
     what = (
         f"the target's statistics are {worst.effect:.2f} standard deviations from the stored "
         f"ones in {len(worst.channels)} of {layer.channels} channels (z {worst.z:.0f})"
     )
-    if severity == "ok":
-        what = f"stored statistics fit the target's (largest z {worst.z:.1f})"
+    fine = f"stored statistics fit the target's (largest z {worst.z:.1f})"
     evidence = {"distance": worst.effect, **_off(layer, worst)}
-    yield make("domain-shift", layer.name, severity, what, worst.effect, **evidence)
+    yield make("domain-shift", layer.name, worst.effect, what, fine, **evidence)

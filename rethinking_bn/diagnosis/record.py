@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +12,30 @@ from torch import Tensor, nn
 from rethinking_bn.distributed import get_world_size
 from rethinking_bn.layers import MultiDomainBatchNorm2d, SplitBatchNorm2d
 from rethinking_bn.layers.bn_like import BatchNormLike, find_bn_like
-from rethinking_bn.numerics.moments import Moments, merge_moments, statistics_dtype
+from rethinking_bn.numerics.moments import Moments, local_moments, merge_moments, statistics_dtype
+from rethinking_bn.population.model_state import changed, modes_kept
+from rethinking_bn.population.observe import TorchLayer, input_of, observe
 
 Statistics = tuple[Tensor, Tensor]  # mean and variance, each (D, C), float64 on the CPU
-
-_BUFFERS = ("running_mean", "running_var")
 
 
 class DiagnosedLayer:
     """One BN-like layer of a model, watched.
 
     A *use* is one tensor that the layer normalises in a forward of the model: the k-th call, or
-    the level of a list. Uses share one of D sets of stored statistics, or have one each.
+    the level of a list. Use u is normalised at inference by set u mod D of D stored sets.
 
     Attributes:
-        about: what the layer is.
         frozen: whether it normalises by stored statistics in training, too.
         apart: whether training normalises each use by statistics of its own.
-        from_buffers: whether what a training forward leaves in the buffers is what it normalised
-            by, so that the moments of its input need not be computed again.
+        observed: how population training reads it; None: it does not.
+        from_buffers: whether a training forward leaves the moments of its input in the buffers.
         equal_weights: whether batches count alike, since only the layer knows of which values its
-            statistics are (a forward of its own). Population training does the same.
-        stored: the statistics at construction, None where there are none; D rows.
-        by_batch: whether inference uses no stored statistics.
+            statistics are (a forward of its own).
+        stored: the statistics at construction, D rows; None where there are none.
         unbiased: whether the stored variance is the unbiased one of the values.
+        steps: updates that the stored statistics have seen, where the layer counts them.
+        ranks: how many ranks' samples are normalised together.
         record: what is told of the layer's calls, within :meth:`watching`.
     """
 
@@ -46,86 +45,66 @@ class DiagnosedLayer:
         self.about, self.frozen, self.depth = about, frozen, depth
         self.name, self.layer, self.eps = about.name, about.module, about.eps
         self.momentum, self.mean_square = about.momentum, about.mean_square
+        self.by_batch, self.rows = about.by_batch, len(about.domains) or 1
         layer = self.layer
         shared = isinstance(layer, MultiDomainBatchNorm2d) and layer.train_stats == "shared"
         self.apart = not (frozen or shared or about.mean_square)
-        tracks = bool(about.domains) and getattr(layer, "track_running_stats", True) is not False
-        self.equal_weights = about.kind == "own" and tracks and not frozen
-        plain = about.kind == "torch" and tracks and not isinstance(layer, nn.SyncBatchNorm)
-        exact = plain and layer.running_mean.dtype in (torch.float32, torch.float64)
-        self.from_buffers = (exact or self.equal_weights) and not frozen
+        self.observed = None if frozen or not about.domains else observe(about)
+        self.from_buffers = isinstance(self.observed, TorchLayer)
+        self.equal_weights = self.from_buffers and about.kind == "own"
+        self.unbiased = not (self.mean_square or self.equal_weights)
         self.stored = about.read() if about.domains else None
-        self.rows = len(about.domains) or 1
-        self.by_batch, self.unbiased = about.by_batch, not (self.mean_square or self.equal_weights)
-        tensors = layer.state_dict().values()
-        self.channels = int(next(t for t in tensors if t.dim() == 1).numel())
+        tensors = layer.state_dict()
+        self.channels = next(t for t in tensors.values() if t.dim() == 1).numel()
+        counts = [int(t) for n, t in tensors.items() if n.endswith("num_batches_tracked")]
+        self.steps = counts[0] if counts else None
+        group = getattr(layer, "process_group", None)
+        self.ranks = get_world_size(group) if about.pools_ranks else 1
 
-    @property
-    def steps(self) -> int | None:
-        """Updates that the stored statistics have seen, where the layer counts them."""
-        for name, buffer in self.layer.named_buffers():
-            if name.endswith("num_batches_tracked"):
-                return int(buffer)
-        return None
-
-    @property
-    def ranks(self) -> int:
-        """How many ranks' samples are normalised together."""
-        group = getattr(self.layer, "process_group", None)
-        return get_world_size(group) if self.about.pools_ranks else 1
-
-    @property
-    def groups(self) -> int:
-        """How many groups of its rows are normalised apart (MODEL.*.NORM_IMAGES)."""
-        return max(1, len(getattr(self.layer, "_groups", None) or ()))
-
-    def normalise_by_batch(self) -> None:
-        """Let the layer normalise by mini-batches from now on, unless it is frozen."""
-        if not self.frozen:
-            # its children too; train() may do more, or refuse
-            for module in self.layer.modules():
-                module.training = True
-
-    def normalise_by_population(self) -> None:
-        """Let the layer normalise by what is in its buffers from now on."""
+    def set_training(self, training: bool) -> None:
+        """Set the mode of the layer and its children; train() may do more, or refuse."""
         for module in self.layer.modules():
-            module.training = False
+            module.training = training
 
-    def state_untouched(self) -> Any:
-        """Return a context in which the forwards of a layer of ours in training change no state."""
-        ours = self.about.kind == "ours" and self.about.domains and not self.frozen
-        # the diagnosis reads the inputs itself
-        return self.layer.observing(lambda moments: None) if ours else nullcontext()
+    @contextmanager
+    def using(self, chosen: Statistics | Literal["batch"] | None) -> Iterator[None]:
+        """Let the layer normalise by statistics, by the mini-batch, or as it infers (None).
+
+        Statistics are written where it stores its own, and stay there. Modes come back.
+        """
+        own = self.layer
+        with ExitStack() as stack:
+            stack.enter_context(modes_kept(own))
+            self.set_training(chosen == "batch")
+            if chosen == "batch" and self.mean_square:  # its state is more than buffers
+                stack.enter_context(own.observing(lambda moments: None))
+            elif isinstance(chosen, tuple):
+                if self.stored is not None:
+                    self.about.write_statistics(*chosen)
+                else:
+                    mean, var = (value[0].to(next(own.parameters())) for value in chosen)
+                    buffers = {"running_mean": mean, "running_var": var}
+                    stack.enter_context(changed(own._buffers, buffers))
+                if hasattr(own, "batch_stats_at_inference"):
+                    stack.enter_context(changed(vars(own), {"batch_stats_at_inference": False}))
+            yield
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Tell ``record`` what the layer is given and what it leaves, call by call.
+        """Tell ``record`` of every call what the layer is given and, if so, the moments it left."""
 
-        ``record.see`` gets the list of (N, C, *), one per domain where rows belong to domains;
-        then ``record.left`` the batch's mean and variance, of a layer that leaves them.
-        """
-        layer, own = self.layer, dict(self.layer._buffers)
+        def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.record.see(self._tensors(input_of(args, kwargs)))
 
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.record.see(self._tensors(args[0] if args else next(iter(kwargs.values()))))
-            if self.from_buffers and layer.training:
-                # with a momentum of 1 the forward leaves the batch's statistics in the buffers
-                for name in _BUFFERS:
-                    layer._buffers[name] = torch.zeros_like(own[name])
-
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if self.from_buffers and layer.training:
-                self.record.left(*(layer._buffers[name] for name in _BUFFERS))
-                layer._buffers.update(own)
-
-        with ExitStack() as stack:
-            stack.enter_context(self.state_untouched())
+        def left(moments: Moments) -> None:
             if self.from_buffers:
-                stack.callback(layer._buffers.update, own)
-                stack.callback(setattr, layer, "momentum", layer.momentum)
-                layer.momentum = 1.0
-            stack.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
-            stack.enter_context(layer.register_forward_hook(after, with_kwargs=True))
+                self.record.left(moments)
+
+        context: Any = nullcontext()
+        if self.observed is not None and (self.from_buffers or self.about.kind == "ours"):
+            # those of ours change no state meanwhile, and pool as in population training
+            context = self.observed.observing(left)
+        with self.layer.register_forward_pre_hook(see, with_kwargs=True), context:
             yield
 
     def _tensors(self, x: Any) -> list[Tensor]:
@@ -141,16 +120,12 @@ class DiagnosedLayer:
 def find_layers(model: nn.Module) -> tuple[list[DiagnosedLayer], tuple[str, ...]]:
     """Return every BN-like layer of a model, and in words the modules that are left alone.
 
-    Eval mode counts as frozen in a model that is in training mode.
-
-    Raises:
-        ValueError: for a lazy layer that has no size yet.
+    Eval mode counts as frozen in a model in training mode. A lazy layer is a ValueError.
     """
     found = find_bn_like(model)
-    layers = [
-        DiagnosedLayer(about, about.frozen not in ("", "eval mode" * (not model.training)), depth)
-        for depth, about in enumerate(found.layers)
-    ]
+    moving = ("",) if model.training else ("", "eval mode")
+    each = enumerate(found.layers)
+    layers = [DiagnosedLayer(about, about.frozen not in moving, depth) for depth, about in each]
     return layers, tuple(map(str, found.left))
 
 
@@ -160,14 +135,11 @@ def image_means(x: Tensor) -> Tensor:
     return x.flatten(2).mean(2, dtype=dtype) if x.dim() > 2 else x.to(dtype)
 
 
-@dataclass
-class _Call:
-    """One use: ``of`` is (mean, M2), each (C,), None until the layer's forward has left it."""
-
-    count: int
-    images: int
-    within: Tensor
-    of: Sequence[Tensor] | None
+def variance(means: Tensor) -> Tensor:
+    """Return the unbiased variance (C,) of (N, C), 0 for fewer than two; quicker than torch.var."""
+    if len(means) < 2:
+        return means.new_zeros(means.shape[1])
+    return (means - means.mean(0)).square_().sum(0) / (len(means) - 1)
 
 
 class Record:
@@ -179,9 +151,8 @@ class Record:
     Attributes:
         sums: by name, U rows, known after :meth:`merge`. In "even" (every second forward) and
             "exact" (all) the samples are activations, images in "within", and forwards in
-            "mean", "var", "apart_mean", "apart_var" and "images".
+            "mean", "var", "apart_mean", "apart_var" and "images" (that are normalised together).
         not_finite: (C,) forwards with such values.
-        groups: of rows that are normalised apart.
         forwards: of the model in which the layer was called.
     """
 
@@ -189,34 +160,32 @@ class Record:
         self.layer = layer
         self.sums: dict[str, Moments] = {}
         self.not_finite = torch.zeros(layer.channels, dtype=torch.float64)
-        self.groups, self.forwards = 1, 0
-        self._now: list[_Call] = []
-        self._seen: list[list[_Call]] = []
+        self.forwards = 0
+        # of each use: (2,) numbers of images, (C,) their scatter, then moments (1,), (1, C), (1, C)
+        self._now: list[list[Tensor]] = []
+        self._seen: list[list[list[Tensor]]] = []
 
     def see(self, tensors: Sequence[Tensor]) -> None:
         """Take in one call of the layer: one use per tensor (N, C, *)."""
-        leaves = self.layer.from_buffers and self.layer.layer.training
-        self.groups = max(self.groups, self.layer.groups)
-        for x in tensors:
-            x = x.detach()
-            if leaves and self.layer.equal_weights:  # what its images are, the layer alone knows
-                self._now.append(_Call(1, 0, x.new_zeros(self.layer.channels), None))
-                continue
-            of, rows = None, len(x)
-            if leaves:
+        layer = self.layer
+        # rows that are normalised apart (MODEL.*.NORM_IMAGES)
+        groups = max(1, len(getattr(layer.layer, "_groups", None) or ()))
+        for x in map(Tensor.detach, tensors):
+            moments: Sequence[Tensor] = ()
+            if layer.equal_weights or not x.numel():  # what its images are, the layer alone knows
+                means = x.new_zeros(0, layer.channels)
+            elif layer.from_buffers:
                 means = image_means(x)
-            else:  # the moments of every image in one pass
-                means, m2 = _each_image(x)
-                count = means.new_full((rows,), float(x[0, 0].numel() if x.numel() else 0))
-                _, *of = merge_moments(count, means, m2)
-            images = rows if x.numel() else 0
-            self._now.append(_Call(x.numel() // self.layer.channels, images, variance(means), of))
+            else:  # a channel of an image is a pool: the moments of all in one pass
+                each = local_moments(x.reshape(1, -1, *x.shape[2:]))
+                means, m2 = each.mean.view(len(x), -1), each.m2.view(len(x), -1)
+                moments = merge_moments(each.count.expand(len(x)), means, m2)
+            images = torch.tensor([len(means), len(means) / groups], dtype=torch.float64)
+            self._now.append([images, variance(means), *moments])
 
-    def left(self, mean: Tensor, var: Tensor) -> None:
-        """Take in the statistics (C,) that the layer's last call has left."""
-        call = self._now[-1]
-        # back from the unbiased variance; a single value never gets past torch's forward
-        call.of = mean, var * (1 if self.layer.equal_weights else call.count - 1)
+    def left(self, moments: Moments) -> None:
+        """Take in the moments (one row) that the layer's last call has left."""
+        self._now[-1] += moments
 
     def end_of_forward(self) -> None:
         """Close a forward of the model: the next call is its first use again."""
@@ -225,39 +194,35 @@ class Record:
             self._now = []
 
     def state(self) -> tuple[int, list[Tensor]]:
-        """Return all of it for other ranks, on the CPU: (K, U) and (K, U, C) of K forwards."""
-        if not self._seen:
-            return self.groups, []
+        """Return all of it for other ranks, on the CPU: K forwards, and (K, U, ·) of their uses."""
+        forwards = len(self._seen)
+        whole = [call for calls in self._seen for call in calls if len(call) == 5]
+        if not whole:
+            return forwards, []
+        empty = [torch.zeros_like(value) for value in whole[0]]
         uses = max(map(len, self._seen))
-        nothing = torch.zeros_like(self._seen[0][0].within)
-        empty = _Call(0, 0, nothing, (nothing, nothing))
-        calls = [call for of in self._seen for call in [*of, *[empty] * (uses - len(of))]]
-        numbers = torch.tensor([(c.count, c.images) for c in calls], dtype=torch.float64)
-        each = [(*(c.of or empty.of), c.within) for c in calls]  # type: ignore[misc]
-        tensors = [torch.stack(values).cpu() for values in zip(*each, strict=True)]
-        shape = (len(self._seen), uses, -1)
-        return self.groups, [*numbers.view(shape).unbind(2), *(t.view(shape) for t in tensors)]
+        uses += -uses % self.layer.rows
+        padded = [[*calls, *[empty] * (uses - len(calls))] for calls in self._seen]
+        each = [call if len(call) == 5 else empty for calls in padded for call in calls]
+        values = (torch.stack(v).cpu().double() for v in zip(*each, strict=True))
+        return forwards, [v.view(forwards, uses, -1) for v in values]
 
     def merge(self, states: Sequence[tuple[int, list[Tensor]]]) -> Record:
         """Sum up the states of all ranks, the same on each."""
-        self.groups = max(groups for groups, _ in states)
+        self.forwards = sum(forwards for forwards, _ in states)
         known = [tensors for _, tensors in states if tensors]
-        self.forwards = sum(len(tensors[0]) for tensors in known)
         if not known:
             return self
-        uses = max(tensors[0].shape[1] for tensors in known)
-
-        def whole(x: Tensor) -> Tensor:  # zeros for uses that a rank did not have
-            return torch.cat([x, x.new_zeros(len(x), uses - x.shape[1], *x.shape[2:])], 1).double()
-
-        count, images, mean, m2, within = (
-            torch.cat([whole(x) for x in of_ranks]) for of_ranks in zip(*known, strict=True)
-        )
-        bad = ~(mean.isfinite() & m2.isfinite()) & (count > 0)[..., None]
+        most = max(tensors[0].shape[1] for tensors in known)
+        values = [  # zeros for uses that a rank did not have
+            torch.cat([nn.functional.pad(x, (0, 0, 0, most - x.shape[1])) for x in of_ranks])
+            for of_ranks in zip(*known, strict=True)
+        ]
+        bad = ~(values[3].isfinite() & values[4].isfinite()) & (values[2] > 0)
         self.not_finite = bad.any(1).sum(0).double()
-        broken = bad.any(2)
-        count, images = count.masked_fill(broken, 0), images.masked_fill(broken, 0)
-        mean, m2, within = (v.masked_fill(broken[..., None], 0) for v in (mean, m2, within))
+        broken = bad.any(2, keepdim=True)
+        images, within, count, mean, m2 = (value.masked_fill(broken, 0) for value in values)
+        count, images, together = count[..., 0], images[..., 0], images[..., 1:]
         if self.layer.mean_square:
             mean, m2 = torch.zeros_like(mean), m2 + count[..., None] * mean.square()
         seen, nothing = (count > 0).double(), torch.zeros_like(mean)
@@ -272,7 +237,7 @@ class Record:
             "apart_mean": (seen, mean - pooled.mean[:, None], nothing),
             "apart_var": (seen, apart, nothing),
             "within": ((images - 1).clamp(min=0), within, nothing),
-            "images": (seen, images[..., None], nothing[..., :1]),
+            "images": (seen, together, nothing[..., :1]),
         }
         self.sums = {name: merge_moments(*block) for name, block in blocks.items()}
         return self
@@ -289,20 +254,3 @@ class Record:
     def scatter(self, name: str) -> Tensor:
         """Return the variance over forwards of what is summed up under a name, (U, C)."""
         return self.sums[name].variance(unbiased=True)
-
-
-def variance(means: Tensor) -> Tensor:
-    """Return the unbiased variance (C,) of (N, C), 0 for fewer than two; quicker than torch.var."""
-    if len(means) < 2:
-        return means.new_zeros(means.shape[1])
-    return (means - means.mean(0)).square_().sum(0) / (len(means) - 1)
-
-
-def _each_image(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and M2 (N, C) over the positions of each image."""
-    if not x.numel():
-        nothing = torch.zeros(x.shape[:2], dtype=statistics_dtype(x.dtype), device=x.device)
-        return nothing, nothing
-    flat = x.flatten(2) if x.dim() > 2 else x[..., None]
-    var, mean = torch.var_mean(flat.to(statistics_dtype(x.dtype)), 2, correction=0)
-    return mean, var * flat.shape[2]

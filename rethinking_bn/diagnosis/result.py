@@ -6,7 +6,7 @@ import json
 import math
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ SEVERITIES = ("ok", "note", "warning", "severe")
 _DISTANCE = (0.05, 0.15, 0.5)
 # from which effect on a finding is a note, a warning, severe; docs/diagnosis.md says of what
 LIMITS: dict[str, tuple[float, float, float]] = {
-    "non-finite": (0.0, 0.0, 0.0),
-    "impossible-variance": (0.0, 0.0, 0.0),
+    "non-finite": (1, 1, 1),  # channels
+    "impossible-variance": (1, 1, 1),
     "identity-statistics": _DISTANCE,
     "repeated-use": (0.05, 0.15, 0.4),
     "stale-statistics": _DISTANCE,
@@ -66,16 +66,14 @@ class Finding:
         effect = self.kind == "output-effect"
         return -SEVERITIES.index(self.severity), effect, -size, KINDS.index(self.kind)
 
-    @property
-    def cause(self) -> tuple[str, str]:
-        """What findings of several layers are printed together by."""
-        return self.kind, self.evidence.get("cause", "")
-
 
 def make(
-    kind: str, layer: str, severity: str, what: str, effect: float, **evidence: Any
-) -> Finding:
-    """Return a finding; its remedy comes last, when all is known."""
+    kind: str, layer: str, effect: float, what: str, fine: str = "", *,
+    severity: str | None = None, **evidence: Any,
+) -> Finding:  # fmt: skip
+    """Return a finding, its severity by ``LIMITS`` unless given; of "ok" ones ``fine`` is said."""
+    severity = severity_of(effect, LIMITS[kind]) if severity is None else severity
+    what = fine if fine and severity == "ok" else what
     return Finding(kind, layer, severity, evidence, "", what, float(effect))
 
 
@@ -84,11 +82,6 @@ def severity_of(effect: float, limits: tuple[float, float, float]) -> str:
     if math.isnan(effect):
         return "severe"
     return SEVERITIES[sum(effect >= limit for limit in limits)]
-
-
-def worse(one: str, other: str) -> bool:
-    """Return whether one severity is worse than another."""
-    return SEVERITIES.index(one) > SEVERITIES.index(other)
 
 
 @dataclass(frozen=True)
@@ -135,12 +128,10 @@ class Diagnosis:
 
     def as_text(self, verbose: bool = False) -> str:
         """Return a line for each cause, or all findings layer by layer."""
-        counts = ", ".join(
-            f"{self.count(s)} {s}{'s' if s in ('warning', 'note') and self.count(s) != 1 else ''}"
-            for s in reversed(SEVERITIES[1:])
-        )
+        severe, warning, note = (self.count(s) for s in reversed(SEVERITIES[1:]))
         lines = [
-            f"diagnosis of {len(self.layers)} BN-like layers on {self.batches} batches: {counts}"
+            f"diagnosis of {len(self.layers)} BN-like layers on {self.batches} batches: {severe} "
+            f"severe, {warning} warning{'s' * (warning != 1)}, {note} note{'s' * (note != 1)}"
         ]
         if self.batches < _FEW:
             lines.append(f'(few batches: what is "ok" may only be uncertain; take {_FEW} or more)')
@@ -158,7 +149,8 @@ class Diagnosis:
     def _by_cause(self, loud: list[Finding]) -> Iterator[str]:
         groups: dict[tuple[str, str], list[Finding]] = {}
         for finding in loud:
-            groups.setdefault(finding.cause, []).append(finding)
+            cause = finding.kind, finding.evidence.get("cause", "")
+            groups.setdefault(cause, []).append(finding)
         told = {f.layer for f in loud if f.kind != "output-effect"}
         for (kind, _), group in groups.items():
             if kind == "output-effect":  # of a single layer, its other findings tell
@@ -185,17 +177,8 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values; numbers that are not finite become strings."""
-        names = ("kind", "layer", "severity", "what", "remedy")
-        return {
-            **{name: getattr(self, name) for name in ("batches", "world")},
-            "seconds": round(self.seconds, 3),
-            **{name: list(getattr(self, name)) for name in ("layers", "unreached", "left")},
-            "findings": [
-                {name: getattr(f, name) for name in names}
-                | {"evidence": {key: _plain(value) for key, value in f.evidence.items()}}
-                for f in self.findings
-            ],
-        }
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain | {"seconds": round(self.seconds, 3)}
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the diagnosis as JSON text; with a path, write it there too."""
@@ -257,13 +240,12 @@ class Diagnosis:
         replace(path, lambda aside: figure.savefig(aside, dpi=110, format=kind))
 
 
-_STORED = ("stale-statistics", "identity-statistics", "mixed-modes", "domain-shift")
-_WITHIN = (("small-batch", "noise"), ("dependent-samples", "excess"), ("repeated-use", "apart"))
 # title, severe from, (kind, number in its evidence)
 _PANELS: tuple[tuple[str, float, list[tuple[str, str]]], ...] = (
     ("stored statistics, standard deviations from the data's", 0.5,
-     [(kind, "distance") for kind in _STORED]),
-    ("within a batch, standard deviations", 0.4, list(_WITHIN)),
+     [(kind, "distance") for kind, limits in LIMITS.items() if limits == _DISTANCE]),
+    ("within a batch, standard deviations", 0.4,
+     [("small-batch", "noise"), ("dependent-samples", "excess"), ("repeated-use", "apart")]),
     ("change of the output by one layer", 0.3,
      [("output-effect", key) for key in ("stored_to_exact", "exact_to_batch")]),
 )  # fmt: skip
@@ -271,4 +253,8 @@ _LOUD = {"warning": "darkorange", "severe": "crimson"}
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

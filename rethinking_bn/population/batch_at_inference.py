@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rethinking_bn.layers.bn_like import BatchNormLike, find_bn_like
 from rethinking_bn.numerics.normalize import normalize
-from rethinking_bn.population.model_state import ModelState
+from rethinking_bn.population.model_state import ModelState, changed
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +23,12 @@ def batch_statistics(model: nn.Module) -> Iterator[tuple[str, ...]]:
     """Let the BN-like layers of a model in eval mode normalise by the batch they are given.
 
     Mini-batch statistics at inference (arXiv 2105.07576, section 4, Table 3 and Figure 5) agree
-    with training where population statistics do not. It is always the batch of this rank alone.
-    Layers pool what they pool in training otherwise (a multi-domain layer with shared train
-    statistics its levels; a head that knows its images, one image at a time; MABN takes the mean
-    square of its input). A layer with a forward of its own runs it as in training (a SyncBatchNorm
-    of another project: as without statistics). No statistics change, an empty input gives an empty
-    result, a single value per channel gives the bias::
+    with training where population statistics do not. The batch is that of this rank alone. Layers
+    pool otherwise what they pool in training (a multi-domain layer with shared train statistics its
+    levels; a head that knows its images, one image at a time; MABN takes the mean square of its
+    input). A layer with a forward of its own runs it as in training (a SyncBatchNorm of another
+    project: as without statistics). No statistics change, an empty input gives an empty result, a
+    single value per channel gives the bias::
 
         with batch_statistics(model.eval()) as frozen:
             outputs = model(images)
@@ -53,10 +53,8 @@ def batch_statistics(model: nn.Module) -> Iterator[tuple[str, ...]]:
         if layer.module.training:
             raise ValueError(f"{layer.name} is in training mode: call model.eval() first")
         if layer.kind == "ours" and not hasattr(layer.module, "batch_stats_at_inference"):
-            kind = type(layer.module).__name__
-            raise ValueError(
-                f"{layer.name}: {kind} cannot normalise by the mini-batch at inference"
-            )
+            what = f"{layer.name}: {type(layer.module).__name__}"
+            raise ValueError(f"{what} cannot normalise by the mini-batch at inference")
     if unknown:
         logger.warning("batch_statistics leaves alone %s", "; ".join(map(str, unknown)))
     with ExitStack() as stack:
@@ -64,7 +62,7 @@ def batch_statistics(model: nn.Module) -> Iterator[tuple[str, ...]]:
             values: dict[str, Any] = {"batch_stats_at_inference": True}
             if layer.kind != "ours":
                 values = {"forward": _forward_by_batch(layer)}
-            stack.enter_context(_changed(vars(layer.module), values))
+            stack.enter_context(changed(vars(layer.module), values))
         yield (*(layer.name for layer in keeping), *(module.name for module in unknown))
 
 
@@ -73,37 +71,17 @@ def _keeps_to_population(layer: BatchNormLike) -> bool:
     return layer.frozen == "constant" or (layer.frozen == "freeze_batch_norm" and bool(tracks))
 
 
-@contextmanager
-def _changed(dictionary: dict[str, Any], values: dict[str, Any]) -> Iterator[None]:
-    """Change entries of a dictionary for a while."""
-    before = {key: dictionary[key] for key in values if key in dictionary}
-    dictionary.update(values)
-    try:
-        yield
-    finally:
-        dictionary.update(before)
-        for key in values.keys() - before.keys():
-            del dictionary[key]
-
-
 def _forward_by_batch(layer: BatchNormLike) -> Callable[..., Any]:
     if layer.kind == "torch":
         return partial(_normalize, layer.module)
-    run = _without_statistics if layer.pools_ranks else _as_in_training
+    run = _without_buffers if layer.pools_ranks else _as_in_training
     return partial(run, layer.module, layer.module.forward)
 
 
 def _normalize(layer: _BatchNorm, input: Tensor) -> Tensor:
     """Be the forward of a torch layer: torch's own refuses empty inputs and single values."""
-    outputs, _ = normalize(
-        [input],
-        None if layer.weight is None else [layer.weight],
-        None if layer.bias is None else [layer.bias],
-        parts=[0],
-        pools=[0],
-        eps=layer.eps,
-    )
-    return outputs[0]
+    weight, bias = (None if value is None else [value] for value in (layer.weight, layer.bias))
+    return normalize([input], weight, bias, parts=[0], pools=[0], eps=layer.eps)[0][0]
 
 
 def _as_in_training(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kw: Any) -> Any:
@@ -115,9 +93,7 @@ def _as_in_training(layer: nn.Module, forward: Callable[..., Any], *args: Any, *
         state.restore()
 
 
-def _without_statistics(
-    layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+def _without_buffers(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kw: Any) -> Any:
     # by torch's rule such a forward takes its batch where it has no statistics
-    with _changed(layer._buffers, {"running_mean": None, "running_var": None}):
-        return forward(*args, **kwargs)
+    with changed(layer._buffers, {"running_mean": None, "running_var": None}):
+        return forward(*args, **kw)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 import sys
+import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, SupportsIndex, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from rethinking_bn.distributed import (
+    all_gather_object,
     gather_numbers,
     get_rank,
     get_world_size,
@@ -28,16 +34,19 @@ logger = logging.getLogger("rethinking_bn.population")
 
 _GROUND_TRUTH = ("instances", "sem_seg")  # keys of what detectron2's mapper returns
 _SECONDS_BETWEEN_LINES = 10.0
+_TOLD = "every rank knows"  # an attribute of exceptions
+_lock = threading.Lock()
+_in_use: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by which thread
 
+Prepared = TypeVar("Prepared")
 Autocast = Callable[[], AbstractContextManager[Any]]
 Forward = Callable[[Any, Any], Any]  # (model, batch)
 
 
 def is_labelled(batch: Any) -> bool:
     """Return whether a batch has ground truth: False only for detectron2's dicts without any."""
-    if not _are_dicts_of_detectron2(batch):
-        return True
-    return all(any(key in sample for key in _GROUND_TRUTH) for sample in batch)
+    dicts = batch if _are_dicts_of_detectron2(batch) else ()
+    return all(any(key in sample for key in _GROUND_TRUTH) for sample in dicts)
 
 
 def inputs_of(batch: Any) -> Any:
@@ -75,66 +84,134 @@ def call_model(model: nn.Module, batch: Any) -> Any:
             raise
         example = "model(batch[0])" if inputs is batch else "model(*batch)"
         example = "model(**batch)" if isinstance(batch, Mapping) else example
+        what = f"a {type(batch).__name__}"
+        if isinstance(batch, (list, tuple)):
+            what += f" of {', '.join(type(part).__name__ for part in batch[:4])}"
         raise ValueError(
-            f"the model cannot be called with {_in_words(batch)} as the loader gives it "
+            f"the model cannot be called with {what} as the loader gives it "
             f"({type(error).__name__}: {error}): say how by forward=, such as "
             f"forward=lambda model, batch: {example}"
         ) from error
 
 
-def _in_words(batch: Any) -> str:
-    kind = type(batch).__name__
-    if isinstance(batch, (list, tuple)):
-        return f"a {kind} of {', '.join(type(part).__name__ for part in batch[:4])}"
-    return f"a {kind}"
-
-
 def _are_dicts_of_detectron2(batch: Any) -> bool:
-    if not isinstance(batch, (list, tuple)) or not batch:
-        return False
-    return all(isinstance(sample, dict) and "image" in sample for sample in batch)
+    samples = batch if isinstance(batch, (list, tuple)) else ()
+    each = [isinstance(sample, dict) and "image" in sample for sample in samples]
+    return bool(each) and all(each)
 
 
+def check_number(num_batches: Any, batches: Any, least: int = 1) -> None:
+    """Raise a ValueError unless so many batches can be taken from a loader; None: all it has."""
+    if num_batches is None:
+        try:
+            len(batches)
+        except TypeError as error:  # an iterator, or a DataLoader over an iterable data set
+            raise ValueError(
+                f"num_batches is None, but the loader ({type(batches).__name__}) has no length: "
+                "say how many batches to take"
+            ) from error
+    elif (
+        isinstance(num_batches, bool)
+        or not isinstance(num_batches, SupportsIndex)
+        or operator.index(num_batches) < least
+    ):
+        raise ValueError(
+            f"num_batches must be an integer, {least} or more, or None, got {num_batches!r}"
+        )
+
+
+def vote(
+    error: BaseException | None, group: ProcessGroup | None, labels: bool = True, done: bool = False
+) -> tuple[bool, bool]:
+    """Fail on all ranks if one has an error; else return if all have labels, and if one is done.
+
+    What is raised is marked: where it leaves the forward of another run, all ranks know of it.
+    """
+    if error is not None and get_world_size(group) == 1:
+        raise error
+    try:
+        gathered = gather_numbers([error is not None, labels, done], group)
+        if any(failed for failed, _, _ in gathered):
+            raise_together(error, group)
+    except BaseException as raised:
+        error = error or raised
+        vars(error)[_TOLD] = True
+        raise error from error.__cause__
+    return all(known for _, known, _ in gathered), any(ended for _, _, ended in gathered)
+
+
+@contextmanager
+def together(
+    model: nn.Module,
+    prepare: Callable[[], tuple[Prepared, dict[str, Any]]],
+    group: ProcessGroup | None,
+) -> Iterator[Prepared]:
+    """Keep a model for one run, once every rank has prepared for it; else fail on all ranks.
+
+    A run on modules that another run keeps is refused: both set momentum and buffers of the same
+    layers, so that neither's numbers would be right. What ``prepare`` returns besides must be the
+    same on all ranks.
+    """
+    modules, thread = list(model.modules()), threading.get_ident()
+    error: Exception | None = None
+    with ExitStack() as stack:
+        try:
+            with _lock:
+                users = {_in_use.get(module) for module in modules} - {None}
+                if users:
+                    raise RuntimeError(
+                        "another population training or diagnosis of this model is running: one "
+                        "within the other, or in two threads, would mix up the statistics of both"
+                    )
+                _in_use.update(dict.fromkeys(modules, thread))
+            for module in modules:
+                stack.callback(_in_use.pop, module)
+            prepared, plan = prepare()
+        except Exception as raised:
+            if thread in users:  # the run around this one will tell the other ranks
+                raise
+            error = raised
+        vote(error, group)
+        plans = all_gather_object(plan, group)
+        for what in plan:
+            values = [of_rank[what] for of_rank in plans]
+            if any(value != values[0] for value in values):
+                said = [f"rank {r}: {textwrap.shorten(repr(v), 300)}" for r, v in enumerate(values)]
+                raise ValueError(f"ranks disagree about {what}: {'; '.join(said)}")
+        yield prepared
+
+
+@dataclass
 class PopulationRun:
     """The forwards, each begun only when every rank has a batch and none has failed.
 
-    Attributes:
-        done: forwards run on this rank, and on every other.
+    Attributes are as in :func:`rethinking_bn.population.estimate_population_statistics`, and
 
-    Args:
-        model: unwrapped.
         layers: those that normalise by mini-batches, in training mode.
-        num_batches: None: until the first rank's loader ends.
         title: of its log lines.
-        num_batches, group, autocast, forward, seed, progress: as in
-            :func:`rethinking_bn.population.estimate_population_statistics`.
+        done: forwards run on this rank, and on every other.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[nn.Module],
-        num_batches: int | None,
-        group: ProcessGroup | None,
-        autocast: Autocast,
-        forward: Forward,
-        seed: int | None,
-        progress: bool,
-        title: str = "population training",
-    ) -> None:
-        self.model, self.layers, self.num_batches = model, layers, num_batches
-        self.group, self.rank, self.world = group, get_rank(group), get_world_size(group)
-        self.autocast, self.forward, self.seed = autocast, forward, seed
-        self.progress, self.title = progress and self.rank == 0, title
-        self.communicates = any(communicates(module) for module in model.modules())
-        self.done = 0
+    model: nn.Module
+    layers: Sequence[nn.Module]
+    num_batches: int | None
+    group: ProcessGroup | None
+    autocast: Autocast | None
+    forward: Forward
+    seed: int | None
+    progress: bool
+    title: str = "population training"
+    done: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.rank, self.world = get_rank(self.group), get_world_size(self.group)
+        self.communicates = any(communicates(module) for module in self.model.modules())
 
     def __call__(self, batches: Iterable[Any], labelled: bool | None) -> bool:
         """Run every batch and return whether they were taken as labelled."""
         self._start = self._said = time.monotonic()
-        if self.progress:
-            count = "all" if self.num_batches is None else self.num_batches
-            logger.info("%s of %d layers: %s batches per rank", self.title, len(self.layers), count)
+        count = "all" if self.num_batches is None else self.num_batches
+        self._say("of %d layers: %s batches per rank", len(self.layers), count)
         error: BaseException | None = None
         iterator: Iterator[Any] | None = None
         with throwaway_event_storage():
@@ -149,13 +226,15 @@ class PopulationRun:
                         done = self.num_batches is None and isinstance(raised, StopIteration)
                         error = None if done else self._loader_error(raised, index)
                 labels = is_labelled(batch) if labelled is None else labelled
-                labels, done = self._agree(error, labels, done)
+                labels, done = vote(error, self.group, labels, done)
                 if done:
                     break
                 if index == 0:
                     labelled = labels
-                    if not labelled:
-                        self._only_normalise_by_batches()
+                if index == 0 and not labelled:  # train() does more than to set the mode
+                    keep = {m for layer in self.layers for m in layer.modules() if m.training}
+                    for module in self.model.modules():
+                        module.training = module in keep
                 error = self._forward(index, batch)
                 self.done = index + 1
                 self._tell_progress()
@@ -166,61 +245,39 @@ class PopulationRun:
         try:
             if self.seed is not None:
                 announce_iteration(self.model, self.seed, index)
-            with self.autocast():
+            with (self.autocast or nullcontext)():
                 self.forward(self.model, batch)
         except BaseException as raised:
-            if self.world == 1 or self.communicates:
+            if self.world == 1 or self.communicates or _TOLD in vars(raised):
                 raise
             logger.error("rank %d: the forward of batch %d failed: %r", self.rank, index, raised)
             return raised
         return None
 
     def _loader_error(self, raised: BaseException, had: int) -> BaseException:
-        where = f"rank {self.rank}: the loader"
-        number = had if self.num_batches is None else f"{had} of {self.num_batches}"
-        if isinstance(raised, StopIteration):
-            return ValueError(f"{where} ended after {number} batches")
         if not isinstance(raised, Exception):
             return raised
-        what = f"{type(raised).__name__}: {raised}"
-        error = RuntimeError(f"{where} failed after {number} batches: {what}")
+        number = had if self.num_batches is None else f"{had} of {self.num_batches}"
+        text = f"rank {self.rank}: the loader {{}} after {number} batches"
+        if isinstance(raised, StopIteration):
+            return ValueError(text.format("ended"))
+        error = RuntimeError(f"{text.format('failed')}: {type(raised).__name__}: {raised}")
         error.__cause__ = raised
         return error
 
-    def _agree(self, error: BaseException | None, labelled: bool, done: bool) -> tuple[bool, bool]:
-        """Fail together, or return whether all ranks have labels, and whether one is done."""
-        if self.world == 1:
-            if error is not None:
-                raise error
-            return labelled, done
-        try:
-            gathered = gather_numbers([error is not None, labelled, done], self.group)
-        except BaseException:
-            if error is not None:
-                raise error from None
-            raise
-        if any(failed for failed, _, _ in gathered):
-            raise_together(error, self.group)
-        return all(labels for _, labels, _ in gathered), any(done for _, _, done in gathered)
+    def _say(self, text: str, *values: Any) -> None:
+        if self.progress and self.rank == 0:
+            logger.info(f"%s {text}", self.title, *values)
 
     def _tell_progress(self) -> None:
         """Log every few seconds how far the run is and when it will be done."""
         now, total = time.monotonic(), self.num_batches
-        if not self.progress or now - self._said < _SECONDS_BETWEEN_LINES or self.done == total:
+        if now - self._said < _SECONDS_BETWEEN_LINES or self.done == total:
             return
         self._said = now
         each = (now - self._start) / self.done
-        left = (
-            "" if total is None else f", eta {timedelta(seconds=round(each * (total - self.done)))}"
-        )
-        of = "" if total is None else f"/{total}"
-        logger.info("%s: %d%s batches, %.3f s each%s", self.title, self.done, of, each, left)
-
-    def _only_normalise_by_batches(self) -> None:
-        """Set eval mode but for the estimated layers, without calling train(), which does more."""
-        keep = {m for layer in self.layers for m in layer.modules() if m.training}
-        for module in self.model.modules():
-            module.training = module in keep
+        eta = f", eta {timedelta(seconds=round(each * (total - self.done)))}" if total else ""
+        self._say("has done %d of %s batches, %.3f s each%s", self.done, total or "all", each, eta)
 
 
 def throwaway_event_storage() -> AbstractContextManager[Any]:

@@ -21,15 +21,13 @@ def freeze_batch_norm(model: nn.Module, *, affine: bool = False) -> list[str]:
 
     Unlike ``eval()``, it holds through ``train()`` (with which detectron2's evaluation ends), and
     for copies, pickles, traced and scripted modules. It is no part of the state dict: a new model
-    that loads one is not frozen. In place; only the layers' classes change, to subclasses.
-
-    A BatchStatNorm2d normalises by the mini-batch as it does at inference.
+    that loads one is not frozen. In place; only the layers' classes change, to subclasses. A
+    BatchStatNorm2d normalises by the mini-batch as it does at inference.
 
     Args:
-        model: frozen are the BN-like layers that keep statistics
-            (:func:`rethinking_bn.layers.bn_like.find_bn_like`), whatever mode they are in. Those of
-            constant statistics (FrozenBatchNorm2d of any project) need it not. What is not known to
-            be BatchNorm is left alone, and a warning names it.
+        model: its layers that :func:`rethinking_bn.layers.bn_like.find_bn_like` finds, in whatever
+            mode, are frozen where their statistics may move. What is not known to be BatchNorm is
+            left alone, and a warning names it.
         affine: freeze their weight and bias, too (``requires_grad`` False).
 
     Returns:
@@ -40,33 +38,30 @@ def freeze_batch_norm(model: nn.Module, *, affine: bool = False) -> list[str]:
         RuntimeError: for a CycleBatchNorm2d in mid-cycle, likewise.
     """
     found = find_bn_like(model)
-    layers = _can_freeze(found.layers, "freeze()")
-    for layer in layers:
-        freeze_layer(layer.module, affine=affine)
+    frozen = _freeze(found.layers, "freeze()", affine)
     if found.left:
         logger.warning("freeze_batch_norm leaves alone %s", "; ".join(map(str, found.left)))
     elif not found.layers:
         logger.warning("freeze_batch_norm: the model has no BN-like layer that keeps statistics")
-    return [layer.name for layer in layers]
+    return frozen
 
 
-def _can_freeze(layers: Sequence[BatchNormLike], where: str) -> list[BatchNormLike]:
-    """Return those that keep statistics which may move; raise where one is in mid-cycle."""
+def _freeze(layers: Sequence[BatchNormLike], where: str, affine: bool = False) -> list[str]:
+    """Freeze the layers whose statistics may move, but none where one is in mid-cycle."""
     moving = [layer for layer in layers if layer.keeps_statistics and layer.kind != "constant"]
     for layer in moving:
         if isinstance(layer.module, PopulationLayer):
             layer.module.check_can_change_mode(where)
-    return moving
+    for layer in moving:
+        freeze_layer(layer.module, affine=affine)
+    return [layer.name for layer in moving]
 
 
 def unfreeze_batch_norm(model: nn.Module) -> list[str]:
-    """Undo :func:`freeze_batch_norm`.
+    """Undo :func:`freeze_batch_norm`, and return the names of the layers that were frozen.
 
-    The layers are in the mode that was last asked of them (by ``model.train()``, say), and their
-    affines need a gradient where they did before.
-
-    Returns:
-        the names of the layers that were frozen.
+    They are in the mode that was last asked of them (by ``model.train()``, say), and their affines
+    need a gradient where they did before.
     """
     frozen = [(name, layer) for name, layer in model.named_modules() if is_frozen(layer)]
     for _, layer in frozen:
@@ -79,11 +74,10 @@ def train_only(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
     What FixRes needs (Touvron et al., "Fixing the train-test resolution discrepancy", arXiv
     1906.06423: the classifier and the last norm layers, at the resolution of inference), and any
-    other fine-tuning of a part. In place, before the optimizer is built. A module that a pattern
-    names is trained with all that is in it, as far as it was trainable. All others keep their
-    parameters, because they get no gradient, and their population statistics, by which their norms
-    normalise from now on whatever ``train()`` says. A parameter shared with a named module is
-    trained.
+    other fine-tuning of a part. In place, before the optimizer is built. A named module is trained
+    with all that is in it, as far as it was trainable, parameters that it shares included. The
+    others keep their parameters, which get no gradient, and their population statistics, by which
+    their norms normalise from now on whatever ``train()`` says.
 
     Args:
         patterns: of module names as in ``model.named_modules()``; ``*``, ``?`` and ``[...]`` as in
@@ -116,14 +110,12 @@ def train_only(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     if unknown:
         logger.warning("train_only leaves alone %s", "; ".join(unknown))
     others = [layer for layer in found.layers if layer.module not in trained]
-    layers = _can_freeze(others, "train_only()")
-    for layer in layers:
-        freeze_layer(layer.module)
+    frozen = _freeze(others, "train_only()")
     for _, parameter in parameters:
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
     logger.info(
         "Training only %d of %d parameters (%s); %d norm layers stay on population statistics.",
-        *(len(names), len(parameters), ", ".join(patterns), len(layers)),
+        *(len(names), len(parameters), ", ".join(patterns), len(frozen)),
     )
     return names

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
-
-_lock = threading.Lock()
-_in_use: WeakSet[nn.Module] = WeakSet()
+from torch import nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside data-parallel wrappers and torch.compile's."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:  # torch.compile's wrapper
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        else:
-            return model
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return unwrap(model.module)
+    if "_orig_mod" in model._modules:  # torch.compile's wrapper
+        return unwrap(model._modules["_orig_mod"])  # type: ignore[arg-type]
+    return model
 
 
 @contextmanager
@@ -37,27 +30,16 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(model: nn.Module) -> Iterator[None]:
-    """Refuse a second estimate or diagnosis of a model while one runs, nested or in a thread.
-
-    Both set momentum and buffers of the same layers, so that neither's numbers would be right.
-
-    Raises:
-        RuntimeError: when a module of the model is in use; nothing has changed then.
-    """
-    modules = set(model.modules())
-    with _lock:
-        if any(module in _in_use for module in modules):
-            raise RuntimeError(
-                "another population training or diagnosis of this model is running: one within "
-                "the other, or in two threads, would mix up the statistics of both"
-            )
-        _in_use.update(modules)
+def changed(dictionary: dict[str, Any], values: dict[str, Any]) -> Iterator[None]:
+    """Change entries of a dictionary for a while."""
+    before = {key: dictionary[key] for key in values if key in dictionary}
+    dictionary.update(values)
     try:
         yield
     finally:
-        with _lock:
-            _in_use.difference_update(modules)
+        dictionary.update(before)
+        for key in values.keys() - before.keys():
+            del dictionary[key]
 
 
 class ModelState:
@@ -74,17 +56,12 @@ class ModelState:
         self._modes = [(module, module.training) for module in modules]
         self._attributes = [(vars(module), dict(vars(module))) for module in modules]
         # In-place changes of these containers are register_buffer's and its kin.
-        self._registries = [
-            (registry, registry.copy())
-            for module in modules
-            for name in ("_buffers", "_non_persistent_buffers_set")
-            if isinstance(registry := vars(module).get(name), (dict, set))
-        ]
+        names = ("_buffers", "_non_persistent_buffers_set")
+        registries = [vars(module).get(name) for module in modules for name in names]
+        self._registries = [(r, r.copy()) for r in registries if r is not None]
         # there are constant layers whose statistics are parameters
         statistics = [p for name, p in model.named_parameters() if "running_" in name]
-        self._values: list[tuple[Tensor, Tensor]] = [
-            (tensor, tensor.detach().clone()) for tensor in [*model.buffers(), *statistics]
-        ]
+        self._values = [(t, t.detach().clone()) for t in [*model.buffers(), *statistics]]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -107,9 +84,7 @@ def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
 
 def _replace(container: Any, before: Any) -> None:
     """Make the content of a dictionary or set what it was, without a moment of emptiness."""
+    remove = container.discard if isinstance(container, set) else container.pop
     for key in [key for key in container if key not in before]:
-        if isinstance(container, set):
-            container.discard(key)
-        else:
-            container.pop(key)
+        remove(key)
     container.update(before)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -18,105 +18,81 @@ from rethinking_bn.layers.bn_like import (
     communicates,
     find_bn_like,
 )
-from rethinking_bn.numerics.moments import Moments, local_moments, merge_moments
+from rethinking_bn.numerics.moments import Moments, is_plain, merge_moments, moments_of
+from rethinking_bn.population.model_state import changed
+
+Tell = Callable[[Moments], None]
 
 _BLOCK = 32  # forwards between two merges in float64
-
-
-class MomentsAccumulator:
-    """The pooled moments of D domains and C channels, in float64."""
-
-    def __init__(self, domains: int, channels: int, device: torch.device) -> None:
-        # the one common device without float64
-        self.device = torch.device("cpu") if device.type == "mps" else device
-        zeros = torch.zeros(domains, channels, dtype=torch.float64, device=self.device)
-        self._total = Moments(zeros.new_zeros(domains), zeros, zeros.clone())
-        self._waiting: list[Moments] = []
-
-    def add(self, moments: Moments) -> None:
-        """Take in one forward's moments (D rows); they are merged some forwards later."""
-        self._waiting.append(moments)
-        if len(self._waiting) == _BLOCK:
-            self._flush()
-
-    def merge(self, block: Moments) -> None:
-        """Pool K forwards at once: count (K, D), mean and m2 (K, D, C)."""
-        count, mean, m2 = (
-            torch.cat([total[None], new.to(self.device, torch.float64)])
-            for total, new in zip(self._total, block, strict=True)
-        )
-        self._total = merge_moments(count, mean, m2)
-
-    def _flush(self) -> None:
-        if self._waiting:
-            waiting, self._waiting = self._waiting, []
-            self.merge(Moments(*(torch.stack(rows) for rows in zip(*waiting, strict=True))))
-
-    def total(self) -> Moments:
-        """Return the moments of everything taken in so far, float64."""
-        self._flush()
-        return self._total
+_STATISTICS = ("running_mean", "running_var")
 
 
 class ObservedLayer:
-    """A BN-like layer under population training: here, one of the package's own.
+    """A BN-like layer whose moments are read: here, one of the package's own.
 
     Attributes:
         module: the layer itself.
         old: the statistics at construction, see :meth:`BatchNormLike.read`.
-        moments: of what it saw while :meth:`observing`.
     """
 
     def __init__(self, layer: BatchNormLike) -> None:
-        self.layer, self.module = layer, layer.module
-        self.old = layer.read()
-        rows, channels = self.old[0].shape
+        self.layer, self.module, self.old = layer, layer.module, layer.read()
         device = next(chain(self.module.buffers(), self.module.parameters())).device
-        self.moments = MomentsAccumulator(rows, channels, device)
+        # the one common device without float64
+        self.device = torch.device("cpu") if device.type == "mps" else device
+        zeros = torch.zeros_like(self.old[0], device=self.device)
+        self._total = Moments(zeros.new_zeros(len(zeros)), zeros, zeros.clone())
+        self._waiting: list[Moments] = []
 
-    def observing(self) -> Any:
-        """Return a context in which forwards in training mode add to ``moments``."""
-        return self.module.observing(self.moments.add)
+    def observing(self, tell: Tell | None = None) -> AbstractContextManager[None]:
+        """Return a context in which forwards in training mode tell their moments (D rows).
+
+        They are pooled for ``total``, unless ``tell`` takes them.
+        """
+        return self.module.observing(tell or self._add)  # type: ignore[no-any-return]
+
+    def _add(self, moments: Moments) -> None:
+        self._waiting.append(moments)
+        if len(self._waiting) == _BLOCK:
+            self.total()
+
+    def total(self) -> Moments:
+        """Return the pooled moments of all that was seen, float64."""
+        if self._waiting:
+            rows = zip(self._total, *self._waiting, strict=True)
+            self._waiting = []
+            count, mean, m2 = (
+                torch.cat([total[None], torch.stack(new).to(self.device, torch.float64)])
+                for total, *new in rows
+            )
+            self._total = merge_moments(count, mean, m2)
+        return self._total
 
 
-class _Hooked(ObservedLayer):
-    """A layer that is observed by hooks around its forward."""
+class _InputLayer(ObservedLayer):
+    """nn.SyncBatchNorm, or half-precision buffers: the input's moments are computed once more.
 
-    _momentum = 1.0  # with which a forward leaves the statistics of its batch
+    What such a layer leaves in its buffers is pooled over ranks, or rounded.
+    """
 
     @contextmanager
-    def observing(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for handle in (
-                self.module.register_forward_pre_hook(self._before, with_kwargs=True),
-                self.module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-            ):
-                stack.callback(handle.remove)
+    def observing(self, tell: Tell | None = None) -> Iterator[None]:
+        self._tell = tell or self._add
+        with (
+            self.module.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ):
             yield
 
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        raise NotImplementedError
+    def _before(self, module: Any, args: Any, kwargs: Any) -> None:
+        if module.training:
+            self._tell(_moments(args, kwargs))
 
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Do nothing, unless a subclass does."""
 
-    @contextmanager
-    def _moving_at_once(self) -> Iterator[None]:
-        """Let a forward leave the statistics of its batch in the buffers."""
-        module, names = self.module, ("momentum", "track_running_stats")
-        before = {name: vars(module)[name] for name in names if name in vars(module)}
-        own = dict(module._buffers)
-        try:
-            for name in before:
-                setattr(module, name, self._momentum if name == "momentum" else True)
-            yield
-        finally:
-            module._buffers.update(own)
-            for name, value in before.items():
-                setattr(module, name, value)
 
-
-class TorchLayer(_Hooked):
+class TorchLayer(_InputLayer):
     """An nn.BatchNorm*d, read through the buffers it writes: no second pass over its input.
 
     With momentum 1 its forward leaves the batch's mean and unbiased variance in the running
@@ -124,59 +100,51 @@ class TorchLayer(_Hooked):
     touched and a NaN in them does not spread.
     """
 
+    _momentum = 1.0  # with which a forward leaves the statistics of its batch
+
     @contextmanager
-    def observing(self) -> Iterator[None]:
-        self._own = dict(self.module._buffers)
-        with self._moving_at_once(), super().observing():
+    def observing(self, tell: Tell | None = None) -> Iterator[None]:
+        attributes, buffers = vars(self.module), self.module._buffers
+        self._own = dict(buffers)
+        self._start = self._starts(*(buffers[name] for name in _STATISTICS))
+        moving = {"momentum": self._momentum, "track_running_stats": True}
+        moving = {name: value for name, value in moving.items() if name in attributes}
+        with changed(attributes, moving), changed(buffers, self._own), super().observing(tell):
             yield
 
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module.training:
-            scratch = torch.zeros_like(self._own["running_mean"]).repeat(2, 1)
-            module._buffers["running_mean"], module._buffers["running_var"] = scratch
+    def _starts(self, mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
+        """Return what a forward finds in the place of the running statistics."""
+        return torch.zeros_like(mean), torch.zeros_like(var)
 
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        left: dict[str, Any] = dict(module._buffers)
+    def _before(self, module: Any, args: Any, kwargs: Any) -> None:
+        if module.training:
+            for name, start in zip(_STATISTICS, self._start, strict=True):
+                module._buffers[name] = start.clone()
+
+    def _after(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        mean, var = (module._buffers[name] for name in _STATISTICS)
         module._buffers.update(self._own)
         if module.training and output is not None:  # None: the forward failed
-            x, device = _input(args, kwargs), self.moments.device
-            mean, var = (
-                left[name].to(device, torch.float64) for name in ("running_mean", "running_var")
-            )
-            # back from the unbiased variance; a count of 1 never gets past the layer's forward, and
-            # of a count of 0 merging ignores the mean and variance, whatever they are
-            count = x.numel() // x.shape[1]
-            self.moments.add(_rows(Moments(mean.new_tensor(count), mean, var * (count - 1))))
+            self._tell(self._left(input_of(args, kwargs), mean[None], var[None]))
+
+    def _left(self, x: Tensor, mean: Tensor, var: Tensor) -> Moments:
+        """Return the moments of an input by the statistics (1, C) that its forward left."""
+        # back from the unbiased variance; a count of 1 never gets past the layer's forward, and of
+        # a count of 0 merging ignores the mean and variance, whatever they are
+        count = x.numel() // x.shape[1]
+        mean, var = (value.to(self.device, torch.float64) for value in (mean, var))
+        return Moments(mean.new_tensor([count]), mean, var * (count - 1))
 
 
-class _InputLayer(_Hooked):
-    """nn.SyncBatchNorm, or half-precision buffers: the input's moments are computed once more.
-
-    What such a layer leaves in its buffers is pooled over ranks, or rounded.
-    """
-
-    @contextmanager
-    def observing(self) -> Iterator[None]:
-        with self._moving_at_once(), super().observing():
-            for name, buffer in self.module._buffers.items():
-                self.module._buffers[name] = None if buffer is None else buffer.clone()
-            yield
-
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module.training:
-            self.moments.add(_rows(local_moments(_input(args, kwargs))))
-
-
-class OwnForwardLayer(_Hooked):
+class OwnForwardLayer(TorchLayer):
     """A layer that trains by a forward of its own (masked, split, ghost, norm and activation).
 
-    Only the layer knows which values its statistics are of. With momentum 1 it leaves those of its
-    batch in its buffers; as in fvcore's PreciseBN, every batch counts alike, and the variance
-    includes the spread of the batches' means. Each forward starts from the statistics that the
-    layer had; one that leaves these as they are has seen nothing. A layer that has another momentum
-    than its attribute says (a constant, or TensorFlow's 1 - momentum) keeps a share of them, which
-    a trial on a copy tells. In ``moments``, count is the number of calls that left something,
-    m2 / count the variance.
+    Only the layer knows which values its statistics are of, so batches count alike, as in fvcore's
+    PreciseBN: in the moments, count is the number of calls that left something, and m2 / count the
+    variance, the spread of the batches' means included. Each forward starts from the statistics
+    that the layer had; one that leaves these as they are has seen nothing. A layer that has another
+    momentum than its attribute says (a constant, or TensorFlow's 1 - momentum) keeps a share of
+    them, which a trial on a copy tells.
     """
 
     def __init__(self, layer: BatchNormLike) -> None:
@@ -186,35 +154,18 @@ class OwnForwardLayer(_Hooked):
         share = shares[self._momentum]
         self._share = share if share < 1 else 0.0  # it moves nothing at all
 
-    @contextmanager
-    def observing(self) -> Iterator[None]:
-        with self._moving_at_once(), super().observing():
-            buffers = self.module._buffers
-            for name, buffer in buffers.items():
-                buffers[name] = None if buffer is None else buffer.clone()
-            start = (buffers["running_mean"], buffers["running_var"])
-            # not a number times 0 is no number
-            self._start = [
-                torch.where(value.isfinite(), value, neutral)
-                for value, neutral in zip(start, (0.0, 1.0), strict=True)
-            ]
-            yield
+    def _starts(self, mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
+        # not a number times 0 is no number
+        return torch.where(mean.isfinite(), mean, 0.0), torch.where(var.isfinite(), var, 1.0)
 
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        for name, value in zip(("running_mean", "running_var"), self._start, strict=True):
-            module._buffers[name] = value.clone()
-
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not module.training or output is None:
-            return
-        mean, var = (module.get_buffer(name) for name in ("running_mean", "running_var"))
+    def _left(self, x: Tensor, mean: Tensor, var: Tensor) -> Moments:
         moved = (mean != self._start[0]).any() | (var != self._start[1]).any()
         if self._share:
             mean, var = (
                 (left.double() - self._share * start.double()) / (1 - self._share)
                 for left, start in zip((mean, var), self._start, strict=True)
             )
-        self.moments.add(_rows(Moments(moved.to(mean.dtype), mean, var)))
+        return Moments(moved.to(mean.dtype)[None], mean, var)
 
 
 @torch.no_grad()
@@ -237,7 +188,7 @@ def _kept_share(module: nn.Module, momentum: float) -> float:
     return 0.0
 
 
-class ThawedLayer(_Hooked):
+class ThawedLayer(_InputLayer):
     """A BatchNorm of constant statistics (FrozenBatchNorm2d), which are estimated all the same.
 
     Meanwhile its forward finds the statistics of its batch in its buffers, so that it normalises as
@@ -257,33 +208,31 @@ class ThawedLayer(_Hooked):
             )
 
     @contextmanager
-    def observing(self) -> Iterator[None]:
-        module = self.module
-        self._own = [module.running_mean.clone(), module.running_var.clone()]
-        try:
-            with super().observing():
-                yield
-        finally:
-            self._after(module, None, None, None)
+    def observing(self, tell: Tell | None = None) -> Iterator[None]:
+        self._own = [getattr(self.module, name).clone() for name in _STATISTICS]
+        with super().observing(tell):
+            yield
 
     def _before(self, module: Any, args: Any, kwargs: Any) -> None:
-        local = _rows(local_moments(_input(args, kwargs)))
-        self.moments.add(local)
+        local = _moments(args, kwargs)
+        self._tell(local)
+        # in place, for they may be parameters
         module.running_mean.copy_(local.mean[0])
         module.running_var.copy_(local.variance()[0])
 
     def _after(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        # in place: they may be parameters
         module.running_mean.copy_(self._own[0])
         module.running_var.copy_(self._own[1])
 
 
-def _input(args: Any, kwargs: Any) -> Tensor:
+def input_of(args: Any, kwargs: Any) -> Any:
+    """Return what a layer is called with."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _rows(one: Moments) -> Moments:
-    return Moments(*(value[None] for value in one))
+def _moments(args: Any, kwargs: Any) -> Moments:
+    x = input_of(args, kwargs)
+    return moments_of([x], is_plain(x))
 
 
 def observe(layer: BatchNormLike) -> ObservedLayer:
@@ -293,18 +242,13 @@ def observe(layer: BatchNormLike) -> ObservedLayer:
         ValueError: for a constant layer whose statistics are folded into its affine.
     """
     kinds = {"ours": ObservedLayer, "constant": ThawedLayer, "own": OwnForwardLayer}
-    return kinds.get(layer.kind, TorchLayer if leaves_moments(layer) else _InputLayer)(layer)
-
-
-def leaves_moments(layer: BatchNormLike) -> bool:
-    """Return whether a training forward can leave its input's exact moments in the buffers."""
-    if layer.kind != "torch" or not layer.keeps_statistics:
-        return False
+    if layer.kind in kinds:
+        return kinds[layer.kind](layer)
     exact = layer.module.running_mean.dtype.itemsize >= 4
-    return exact and type(layer.module).forward is _BatchNorm.forward
+    plain = type(layer.module).forward is _BatchNorm.forward
+    return TorchLayer(layer) if exact and plain else _InputLayer(layer)
 
 
 def layers_to_estimate(model: nn.Module) -> list[BatchNormLike]:
     """Return the BN-like layers whose statistics population training estimates: not the frozen."""
-    found, _ = find_bn_like(model)
-    return [layer for layer in found if layer.keeps_statistics and not layer.frozen]
+    return [la for la in find_bn_like(model).layers if la.keeps_statistics and not la.frozen]

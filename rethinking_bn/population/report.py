@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # one name for all of population training
@@ -18,7 +18,7 @@ class LayerReport:
         name: of the layer in the model.
         domain: "" when the layer has one set for all, else the domain, such as "3".
         samples: values per channel that were seen on all ranks together (batches, of a layer in
-            ``from_buffers``). With 0 the statistics were kept, so the next three are 0, 0 and 1.
+            ``from_buffers``). With 0 the statistics were kept; the numbers are 0, 0 and 1 then.
         drift_mean, drift_max: |old mean - new mean| in units of the new standard deviation
             √(var + eps), averaged over the channels and at its largest (by a mean square alone:
             |√old - √new|). Infinite for statistics that were not finite.
@@ -44,8 +44,7 @@ class PopulationReport:
 
     Attributes:
         layers: one entry per layer and domain, in the model's order.
-        frozen: names of BN-like layers that were in eval mode, frozen, or of constant statistics,
-            hence left alone.
+        frozen: names of the BN-like layers that were left alone: in eval mode, frozen or constant.
         num_batches: forwards on each rank.
         world_size: ranks W.
         labelled: whether the model ran on labelled data, as in training.
@@ -82,48 +81,43 @@ class PopulationReport:
 
     def summary(self) -> str:
         """Return one line."""
-        done = sum(1 for layer in self.layers if layer.samples)
+        done = len(self.layers) - len(self.unreached)
+        kind = "labelled" if self.labelled else "unlabelled"
         return (
-            f"population statistics: {done} sets from {self.num_batches} "
-            f"{'labelled' if self.labelled else 'unlabelled'} batches on each of "
+            f"population statistics: {done} sets from {self.num_batches} {kind} batches on each of "
             f"{self.world_size} rank(s) in {self.seconds:.1f} s; old means were off by "
             f"{self.drift_mean:.3g} standard deviations on average, {self.drift:.3g} at most"
         )
 
     def __str__(self) -> str:
-        """Return the summary and a table, one row per layer and domain."""
-        head = ("layer", "domain", "samples", "drift mean", "drift max", "old/new var")
-        rows = [
-            (
-                *(layer.name, layer.domain or "-", str(layer.samples)),
-                *(f"{v:.3g}" for v in (layer.drift_mean, layer.drift_max, layer.variance_ratio)),
-            )
-            for layer in self.layers
-        ]
+        """Return the summary and a table, a line per layer and domain."""
+        wide = max([5, *(len(layer.name) for layer in self.layers)])
         lines = [self.summary()]
-        if rows:
-            widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-            for name, *numbers in (head, *rows):
-                cells = [number.rjust(w) for number, w in zip(numbers, widths[1:], strict=True)]
-                lines.append("  ".join([name.ljust(widths[0]), *cells]))
-        lines += [f"{title}: {', '.join(names)}" for _, title, names in self._remarks() if names]
-        return "\n".join(lines)
+        if self.layers:
+            head = ("domain", "samples", "drift mean", "drift max", "old/new var")
+            lines.append("  ".join([f"{'layer':{wide}}", *(f"{title:>11}" for title in head)]))
+        for layer in self.layers:
+            drifts = f"{layer.drift_mean:11.3g}  {layer.drift_max:11.3g}"
+            seen = f"{layer.domain or '-':>11}  {layer.samples:11}"
+            lines.append(f"{layer.name:{wide}}  {seen}  {drifts}  {layer.variance_ratio:11.3g}")
+        return "\n".join([*lines, *(text for _, text in self._remarks())])
 
-    def _remarks(self) -> tuple[tuple[int, str, tuple[str, ...]], ...]:
+    def _remarks(self) -> Iterator[tuple[int, str]]:
+        """Yield a level of logging and a line for each kind of layers that need one."""
         own = "a forward of their own, so from their buffers, batch after batch"
-        return (
+        for level, title, names in (
             (logging.WARNING, "not known to be BatchNorm, left alone", self.left),
             (logging.INFO, own, self.from_buffers),
             (logging.INFO, "frozen, left alone", self.frozen),
             (logging.WARNING, "no value seen or left in the buffers, kept", self.unreached),
-        )
+        ):
+            if names:
+                yield level, f"{title}: {', '.join(names)}"
 
     def log(self) -> None:
-        """Log the summary, and a line for each kind of layers that need one."""
-        logger.info(self.summary())
-        for level, title, names in self._remarks():
-            if names:
-                logger.log(level, "%s: %s", title, ", ".join(names))
+        """Log the summary and what is to be remarked."""
+        for level, text in ((logging.INFO, self.summary()), *self._remarks()):
+            logger.log(level, "%s", text)
 
 
 def shorten(parts: Sequence[str], separator: str = ", ", most: int = 5) -> str:

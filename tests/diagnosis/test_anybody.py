@@ -14,7 +14,7 @@ import rethinking_bn.population
 from rethinking_bn.diagnosis import Diagnosis, diagnose
 from rethinking_bn.population import estimate_population_statistics, freeze_batch_norm
 from tests.diagnosis.cases import batches, healthy
-from tests.diagnosis.test_side_effects import Frozen
+from tests.population.cases import FirstHalf, Masked
 
 
 def run_remedies(diagnosis: Diagnosis, **names: Any) -> set[str]:
@@ -32,37 +32,22 @@ def run_remedies(diagnosis: Diagnosis, **names: Any) -> set[str]:
     return set(code)
 
 
-def severities(diagnosis: Diagnosis, kind: str) -> set[str]:
-    return {f.severity for f in diagnosis.of(kind)}
-
-
-class Masked(nn.BatchNorm1d):
-    """Its statistics are those of the frames that are no padding."""
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        mean, var = self.running_mean, self.running_var
-        if self.training:
-            n = mask.sum()
-            mean = (x * mask).sum((0, 2)) / n
-            var = ((x - mean[:, None]).square() * mask).sum((0, 2)) / n
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(var.detach() * n / (n - 1), self.momentum)
-        scale = self.weight / (var + self.eps).sqrt()
-        return ((x - mean[:, None]) * scale[:, None] + self.bias[:, None]) * mask
-
-
-class Auxiliary(nn.BatchNorm2d):
-    """The second half of a batch has statistics of its own, which inference does not use."""
+class Frozen(nn.Module):
+    """A constant BatchNorm as the original DETR has it, and others: without ``eps``."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.aux = nn.BatchNorm2d(channels)
+        super().__init__()
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+        self.register_buffer("running_var", torch.ones(channels) - 1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        clean, other = x.chunk(2)
-        return torch.cat([super().forward(clean), self.aux(other)])
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+
+
+def severities(diagnosis: Diagnosis, kind: str) -> set[str]:
+    return {f.severity for f in diagnosis.of(kind)}
 
 
 def test_a_masked_layer_is_compared_by_what_it_leaves_in_its_buffers() -> None:
@@ -85,30 +70,20 @@ def test_a_masked_layer_is_compared_by_what_it_leaves_in_its_buffers() -> None:
 
 def test_a_layer_that_inference_does_not_call_is_not_accused() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), Auxiliary(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), FirstHalf(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     data = [torch.cat([x, 3 * x + 2]) for x in batches(10, images=8)]
     clean = torch.cat([net[0](x[:8]) for x in data]).detach()
     net[1].running_mean.copy_(clean.mean((0, 2, 3)))
     net[1].running_var.copy_(clean.var((0, 2, 3)))
     diagnosis = diagnose(net, data)
-    assert {f.layer for f in diagnosis.findings} >= {"1", "1.aux"}
+    assert {f.layer for f in diagnosis.findings} >= {"1", "1.second"}
     assert not diagnosis.severe and severities(diagnosis, "stale-statistics") == {"ok"}
-    assert not diagnosis.of("identity-statistics", "1.aux")
+    assert not diagnosis.of("identity-statistics", "1.second")
 
 
 def test_constant_layers_without_eps_are_judged_and_thawed() -> None:
-    class OfDetr(Frozen):
-        def __init__(self, channels: int) -> None:
-            super().__init__(channels)
-            del self.eps
-
-        def forward(self, x: Tensor) -> Tensor:
-            scale = self.weight * (self.running_var + 1e-5).rsqrt()
-            shift = self.bias - self.running_mean * scale
-            return x * scale[:, None, None] + shift[:, None, None]
-
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), OfDetr(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).train()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Frozen(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).train()
     model[1].running_mean += 2
     diagnosis = diagnose(model, batches(8))
     assert severities(diagnosis, "mixed-modes") == {"severe"}
@@ -149,6 +124,9 @@ def test_remedies_run_as_printed(how: str) -> None:
     model.layer2.bn1.running_var[2] = -1
     diagnosis = diagnose(model, batches(8), target_batches=other if how == "target" else None)
     assert diagnosis.severe
+    if how == "named":
+        assert diagnosis.of("mixed-modes", "layer1.bn2")[0] in diagnosis.severe
+        assert not diagnosis.of("small-batch"), "frozen layers use no batch"
     run_remedies(diagnosis, model=model, batches=batches(8), target_batches=other)
     if how != "target":
         assert not diagnose(model, batches(8)).severe
@@ -157,21 +135,16 @@ def test_remedies_run_as_printed(how: str) -> None:
 
 
 def test_a_network_called_twice_is_sent_to_layers_that_can_be() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.net(x), self.net(2 * x + 3)
+    def forward(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        return net(x), net(2 * x + 3)
 
     torch.manual_seed(0)
-    model = Twice().train()
-    estimate_population_statistics(model, batches(8), progress=False)
-    diagnosis = diagnose(model, batches(8))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).train()
+    estimate_population_statistics(model, batches(8), forward=forward, progress=False)
+    diagnosis = diagnose(model, batches(8), forward=forward)
     (finding,) = diagnosis.of("repeated-use")
     assert finding in diagnosis.severe and "Table 5" not in finding.remedy
-    code = run_remedies(diagnosis, model=model, batches=batches(8))
+    code = run_remedies(diagnosis, model=model, batches=batches(8), forward=forward)
     assert {"CycleBatchNorm2d(8, 2)", "SplitBatchNorm2d(8, 2)"} <= code
 
 
@@ -228,16 +201,11 @@ def test_images_are_not_accused_of_what_another_layer_mixes(guilty: bool) -> Non
 
 
 def test_what_is_left_alone_is_named_and_a_healthy_network_fits_a_screen() -> None:
-    class Activated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("running_mean", torch.zeros(12))
-            self.register_buffer("running_var", torch.ones(12))
-
+    class Activated(Frozen):
         def forward(self, x: Tensor) -> Tensor:
-            return x.relu() - self.running_mean[:, None, None]
+            return super().forward(x).relu()
 
     model = healthy()
-    model.layer1.shortcut = nn.Sequential(model.layer1.shortcut, Activated())
+    model.layer1.shortcut = nn.Sequential(model.layer1.shortcut, Activated(12))
     lines = str(diagnose(model, batches(20))).splitlines()
     assert len(lines) <= 5 and "layer1.shortcut.1 (Activated): " in lines[-1]

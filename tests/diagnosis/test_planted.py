@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -23,17 +25,22 @@ def bad(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
     return [(f.kind, f.layer, f.severity) for f in diagnosis.findings if f.severity != "ok"]
 
 
-def test_a_model_that_refuses_what_is_not_finite_is_diagnosed() -> None:
-    """As detectron2's proposal generator does in training."""
-    net = healthy()
-    set_nan(net)
+def refusing(refuses: Callable[[Any, Tensor], bool]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Return a forward that raises as detectron2's proposal generator does in training."""
 
     def forward(model: nn.Module, batch: Tensor) -> Tensor:
         out = model(batch)
-        if not out.isfinite().all():
+        if refuses(model, out):
             raise FloatingPointError("Training has diverged.")
         return out
 
+    return forward
+
+
+def test_a_model_that_refuses_what_is_not_finite_is_diagnosed() -> None:
+    net = healthy()
+    set_nan(net)
+    forward = refusing(lambda model, out: not out.isfinite().all())
     diagnosis = diagnose(net, batches(), forward=forward)
     (finding,) = diagnosis.of("non-finite", "layer1.bn2")
     assert finding.severity == "severe"
@@ -47,17 +54,12 @@ def test_what_is_refused_while_other_ranks_wait_in_the_forward_is_an_error(
 ) -> None:
     net = healthy()
     net.layer1.bn2.communicates = True  # in training mode, as synchronised layers do
-    monkeypatch.setattr("rethinking_bn.diagnosis.effects.get_world_size", lambda group: 2)
+    monkeypatch.setattr("rethinking_bn.diagnosis.session.get_world_size", lambda group: 2)
     net.layer1.bn2.running_mean += 5
-    forwards = 0
-
-    def forward(model: nn.Module, batch: Tensor) -> Tensor:
-        nonlocal forwards
-        forwards += 1
-        if forwards > len(batches()) and model.layer1.bn2.training == waits:
-            raise FloatingPointError("Training has diverged.")
-        return model(batch)
-
+    count = itertools.count()
+    forward = refusing(
+        lambda model, out: next(count) >= len(batches()) and model.layer1.bn2.training == waits
+    )
     if waits:
         with pytest.raises(FloatingPointError, match="diverged"):
             diagnose(net, batches(), forward=forward, labelled=True)
@@ -68,13 +70,7 @@ def test_what_is_refused_while_other_ranks_wait_in_the_forward_is_an_error(
 def test_a_layer_is_judged_though_the_model_refuses_constant_statistics() -> None:
     net = healthy().train()
     net.layer1.bn2.running_mean += 5
-
-    def forward(model: nn.Module, batch: Tensor) -> Tensor:
-        out = model(batch)
-        if not model.layer1.bn2.training:
-            raise FloatingPointError("Training has diverged.")
-        return out
-
+    forward = refusing(lambda model, out: not model.layer1.bn2.training)
     diagnosis = diagnose(net, batches(), forward=forward, output_batches=0)
     assert diagnosis.of("stale-statistics", "layer1.bn2")[0] in diagnosis.severe
 
@@ -192,13 +188,10 @@ class Levels(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         y = self.stem(x)
         levels = [y * (1 + self.apart * i) + self.apart * i for i in range(3)]
-        if isinstance(self.norm, (MultiDomainBatchNorm2d, MABN2d)):
-            levels = self.norm(levels)
-        elif isinstance(self.norm, CycleBatchNorm2d):
-            with self.norm.cycle():
-                levels = [self.norm(level) for level in levels]
-        else:
-            levels = [self.norm(level) for level in levels]
+        cycles = isinstance(self.norm, CycleBatchNorm2d)
+        with self.norm.cycle() if cycles else contextlib.nullcontext():
+            at_once = isinstance(self.norm, (MultiDomainBatchNorm2d, MABN2d))
+            levels = self.norm(levels) if at_once else [self.norm(level) for level in levels]
         return [self.conv(level.relu()) for level in levels]
 
 

@@ -90,7 +90,7 @@ def scattering_of(shared: float) -> tuple[float, float, float]:
                 with layer.watching():
                     layer.layer(x)
                 watcher.end_of_forward()
-    verdict, f, _ = scattering(layer, record.merge([record.state()]), [scatter.summary()] * 2)
+    verdict, f = scattering(layer, record.merge([record.state()]), [scatter.summary()] * 2)
     return verdict.effect, f, verdict.z
 
 

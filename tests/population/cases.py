@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from typing import Any
 
@@ -15,21 +14,6 @@ def seen_statistics(inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of every value per channel, by one look at all of them."""
     values = torch.cat([x.double().transpose(0, 1).flatten(1) for x in inputs], dim=1)
     return values.mean(1), values.var(1)
-
-
-def record_inputs(model: nn.Module, batches: list[Any]) -> dict[str, list[Tensor]]:
-    """Run a copy of a model, in the modes it is in, and keep what each torch BN layer was given."""
-    model = copy.deepcopy(model)
-    seen: dict[str, list[Tensor]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            inputs: list[Tensor] = []
-            seen[name] = inputs
-            module.register_forward_pre_hook(lambda m, args, i=inputs: i.append(args[0].clone()))
-    with torch.no_grad():
-        for batch in batches:
-            model(batch)
-    return seen
 
 
 def assert_statistics(
@@ -72,16 +56,13 @@ class Snapshot:
         self.taken = self._take()
 
     def _take(self) -> dict[str, Any]:
-        modules = list(self.model.modules())
+        modules, plain = list(self.model.modules()), (int, float, str, type(None))
         return {
             "values": [b.clone() for b in self.model.buffers()],
+            "parameters": [(p.tolist(), p.grad is None) for p in self.model.parameters()],
             "identities": [(name, id(b)) for name, b in self.model.named_buffers()],
             "attributes": [
-                {
-                    key: value
-                    for key, value in vars(module).items()
-                    if isinstance(value, (int, float, str, type(None)))
-                }
+                {k: v for k, v in vars(module).items() if isinstance(v, plain)}
                 for module in modules
             ],
             "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules],
@@ -97,18 +78,40 @@ class Snapshot:
         if buffers:
             for old, new in zip(self.taken["values"], now["values"], strict=True):
                 torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
-        for key in ("identities", "attributes", "hooks", "random"):
+        for key in ("parameters", "identities", "attributes", "hooks", "random"):
             assert now[key] == self.taken[key], key
 
 
-class Head(nn.Module):
-    """One layer for all levels, like a detection head; its input is the list of levels."""
+def each_level(norm: nn.Module, levels: list[Tensor]) -> list[Tensor]:
+    """Call a layer once per level, as a detection head does."""
+    return [norm(x) for x in levels]
 
-    norm: Any
 
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
+class FirstHalf(nn.BatchNorm2d):
+    """A main BatchNorm for the first half of a batch, another one for the second."""
 
-    def forward(self, levels: list[Tensor]) -> list[Tensor]:
-        return [self.norm(x) for x in levels]
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.second = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        first, second = x.chunk(2)
+        return torch.cat([super().forward(first), self.second(second)])
+
+
+class Masked(nn.BatchNorm1d):
+    """Statistics of the positions that are no padding; it assigns its buffers anew."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        assert mean is not None and var is not None
+        if self.training:
+            count = mask.sum()
+            mean = (x * mask).sum((0, 2)) / count
+            var = ((x - mean[:, None]).square() * mask).sum((0, 2)) / count
+            self.running_mean = self.running_mean + self.momentum * (mean - self.running_mean)
+            unbiased = var * count / (count - 1)
+            self.running_var = self.running_var + self.momentum * (unbiased - self.running_var)
+        return (x - mean[:, None]) / (var[:, None] + self.eps).sqrt() * mask

@@ -9,18 +9,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from rethinking_bn.layers import (
-    BatchNorm2d,
-    BatchStatNorm2d,
-    CycleBatchNorm2d,
-    MABN2d,
-    MultiDomainBatchNorm2d,
-    SplitBatchNorm2d,
-    SyncBatchNorm2d,
-    row_domains,
-)
+from rethinking_bn import layers as ours
 from rethinking_bn.population import batch_statistics, freeze_batch_norm
 from tests.helpers import run_distributed
+from tests.population.cases import Snapshot
 
 C = 3
 EPS = 1e-5
@@ -33,6 +25,12 @@ def normalized(xs: list[Tensor], *, mean_square: bool = False) -> list[Tensor]:
     var = values.square().mean(1) if mean_square else values.var(1, correction=0)
     shape = (1, C, *[1] * (xs[0].dim() - 2))
     return [(x.double() - mean.view(shape)) / (var.view(shape) + EPS).sqrt() for x in xs]
+
+
+def assert_normalized(outputs: Any, expected: list[Tensor]) -> None:
+    """Compare the outputs of prepared layers with normalised values before the affine."""
+    for y, reference in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(y, (reference * 2 + 0.5).float(), rtol=1e-5, atol=1e-5)
 
 
 def prepared(layer: Any) -> Any:
@@ -53,10 +51,6 @@ def levels() -> list[Tensor]:
     return [torch.randn(2, C, 4 + i, 5, generator=generator) * (i + 1) + i for i in range(3)]
 
 
-def snapshot(layer: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in layer.state_dict().items()}
-
-
 @pytest.mark.parametrize(
     ("make", "shape"),
     [
@@ -64,66 +58,67 @@ def snapshot(layer: nn.Module) -> dict[str, Tensor]:
         (lambda: nn.BatchNorm2d(C), (4, C, 5, 6)),
         (lambda: nn.BatchNorm3d(C), (4, C, 2, 3, 4)),
         (lambda: nn.SyncBatchNorm(C), (4, C, 5, 6)),
-        (lambda: BatchNorm2d(C), (4, C, 5, 6)),
-        (lambda: SyncBatchNorm2d(C), (4, C, 5, 6)),
-        (lambda: BatchStatNorm2d(C), (4, C, 5, 6)),
-        (lambda: MABN2d(C, batch_size=4), (4, C, 5, 6)),
+        (lambda: ours.BatchNorm2d(C), (4, C, 5, 6)),
+        (lambda: ours.SyncBatchNorm2d(C), (4, C, 5, 6)),
+        (lambda: ours.BatchStatNorm2d(C), (4, C, 5, 6)),
+        (lambda: ours.MABN2d(C, batch_size=4), (4, C, 5, 6)),
     ],
 )
 def test_one_tensor(make: Any, shape: tuple[int, ...]) -> None:
     layer, x = prepared(make()), torch.randn(shape) * 3 + 1
-    before, stored = snapshot(layer), layer(x)
+    before, stored = Snapshot(layer), layer(x)
     with batch_statistics(layer) as frozen:
         y = layer(x)
         again = layer(x)
-    (expected,) = normalized([x], mean_square=isinstance(layer, MABN2d))
-    torch.testing.assert_close(y, (expected * 2 + 0.5).float(), rtol=1e-5, atol=1e-5)
+    assert_normalized([y], normalized([x], mean_square=isinstance(layer, ours.MABN2d)))
     assert frozen == () and torch.equal(y, again) and torch.equal(layer(x), stored)
-    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
-    assert "forward" not in vars(layer) and "batch_stats_at_inference" not in vars(layer)
+    before.assert_unchanged()
+    assert "forward" not in vars(layer)
 
 
 @pytest.mark.parametrize("population_stats", ["shared", "domain_specific"])
 @pytest.mark.parametrize("train_stats", ["shared", "domain_specific"])
 def test_levels_are_pooled_as_in_training(train_stats: str, population_stats: str) -> None:
     layer = prepared(
-        MultiDomainBatchNorm2d(
+        ours.MultiDomainBatchNorm2d(
             C, 3, train_stats=train_stats, population_stats=population_stats, sync=True
         )
     )
-    xs, before = levels(), snapshot(layer)
+    xs, before = levels(), Snapshot(layer)
     with batch_statistics(layer):
         ys = layer(xs)
     expected = normalized(xs) if train_stats == "shared" else [normalized([x])[0] for x in xs]
-    for y, reference in zip(ys, expected, strict=True):
-        torch.testing.assert_close(y, (reference * 2 + 0.5).float(), rtol=1e-5, atol=1e-5)
-    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert_normalized(ys, expected)
+    before.assert_unchanged()
 
 
 def test_rows_of_domains() -> None:
-    layer, x = prepared(SplitBatchNorm2d(C, 2)), torch.randn(4, C, 5, 5)
+    layer, x = prepared(ours.SplitBatchNorm2d(C, 2)), torch.randn(4, C, 5, 5)
     x[1::2] += 3
-    with batch_statistics(layer), row_domains(layer, [0, 1, 0, 1]):
+    with batch_statistics(layer), ours.row_domains(layer, [0, 1, 0, 1]):
         y = layer(x)
     for domain in (0, 1):
-        expected = (normalized([x[domain::2]])[0] * 2 + 0.5).float()
-        torch.testing.assert_close(y[domain::2], expected, rtol=1e-5, atol=1e-5)
+        assert_normalized([y[domain::2]], normalized([x[domain::2]]))
 
 
 def test_cycle_and_mabn_over_levels() -> None:
-    cycle, mabn, xs = prepared(CycleBatchNorm2d(C, 3)), prepared(MABN2d(C, batch_size=2)), levels()
+    cycle, mabn, xs = (
+        prepared(ours.CycleBatchNorm2d(C, 3)),
+        prepared(ours.MABN2d(C, batch_size=2)),
+        levels(),
+    )
     model = nn.ModuleList([cycle, mabn])
     with batch_statistics(model):
         with cycle.cycle():
             ys = [cycle(x) for x in xs]
         zs = mabn(xs)
-    for y, x in zip(ys, xs, strict=True):
-        torch.testing.assert_close(y, (normalized([x])[0] * 2 + 0.5).float(), rtol=1e-5, atol=1e-5)
-    for z, reference in zip(zs, normalized(xs, mean_square=True), strict=True):
-        torch.testing.assert_close(z, (reference * 2 + 0.5).float(), rtol=1e-5, atol=1e-5)
+    assert_normalized(ys, [normalized([x])[0] for x in xs])
+    assert_normalized(zs, normalized(xs, mean_square=True))
 
 
-@pytest.mark.parametrize("make", [nn.BatchNorm2d, BatchNorm2d, SyncBatchNorm2d, nn.SyncBatchNorm])
+@pytest.mark.parametrize(
+    "make", [nn.BatchNorm2d, ours.BatchNorm2d, ours.SyncBatchNorm2d, nn.SyncBatchNorm]
+)
 def test_nothing_and_one_value(make: Any) -> None:
     layer = prepared(make(C))
     with batch_statistics(layer):
@@ -133,7 +128,7 @@ def test_nothing_and_one_value(make: Any) -> None:
 
 
 def test_frozen_layers_are_left_alone_and_named() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(C), BatchNorm2d(C), nn.BatchNorm2d(C))
+    model = nn.Sequential(nn.BatchNorm2d(C), ours.BatchNorm2d(C), nn.BatchNorm2d(C))
     model.append(torchvision.ops.FrozenBatchNorm2d(C))
     prepared(model)
     freeze_batch_norm(model[1])
@@ -146,7 +141,7 @@ def test_frozen_layers_are_left_alone_and_named() -> None:
 
 
 def test_refused_in_training_mode_and_undone_by_an_exception() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(C), BatchNorm2d(C)).train()
+    model = nn.Sequential(nn.BatchNorm2d(C), ours.BatchNorm2d(C)).train()
     with pytest.raises(ValueError, match=r"0 is in training mode"), batch_statistics(model):
         pass
     prepared(model)
@@ -160,8 +155,8 @@ def test_refused_in_training_mode_and_undone_by_an_exception() -> None:
 def on_rank(rank: int) -> list[Tensor]:
     """Ranks evaluate different numbers of images: nothing may wait for another rank."""
     torch.manual_seed(0)
-    multi = MultiDomainBatchNorm2d(C, 2, sync=True)
-    layers = [SyncBatchNorm2d(C), nn.SyncBatchNorm(C), multi]
+    multi = ours.MultiDomainBatchNorm2d(C, 2, sync=True)
+    layers = [ours.SyncBatchNorm2d(C), nn.SyncBatchNorm(C), multi]
     outputs = []
     for layer in layers:
         prepared(layer)
@@ -175,6 +170,4 @@ def on_rank(rank: int) -> list[Tensor]:
 
 def test_always_this_ranks_batch() -> None:
     for outputs in run_distributed(on_rank, 2):
-        for x, y in zip(outputs[::2], outputs[1::2], strict=True):
-            expected = normalized([x])[0] * 2 + 0.5
-            torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-5)
+        assert_normalized(outputs[1::2], [normalized([x])[0] for x in outputs[::2]])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from rethinking_bn.averaging import AveragedWeights
+from rethinking_bn.diagnosis import diagnose
 from rethinking_bn.population import estimate_population_statistics, inputs_of
 from tests.helpers import run_distributed
 from tests.population.cases import Snapshot, assert_statistics, images
@@ -91,38 +93,27 @@ def test_what_cannot_be_called_names_forward_with_an_example(batch: Any, example
     before.assert_unchanged()
 
 
-class WantsTargets(nn.Module):
-    """Like torchvision's detectors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(3)
-
-    def forward(self, inputs: Any, targets: Any = None) -> Tensor:
-        assert targets is not None or not self.training, "targets should not be None"
-        return self.norm(torch.stack(inputs))
-
-
 def test_targets_are_for_a_model_that_wants_none() -> None:
-    model, x = WantsTargets(), images(2)[0]
-    batches = [(list(x), [{}, {}])]
+    def like_torchvisions_detectors(module: nn.Module, inputs: Any) -> None:
+        assert not module.training, "targets should not be None"
+
+    model, x = net(), images(2)[0]
+    model.register_forward_pre_hook(like_torchvisions_detectors)
+    batches = [(x, [{}, {}])]
     with pytest.raises(ValueError, match=r"forward=lambda model, batch: model\(\*batch\)"):
         estimate_population_statistics(model, batches)
     estimate_population_statistics(model, batches, labelled=False)
-    assert_statistics(model.norm, [x])
+    assert_statistics(model[0], [x])
 
 
 def test_an_error_of_the_models_own_stays_what_it_is() -> None:
-    class Fails(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.BatchNorm2d(3)
+    def fail(module: Any, args: Any) -> None:
+        raise TypeError("mine")
 
-        def forward(self, x: Tensor) -> Tensor:
-            raise TypeError("mine")
-
+    model = net()
+    model.register_forward_pre_hook(fail)
     with pytest.raises(TypeError, match="^mine$"):
-        estimate_population_statistics(Fails(), images(2), 1)
+        estimate_population_statistics(model, images(2), 1)
 
 
 class Endless(IterableDataset[Tensor]):
@@ -131,17 +122,20 @@ class Endless(IterableDataset[Tensor]):
             yield torch.randn(3, 4, 4)
 
 
-@pytest.mark.parametrize("loader", [iter([IMAGE]), DataLoader(Endless(), batch_size=2)])
-def test_a_loader_without_a_length_needs_a_number(loader: Any) -> None:
-    with pytest.raises(ValueError, match="num_batches.*length"):
-        estimate_population_statistics(net(), loader)
+NO_LENGTH = "num_batches.*length"
 
 
-def test_an_empty_loader() -> None:
+@pytest.mark.parametrize(
+    ("loader", "said"),
+    [
+        (iter([IMAGE]), NO_LENGTH), (DataLoader(Endless(), batch_size=2), NO_LENGTH), ([], "empty")
+    ],
+)  # fmt: skip
+def test_a_loader_of_unknown_length_or_none_is_refused(loader: Any, said: str) -> None:
     model = net()
     before = Snapshot(model)
-    with pytest.raises(ValueError, match="empty"):
-        estimate_population_statistics(model, [])
+    with pytest.raises(ValueError, match=said):
+        estimate_population_statistics(model, loader)
     before.assert_unchanged()
 
 
@@ -176,20 +170,43 @@ def test_an_estimate_within_an_estimate_is_refused() -> None:
     estimate_population_statistics(model, images(2), 1)  # and it is free again
 
 
+def refused(rank: int) -> list[str]:
+    """Let rank 1 alone nest runs of one model; rank 0 runs another model meanwhile, or none."""
+    said = []
+    for run in (estimate_population_statistics, diagnose):
+        for beside in (True, False):
+            model, other = net(), net()
+            before = Snapshot(model)
+
+            def forward(module: Any, batch: Tensor, inner: Any, also: bool) -> Any:
+                if rank == 1 or also:
+                    estimate_population_statistics(inner, [batch], 1, progress=False)
+                return module(batch)
+
+            given = partial(forward, inner=model if rank == 1 else other, also=beside)
+            with pytest.raises(RuntimeError) as caught:
+                run(model, images(2, 3), forward=given)
+            said.append(str(caught.value))
+            before.assert_unchanged()
+    estimate_population_statistics(net(), images(2), 1)  # the ranks are in step
+    return said
+
+
+def test_a_run_that_one_rank_refuses_fails_all() -> None:
+    first, second = run_distributed(refused, 2, timeout=60)
+    assert len(first) == len(second) == 4
+    assert all("rank 1: RuntimeError: another population training" in text for text in first)
+    assert all(text.startswith("another population training") for text in second)
+
+
 def test_an_estimate_in_a_second_thread_is_refused_and_the_first_goes_on() -> None:
     """Defect 48: momentum 1.0 stays."""
     model, errors = net(), []
 
-    def second() -> None:
-        try:
-            estimate_population_statistics(model, images(3), 1, progress=False)
-        except RuntimeError as error:
-            errors.append(str(error))
-
     def forward(module: Any, batch: Tensor) -> None:
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join()
+        with ThreadPoolExecutor(1) as pool:
+            second = pool.submit(estimate_population_statistics, model, images(3), 1)
+            errors.append(str(second.exception()))
         module(batch)
 
     estimate_population_statistics(model, images(2), 1, forward=forward)

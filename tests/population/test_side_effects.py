@@ -11,16 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rethinking_bn.layers import (
-    MultiDomainBatchNorm2d,
-    SyncBatchNorm2d,
-)
+from rethinking_bn.layers import MultiDomainBatchNorm2d, SyncBatchNorm2d
 from rethinking_bn.population import estimate_population_statistics
-from tests.population.cases import (
-    Snapshot,
-    images,
-    small_net,
-)
+from tests.population.cases import Snapshot, images, small_net
 
 # --- side effects ---------------------------------------------------------------------------------
 
@@ -110,23 +103,18 @@ def test_forwards_draw_from_a_seed_of_their_own() -> None:
     assert not torch.equal(model[6].running_mean, states[0]["6.running_mean"])
 
 
-class Shuffling(nn.Module):
+class Shuffling(nn.Sequential):
     """A module that asks for the iteration, see rethinking_bn.randomness."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.told: list[tuple[int, int]] = []
-        self.norm = nn.BatchNorm2d(3)
+    told: list[tuple[int, int]]
 
     def set_iteration(self, run_seed: int, iteration: int) -> None:
         self.told.append((run_seed, iteration))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)
-
 
 def test_modules_that_ask_are_told_the_iteration() -> None:
-    model = Shuffling()
+    model = Shuffling(nn.BatchNorm2d(3))
+    model.told = []
     estimate_population_statistics(model, images(2, 3), 2)
     assert model.told == []
     estimate_population_statistics(model, images(2, 3), 2, seed=5)
@@ -146,15 +134,6 @@ def test_nothing_reaches_the_event_storage() -> None:
     assert not events.has_event_storage()
 
 
-def test_gradients_and_parameters_are_not_touched() -> None:
-    model = small_net()
-    old = [p.detach().clone() for p in model.parameters()]
-    estimate_population_statistics(model, images(2, 3), 2)
-    for parameter, value in zip(model.parameters(), old, strict=True):
-        assert parameter.grad is None and torch.equal(parameter, value)
-    model(images(2)[0]).sum().backward()
-
-
 # --- failures -------------------------------------------------------------------------------------
 
 
@@ -163,44 +142,38 @@ def raising_loader(error: BaseException) -> Iterator[Tensor]:
     raise error
 
 
-@pytest.mark.parametrize("num_batches", [0, -3, 2.5, True, "3"])
-def test_number_of_batches_is_checked(num_batches: Any) -> None:
-    model = small_net()
-    with pytest.raises(ValueError, match=f"positive integer, got {num_batches!r}"):
-        estimate_population_statistics(model, images(2), num_batches)
-
-
-def test_autocast_must_be_a_factory() -> None:
-    with pytest.raises(ValueError, match="a function that makes a context"):
-        estimate_population_statistics(
-            small_net(),
-            images(2),
-            1,
-            autocast=torch.autocast("cpu", dtype=torch.bfloat16),  # type: ignore[arg-type]
-        )
+@pytest.mark.parametrize(
+    ("number", "autocast", "said"),
+    [
+        *((number, None, f"num_batches .* got {number!r}") for number in (0, -3, 2.5, True, "3")),
+        (1, torch.autocast("cpu", dtype=torch.bfloat16), "a function that makes a context"),
+    ],
+)
+def test_arguments_are_checked(number: Any, autocast: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        estimate_population_statistics(small_net(), images(2), number, autocast=autocast)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_a_failing_loader_leaves_the_model_as_it_was(labelled: bool) -> None:
+@pytest.mark.parametrize(
+    ("loader", "raised", "said"),
+    [
+        (images(2, 3), ValueError, "rank 0: the loader ended after 2 of 5 batches"),
+        (OSError("no such image"), RuntimeError, "after 1 of 5 batches: OSError: no such"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (3, RuntimeError, "after 0 of 5 batches: TypeError"),
+    ],
+)
+def test_a_failing_loader_leaves_the_model_as_it_was(
+    loader: Any, raised: type[BaseException], said: str | None, labelled: bool
+) -> None:
     model: Any = Stateful()
     before = Snapshot(model)
-    with pytest.raises(ValueError, match="rank 0: the loader ended after 2 of 5 batches"):
-        estimate_population_statistics(model, images(2, 3), 5, labelled=labelled)
+    batches = raising_loader(loader) if isinstance(loader, BaseException) else loader
+    with pytest.raises(raised, match=said) as caught:
+        estimate_population_statistics(model, batches, 5, labelled=labelled)
     before.assert_unchanged()
-    with pytest.raises(RuntimeError, match="after 1 of 5 batches: OSError: no such") as caught:
-        estimate_population_statistics(
-            model, raising_loader(OSError("no such image")), 5, labelled=labelled
-        )
-    before.assert_unchanged()
-    with pytest.raises(KeyboardInterrupt):
-        estimate_population_statistics(
-            model, raising_loader(KeyboardInterrupt()), 5, labelled=labelled
-        )
-    before.assert_unchanged()
-    assert isinstance(caught.value.__cause__, OSError)
-    with pytest.raises(RuntimeError, match="after 0 of 5 batches: TypeError"):
-        estimate_population_statistics(model, 3, 5)  # type: ignore[arg-type]
-    before.assert_unchanged()
+    assert caught.value.__cause__ is loader or not isinstance(loader, OSError)
 
 
 @pytest.mark.parametrize("error", [KeyError("gt_boxes"), KeyboardInterrupt()])

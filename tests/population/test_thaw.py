@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,35 +11,25 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
 from rethinking_bn.population import estimate_population_statistics
-from tests.helpers import run_distributed
 from tests.population.cases import assert_statistics, images, small_net
 
 
-def frozen_twin(net: nn.Module, kind: Any) -> nn.Module:
-    """The same model with constant statistics, as detection freezes its backbone."""
-    net = copy.deepcopy(net)
-    for name, module in list(net.named_children()):
-        if isinstance(module, nn.BatchNorm2d):
-            frozen = kind(module.num_features)
-            frozen.load_state_dict(module.state_dict(), strict=False)
-            setattr(net, name, frozen)
-    return net
-
-
-def trained_net() -> Any:
-    net = small_net().eval()
-    net[4] = nn.Identity()  # no dropout
+def twins(kind: Any) -> tuple[Any, Any]:
+    """A trained network, and the same with constant statistics, as detection freezes a backbone."""
+    net, frozen = small_net().eval(), small_net()
+    net[4], frozen[4] = nn.Identity(), nn.Identity()  # no dropout
     for index in (0, 2, 6):
+        frozen[index] = kind(net[index].num_features)
         for tensor in (*net[index].parameters(), *net[index].buffers()):
             if tensor.is_floating_point():
                 tensor.data.uniform_(0.5, 1.5)
-    return net
+    frozen.load_state_dict(net.state_dict(), strict=False)
+    return net, frozen
 
 
 @pytest.mark.parametrize("kind", [FrozenBatchNorm2d, torchvision.ops.FrozenBatchNorm2d])
 def test_estimates_are_those_of_batch_norm(kind: Any) -> None:
-    net, batches = trained_net(), images(2, 3)
-    frozen = frozen_twin(net, kind)
+    (net, frozen), batches = twins(kind), images(2, 3)
     torch.testing.assert_close(frozen(batches[0]), net(batches[0]))
     before = {name: value.clone() for name, value in frozen.state_dict().items()}
     report = estimate_population_statistics(frozen, batches, 2, thaw=True)
@@ -72,7 +61,7 @@ def test_folded_statistics_are_refused_by_name(kind: Any) -> None:
 
 
 def test_an_interrupted_run_leaves_the_layer_as_it_was() -> None:
-    net = frozen_twin(trained_net(), FrozenBatchNorm2d)
+    _, net = twins(FrozenBatchNorm2d)
     x = images(2)[0]
     expected = net(x)
 
@@ -83,22 +72,6 @@ def test_an_interrupted_run_leaves_the_layer_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt):
         estimate_population_statistics(net, [x], 1, thaw=True, forward=forward)
     assert torch.equal(net(x), expected)
-
-
-def on_rank(rank: int) -> dict[str, Tensor]:
-    net = frozen_twin(trained_net(), FrozenBatchNorm2d)
-    estimate_population_statistics(net, images(2, 3)[rank : rank + 1], 1, thaw=True)
-    return net.state_dict()
-
-
-def test_two_ranks_are_one_with_their_batches_in_turn() -> None:
-    first, second = run_distributed(on_rank, 2)
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-    net = frozen_twin(trained_net(), FrozenBatchNorm2d)
-    estimate_population_statistics(net, images(2, 3), 2, thaw=True)
-    for name, value in net.state_dict().items():
-        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 class OfParameters(nn.Module):
