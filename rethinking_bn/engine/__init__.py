@@ -10,6 +10,7 @@ require_detectron2("rethinking_bn.engine")
 from rethinking_bn.checkpointer import Checkpointer
 from rethinking_bn.engine.accumulation import AccumulatingAMPTrainer, AccumulatingTrainer
 from rethinking_bn.engine.diagnose_bn import DiagnoseBN, run_diagnosis
+from rethinking_bn.engine.freeze_bn import FreezeBN
 from rethinking_bn.engine.hooks import with_rethinking_bn
 from rethinking_bn.engine.load_config import load_config
 from rethinking_bn.engine.loaders import (
@@ -18,7 +19,6 @@ from rethinking_bn.engine.loaders import (
     build_train_loader,
 )
 from rethinking_bn.engine.precise_bn import (
-    FreezeBN,
     PreciseBN,
     inference_statistics,
     run_population_training,

@@ -18,7 +18,6 @@ from rethinking_bn.checkpointer import Checkpointer
 from rethinking_bn.config import images_per_pass
 from rethinking_bn.distributed import raise_together
 from rethinking_bn.engine.check_config import check_data_sets, check_device, check_values
-from rethinking_bn.engine.hooks import average_of
 from rethinking_bn.engine.load_config import (
     changed,
     flat,
@@ -28,6 +27,7 @@ from rethinking_bn.engine.load_config import (
     use_available_device,
 )
 from rethinking_bn.engine.unread_keys import check_keys_are_read
+from rethinking_bn.engine.weight_average import WeightAverage
 from rethinking_bn.files import check_unlocked, locked_folder, probe_folder
 from rethinking_bn.layers import MABN2d
 from rethinking_bn.modeling.distilled import teacher_config
@@ -67,7 +67,7 @@ def check_run(args: argparse.Namespace, local_ranks: int, ranks: int) -> CfgNode
     model = check_model(cfg, ranks, training=training)
     check_loading(cfg, model or nn.Module(), path, training=training)
     if training and model is not None:
-        average_of(cfg, model, list)
+        WeightAverage.from_config(cfg, model, list)
         if cfg.SOLVER.TRAIN_ONLY:
             train_only(model, cfg.SOLVER.TRAIN_ONLY)
     if "://" not in cfg.OUTPUT_DIR:

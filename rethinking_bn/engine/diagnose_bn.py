@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -134,6 +134,14 @@ class DiagnoseBN(HookBase):
         self._period, self._model, self._data_loader = period, model, data_loader
         self._num_batches, self._cfg = min(num_batches, 32), cfg
         self.last: Diagnosis | None = None
+
+    @classmethod
+    def from_config(
+        cls, cfg: Any, model: nn.Module, loader: Callable[[], Iterable[Any]]
+    ) -> DiagnoseBN | None:
+        """Return the hook that TEST.DIAGNOSE asks for; None if it does not."""
+        period, number = cfg.TEST.DIAGNOSE.PERIOD, cfg.TEST.PRECISE_BN.NUM_ITER
+        return cls(period, model, loader(), number, cfg) if period else None
 
     def after_step(self) -> None:
         """Diagnose if it is time to."""

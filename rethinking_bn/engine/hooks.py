@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.engine import hooks as detectron2_hooks
-from detectron2.utils import comm
 from torch import nn
 
-from rethinking_bn.config import check_has_keys, check_thaw
+from rethinking_bn.config import check_has_keys
 from rethinking_bn.engine.diagnose_bn import DiagnoseBN
+from rethinking_bn.engine.freeze_bn import FreezeBN
 from rethinking_bn.engine.load_config import changed
 from rethinking_bn.engine.loaders import build_together
-from rethinking_bn.engine.precise_bn import FreezeBN, PreciseBN
+from rethinking_bn.engine.precise_bn import PreciseBN
 from rethinking_bn.engine.rank_state import MergeStatistics
 from rethinking_bn.engine.unread_keys import FollowKeys, warn_of_unread_keys
 from rethinking_bn.engine.weight_average import WeightAverage
-from rethinking_bn.population import layers_to_estimate
 
 logger = logging.getLogger(__name__)
-
-Loader = Callable[[], Iterable[Any]]  # builds that of population training
 
 # detectron2's hooks that read the statistics, and so come after what changes them
 _READERS = (
@@ -35,7 +32,8 @@ _READERS = (
     detectron2_hooks.EvalHook,
     detectron2_hooks.PeriodicWriter,
 )
-# in the order in which they run
+# In the order in which they run. Each has from_config(cfg, model, loader), which returns None where
+# the config does not ask for it; loader() builds the loader of population training, on all ranks.
 _OURS: Any = (FollowKeys, PreciseBN, FreezeBN, WeightAverage, DiagnoseBN, MergeStatistics)
 
 
@@ -95,63 +93,13 @@ def with_rethinking_bn(
         if there is not None:
             place = there + 1
             continue
-        hook = _asked_for(kind, cfg, model, loader)
+        hook = kind.from_config(cfg, model, loader)
         if hook is not None:
             result.insert(place, hook)
             place += 1
             if isinstance(hook, WeightAverage):
                 _evaluate_too(hook, result, cfg)
     return result
-
-
-def _asked_for(kind: Any, cfg: Any, model: nn.Module, loader: Loader) -> HookBase | None:
-    """Return the hook of a kind that the config asks for; ``loader`` is a collective."""
-    solver, test, number = cfg.SOLVER, cfg.TEST, cfg.TEST.PRECISE_BN.NUM_ITER
-    if kind is FollowKeys:
-        asked = solver.ACCUMULATION_STEPS > 1 or solver.TRAIN_ONLY or cfg.MODEL.COMPILE_NORMS
-        return FollowKeys(cfg) if asked or test.STATISTICS != "population" else None
-    if kind is PreciseBN and test.PRECISE_BN.ENABLED:
-        check_thaw(cfg)
-        has_layers = PreciseBN.has_layers(model)
-        return PreciseBN(test.EVAL_PERIOD, model, loader(), number) if has_layers else None
-    if kind is FreezeBN and solver.FREEZE_BN.START >= 0:
-        start, affine = solver.FREEZE_BN.START, solver.FREEZE_BN.AFFINE
-        return FreezeBN(start, model, loader(), number, affine=affine)
-    if kind is WeightAverage:
-        return average_of(cfg, model, loader)
-    if kind is DiagnoseBN and test.DIAGNOSE.PERIOD:
-        return DiagnoseBN(test.DIAGNOSE.PERIOD, model, loader(), number, cfg)
-    if kind is MergeStatistics and comm.get_world_size() > 1:
-        return MergeStatistics(model, solver.CHECKPOINT_PERIOD, test.EVAL_PERIOD)
-    return None
-
-
-def average_of(cfg: Any, model: nn.Module, loader: Loader) -> WeightAverage | None:
-    """Return the hook that SOLVER.AVERAGE asks for; a ValueError names what it may be."""
-    keys = cfg.SOLVER.AVERAGE
-    if not keys.KIND:
-        if keys.LR:
-            raise ValueError(f"SOLVER.AVERAGE.LR is {keys.LR}, but SOLVER.AVERAGE.KIND is empty")
-        return None
-    options = {name.lower(): value for name, value in keys.items() if name != "LR"}
-    if keys.STATISTICS == "estimate":
-        if layers_to_estimate(model):
-            options.update(data_loader=loader(), num_iter=cfg.TEST.PRECISE_BN.NUM_ITER)
-        else:
-            logger.info("The average has the model's statistics: no BN-like layer to estimate.")
-            options["statistics"] = "copy"
-    try:
-        return WeightAverage(
-            model,
-            rates=keys.LR,
-            base_rate=cfg.SOLVER.BASE_LR,
-            checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
-            eval_period=cfg.TEST.EVAL_PERIOD,
-            output_dir=cfg.OUTPUT_DIR,
-            **options,
-        )
-    except ValueError as error:
-        raise ValueError(f"SOLVER.AVERAGE: {error}") from error
 
 
 def _evaluate_too(average: WeightAverage, hooks: list[HookBase | None], cfg: Any) -> None:
@@ -162,7 +110,9 @@ def _evaluate_too(average: WeightAverage, hooks: list[HookBase | None], cfg: Any
     own = changed(cfg, "OUTPUT_DIR", os.path.join(cfg.OUTPUT_DIR, "averaged"))
 
     def evaluate() -> Any:
-        test = getattr(average.trainer, "test", None)
-        return average.evaluate(lambda model: test(own, model)) if test else None
+        if not hasattr(average.trainer, "test"):
+            logger.info("This trainer has no test(), so the averaged weights are not evaluated.")
+            return None
+        return average.evaluate(lambda model: average.trainer.test(own, model))
 
     hooks.insert(there[0] + 1, detectron2_hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate))

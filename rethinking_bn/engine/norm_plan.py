@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
@@ -12,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.layers.batch_norm import LayerNorm
 from torch import Tensor, nn
 
+from rethinking_bn.checkpoint import read_weights
 from rethinking_bn.config import images_per_pass, with_our_keys
 from rethinking_bn.engine.check_config import check_batch_size
 from rethinking_bn.engine.checks import check_model
@@ -81,7 +83,8 @@ def make_plan(cfg: CfgNode, ranks: int = 1) -> Plan:
     With SOLVER.REFERENCE_WORLD_SIZE the batch is scaled to them, as detectron2's trainer does.
 
     Raises:
-        ValueError: when the config makes no model, or as :func:`check_batch_size`.
+        ValueError: when the config makes no model or names unreadable weights, or as
+            :func:`check_batch_size`.
     """
     if ranks < 1:
         raise ValueError(f"a plan needs at least one process, got {ranks}")
@@ -99,9 +102,9 @@ def make_plan(cfg: CfgNode, ranks: int = 1) -> Plan:
         if name in layers or isinstance(module, _OTHER_NORMS)
     }
     shuffled = tuple(f"{n}." for n, module in modules.items() if isinstance(module, ShuffledLayers))
-    calls = _count_calls(cfg, model, norms)
+    calls, state = _count_calls(cfg, model, norms), _weights(cfg)
     plans = (
-        _plan(cfg, layers[name], calls.get(name), ranks, name.startswith(shuffled))
+        _plan(cfg, layers[name], calls.get(name), ranks, name.startswith(shuffled), state)
         if name in layers
         else NormPlan(name, kind, calls.get(name))
         for name, kind in norms.items()
@@ -109,8 +112,27 @@ def make_plan(cfg: CfgNode, ranks: int = 1) -> Plan:
     return Plan(tuple(plans))
 
 
+def _weights(cfg: CfgNode) -> dict[str, Any] | None:
+    """Return what MODEL.WEIGHTS holds, if it is a .pth that is there."""
+    path = cfg.MODEL.WEIGHTS
+    if not (path.endswith(".pth") and os.path.isfile(path)):
+        return None
+    try:
+        return read_weights(path)
+    except ValueError as error:
+        raise ValueError(f"MODEL.WEIGHTS: {error}") from error
+
+
+def _is_new(layer: BatchNormLike, state: dict[str, Any]) -> bool:
+    """Return whether weights leave a layer at the statistics that it was created with."""
+    start = {"running_mean": 0.0, "running_mean_square": 1.0}
+    own = {k.rpartition(".")[2]: v for k, v in state.items() if k.startswith(f"{layer.name}.")}
+    changed = any(bool((own[key] != value).any()) for key, value in start.items() if key in own)
+    return layer.keeps_statistics and not changed
+
+
 def _plan(
-    cfg: CfgNode, layer: BatchNormLike, calls: int | None, ranks: int, shuffled: bool
+    cfg: CfgNode, layer: BatchNormLike, calls: int | None, ranks: int, shuffled: bool, state: Any
 ) -> NormPlan:
     module, domains, frozen = layer.module, len(layer.domains), bool(layer.frozen)
     levels = isinstance(module, MultiDomainBatchNorm2d) and module.train_stats == "shared"
@@ -143,6 +165,10 @@ def _plan(
         and not (layer.mean_square or frozen),
         "are frozen and MODEL.WEIGHTS is empty: mean 0, variance 1 for good; set MODEL.WEIGHTS, or "
         "MODEL.RESNETS.NORM GN or BN": frozen and not cfg.MODEL.WEIGHTS,
+        "are SyncBN, but there is one process: they are plain BN": layer.pools_ranks and ranks == 1,
+        f"have no statistics in {cfg.MODEL.WEIGHTS}, or mean 0 and variance 1: set "
+        "TEST.PRECISE_BN.ENABLED True, or load weights with statistics": state is not None
+        and _is_new(layer, state),
         f"have affines that decay by {decay}: set SOLVER.WEIGHT_DECAY_NORM 0.0": decay
         and not frozen,
     }

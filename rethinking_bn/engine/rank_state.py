@@ -79,6 +79,12 @@ class MergeStatistics(HookBase):
         self._model = model
         self._periods = periods
 
+    @classmethod
+    def from_config(cls, cfg: Any, model: nn.Module, _: Any) -> "MergeStatistics | None":
+        """Return the hook where there are several processes."""
+        periods = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
+        return cls(model, *periods) if get_world_size() > 1 else None
+
     def after_step(self) -> None:
         """Merge and collect if something is about to read the statistics."""
         if is_due(self.trainer, *self._periods):

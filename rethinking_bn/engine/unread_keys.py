@@ -169,6 +169,12 @@ class FollowKeys(HookBase):
     def __init__(self, cfg: Any) -> None:
         self._cfg = cfg
 
+    @classmethod
+    def from_config(cls, cfg: Any, *_: Any) -> FollowKeys | None:
+        """Return the hook where a key is set that it looks after."""
+        asked = cfg.SOLVER.ACCUMULATION_STEPS > 1 or cfg.TEST.STATISTICS != "population"
+        return cls(cfg) if asked or cfg.SOLVER.TRAIN_ONLY or cfg.MODEL.COMPILE_NORMS else None
+
     def before_train(self) -> None:
         """Look at the trainer; a ValueError names the first key that it does not follow."""
         cfg, model, kind = self._cfg, unwrap(self.trainer.model), self.trainer.__class__

@@ -99,6 +99,36 @@ class WeightAverage(HookBase):
         self._output_dir, self._started = output_dir, False
         self._rank_states: tuple[int, list[RankState]] | None = None
 
+    @classmethod
+    def from_config(
+        cls, cfg: Any, model: nn.Module, loader: Callable[[], Iterable[Any]]
+    ) -> WeightAverage | None:
+        """Return the hook that SOLVER.AVERAGE asks for; a ValueError names what it may be."""
+        keys = cfg.SOLVER.AVERAGE
+        if not keys.KIND:
+            if keys.LR:
+                raise ValueError(f"SOLVER.AVERAGE.LR is {keys.LR}, but KIND is empty")
+            return None
+        options = {name.lower(): value for name, value in keys.items() if name != "LR"}
+        if keys.STATISTICS == "estimate":
+            if layers_to_estimate(model):
+                options.update(data_loader=loader(), num_iter=cfg.TEST.PRECISE_BN.NUM_ITER)
+            else:
+                logger.info("The average has the model's statistics: no BN-like layer to estimate.")
+                options["statistics"] = "copy"
+        try:
+            return cls(
+                model,
+                rates=keys.LR,
+                base_rate=cfg.SOLVER.BASE_LR,
+                checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
+                eval_period=cfg.TEST.EVAL_PERIOD,
+                output_dir=cfg.OUTPUT_DIR,
+                **options,
+            )
+        except ValueError as error:
+            raise ValueError(f"SOLVER.AVERAGE: {error}") from error
+
     def before_step(self) -> None:
         """Begin, with the weights as they are now, if it is time to and nothing was resumed."""
         if not self._started and self.trainer.iter >= self._start:

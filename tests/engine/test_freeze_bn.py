@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -170,8 +171,13 @@ def test_two_processes_take_the_steps_of_one() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("start", "state"), [(1, {}), (6, {"frozen": True})])
-def test_resumed_with_another_start(start: int, state: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("start", "state", "said"),
+    [(1, {}, "iteration 3 unfrozen.* 1"), (6, {"frozen": True}, "iteration 3 frozen.* 6")],
+)
+def test_resumed_with_another_start(
+    start: int, state: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """It freezes at once: what should have been frozen, and what was."""
     model = Model()
     trainer = SimpleTrainer(model, Loader(1), torch.optim.SGD(model.parameters(), lr=0.1))
@@ -181,6 +187,7 @@ def test_resumed_with_another_start(start: int, state: dict[str, Any]) -> None:
     trainer.train(3, 5)
     torch.testing.assert_close(statistics(model), before, rtol=0, atol=0)
     assert trainer.state_dict()["hooks"] == {"FreezeBN": {"frozen": True}}
+    assert re.search(said, caplog.text)
     with pytest.raises(ValueError, match="start must not be negative, got -1"):
         FreezeBN(-1, model)
 

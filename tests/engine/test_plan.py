@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.config import get_cfg
 
 from rethinking_bn import get_config_file
 from rethinking_bn.config import list_config_files
 from rethinking_bn.engine import load_config
 from rethinking_bn.engine.norm_plan import Plan, make_plan
+from rethinking_bn.layers import BatchNorm2d
 
 FILES = [name for name in list_config_files() if not Path(name).name.startswith("Base-")]
 AT_ODDS = ("row2", "row3", "row5")
@@ -38,6 +40,7 @@ def test_the_plan_of_every_config(name: str) -> None:
         assert {layer.calls for layer in head} == {5} and len(head) == 8
         assert {layer.nbs for layer in head} == {8 if small else 16}
         assert all("ranks" in layer.pools for layer in head)
+        assert warned(made, "one process") == small
         shared = "row1" in name or "row2" in name
         assert all(("levels" in layer.pools) == shared for layer in head)
         separate = any(row in name for row in ("row2", "row4", "row6"))
@@ -78,3 +81,18 @@ def test_a_config_of_another_project_lacks_our_keys() -> None:
     cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
     assert len(make_plan(cfg).layers) == 53
     assert "THAW" not in cfg.TEST.PRECISE_BN  # the config is as it was
+
+
+def test_weights_without_statistics_are_warned_of(tmp_path: Path) -> None:
+    layer = BatchNorm2d(64)
+    layer.running_mean.fill_(1.0)
+    state = {
+        f"roi_heads.{head}.norm.{key}": value.clone()
+        for head in ("box_head.conv1", "box_head.conv2")
+        for key, value in layer.state_dict().items()
+    }
+    state["roi_heads.box_head.conv2.norm.running_mean"].zero_()
+    torch.save({"model": state}, tmp_path / "w.pth")
+    made = plan("shapes/mask_rcnn_bn_head.yaml", 1, "MODEL.WEIGHTS", str(tmp_path / "w.pth"))
+    (warning,) = (w for w in made.warnings if "no statistics" in w)
+    assert "box_head.conv2.norm and 6 more layers" in warning

@@ -121,6 +121,17 @@ def test_a_seed_makes_a_run_and_a_negative_one_a_random_run(cfg: CfgNode) -> Non
     assert cfg.SEED == -1  # the caller's config is left alone
 
 
+def test_a_syncbn_config_trains_on_one_process_on_the_cpu(cfg: CfgNode) -> None:
+    """Defect 13: with nn.SyncBatchNorm this raises."""
+    cfg.MODEL.META_ARCHITECTURE = "ConfigurableHeadRetinaNet"
+    cfg.MODEL.RETINANET.HEAD_NAME = "SharedBNRetinaNetHead"
+    cfg.MODEL.RETINANET.NORM, cfg.TEST.EVAL_PERIOD = "SyncBN", 0
+    trainer = Trainer(cfg)
+    trainer.train()
+    means = [b for n, b in trainer.model.head.named_buffers() if n.endswith("running_mean")]
+    assert means and all(mean.abs().sum() > 0 for mean in means)
+
+
 class Endless(Trainer):
     """A project's own loader, which cannot fast-forward."""
 

@@ -7,13 +7,19 @@ from typing import Any
 
 import pytest
 from detectron2.config import get_cfg
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, SimpleTrainer
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_BOX_HEAD_REGISTRY
 from detectron2.modeling.meta_arch import RetinaNet
 from torch import nn
 
 from rethinking_bn import get_config_file
-from rethinking_bn.engine import Trainer, build_optimizer, load_config, with_rethinking_bn
+from rethinking_bn.engine import (
+    PreciseBN,
+    Trainer,
+    build_optimizer,
+    load_config,
+    with_rethinking_bn,
+)
 from rethinking_bn.engine.unread_keys import unread_keys
 from tests.engine.tiny import register_data, tiny_config
 
@@ -108,7 +114,7 @@ def test_parts_of_ours_in_a_foreign_trainer_warn(
 ) -> None:
     cfg = tiny_config(register_data(tmp_path), tmp_path / "out", **ROW_1)
     model = DefaultTrainer.build_model(cfg)
-    build_optimizer(cfg, model)
+    optimizer = build_optimizer(cfg, model)
 
     def warned() -> int:
         found = [r for r in caplog.records if "does not read it" in r.getMessage()]
@@ -118,6 +124,11 @@ def test_parts_of_ours_in_a_foreign_trainer_warn(
 
     assert warned() == 1
     with_rethinking_bn([], cfg, model)
+    assert warned() == 1
+    trainer = SimpleTrainer(model, [], optimizer)
+    trainer.cfg = cfg
+    trainer.register_hooks([PreciseBN(0, model, [], 1)])
+    trainer.before_train()
     assert warned() == 1
 
 
