@@ -24,8 +24,8 @@ from rethinking_bn.layers.centring import (
 from rethinking_bn.layers.frozen import freeze_layer, is_frozen
 from rethinking_bn.layers.mabn import MABN2d
 from rethinking_bn.layers.multi_domain import DomainBatchNormBase
+from rethinking_bn.layers.norms import get_norm, norm_names
 from rethinking_bn.layers.rebase import rebase
-from rethinking_bn.layers.registry import get_norm, norm_names
 
 logger = logging.getLogger(__name__)
 
