@@ -37,7 +37,7 @@ from torchvision.models.detection.retinanet import (
 from torchvision.ops.misc import Conv2dNormActivation
 
 from rethinking_bn.layers import MABN2d, MultiDomainBatchNorm2d, get_norm
-from rethinking_bn.layers.levels import layer_by_layer
+from rethinking_bn.layers.layer_by_layer import layer_by_layer
 from rethinking_bn.layers.multi_domain import TABLE_5
 from rethinking_bn.shuffle.layers import ShuffledLayers, mixes_rows_of_a_rank
 

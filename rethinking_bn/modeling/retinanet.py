@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rethinking_bn.config import check_has_keys
 from rethinking_bn.layers import CycleBatchNorm2d, MultiDomainBatchNorm2d, get_norm
 from rethinking_bn.layers.convert import centre_convolutions, replace_norms
-from rethinking_bn.layers.levels import layer_by_layer
+from rethinking_bn.layers.layer_by_layer import layer_by_layer
 from rethinking_bn.layers.multi_domain import CHOICES, TABLE_5, Choice
 from rethinking_bn.modeling.domains import FollowsDomains, check_norms, domain_norm
 from rethinking_bn.modeling.norm_head import RequiresStatistics, norm_options

@@ -20,7 +20,7 @@ from rethinking_bn.layers import (
     SplitBatchNorm2d,
     SyncBatchNorm2d,
 )
-from rethinking_bn.layers.levels import LayerByLayer
+from rethinking_bn.layers.layer_by_layer import LayerByLayer
 from tests.helpers import tracer_warnings_ignored
 from tests.layers.kinds import ALL_EIGHT, with_choices
 
