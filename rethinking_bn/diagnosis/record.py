@@ -13,7 +13,7 @@ from rethinking_bn.distributed import get_world_size
 from rethinking_bn.layers import MultiDomainBatchNorm2d, SplitBatchNorm2d
 from rethinking_bn.layers.bn_like import BatchNormLike, find_bn_like
 from rethinking_bn.numerics.moments import Moments, local_moments, merge_moments, statistics_dtype
-from rethinking_bn.population.model_state import changed, modes_kept
+from rethinking_bn.population.model_state import changed, set_modes
 from rethinking_bn.population.observe import TorchLayer, input_of, observe
 
 Statistics = tuple[Tensor, Tensor]  # mean and variance, each (D, C), float64 on the CPU
@@ -46,7 +46,7 @@ class DiagnosedLayer:
         self.name, self.layer, self.eps = about.name, about.module, about.eps
         self.momentum, self.mean_square = about.momentum, about.mean_square
         self.by_batch, self.rows = about.by_batch, len(about.domains) or 1
-        layer = self.layer
+        layer, self._modules = self.layer, list(self.layer.modules())
         shared = isinstance(layer, MultiDomainBatchNorm2d) and layer.train_stats == "shared"
         self.apart = not (frozen or shared or about.mean_square)
         self.observed = None if frozen or not about.domains else observe(about)
@@ -62,8 +62,8 @@ class DiagnosedLayer:
         self.ranks = get_world_size(group) if about.pools_ranks else 1
 
     def set_training(self, training: bool) -> None:
-        """Set the mode of the layer and its children; train() may do more, or refuse."""
-        for module in self.layer.modules():
+        """Set the mode of the layer and its parts; train() may do more, or refuse."""
+        for module in self._modules:
             module.training = training
 
     @contextmanager
@@ -72,9 +72,9 @@ class DiagnosedLayer:
 
         Statistics are written where it stores its own, and stay there. Modes come back.
         """
-        own = self.layer
+        own, modes = self.layer, [(module, module.training) for module in self._modules]
         with ExitStack() as stack:
-            stack.enter_context(modes_kept(own))
+            stack.callback(set_modes, modes)
             self.set_training(chosen == "batch")
             if chosen == "batch" and self.mean_square:  # its state is more than buffers
                 stack.enter_context(own.observing(lambda moments: None))
@@ -122,8 +122,7 @@ def find_layers(model: nn.Module) -> tuple[list[DiagnosedLayer], tuple[str, ...]
 
     Eval mode counts as frozen in a model in training mode. A lazy layer is a ValueError.
     """
-    found = find_bn_like(model)
-    moving = ("",) if model.training else ("", "eval mode")
+    found, moving = find_bn_like(model), ("",) if model.training else ("", "eval mode")
     each = enumerate(found.layers)
     layers = [DiagnosedLayer(about, about.frozen not in moving, depth) for depth, about in each]
     return layers, tuple(map(str, found.left))
@@ -161,9 +160,9 @@ class Record:
         self.sums: dict[str, Moments] = {}
         self.not_finite = torch.zeros(layer.channels, dtype=torch.float64)
         self.forwards = 0
-        # of each use: (2,) numbers of images, (C,) their scatter, then moments (1,), (1, C), (1, C)
-        self._now: list[list[Tensor]] = []
-        self._seen: list[list[list[Tensor]]] = []
+        # of each use: two numbers of images, (C,) their scatter, then moments (1,), (1, C), (1, C)
+        self._now: list[list[Any]] = []
+        self._seen: list[list[list[Any]]] = []
 
     def see(self, tensors: Sequence[Tensor]) -> None:
         """Take in one call of the layer: one use per tensor (N, C, *)."""
@@ -180,7 +179,7 @@ class Record:
                 each = local_moments(x.reshape(1, -1, *x.shape[2:]))
                 means, m2 = each.mean.view(len(x), -1), each.m2.view(len(x), -1)
                 moments = merge_moments(each.count.expand(len(x)), means, m2)
-            images = torch.tensor([len(means), len(means) / groups], dtype=torch.float64)
+            images = len(means), len(means) / groups
             self._now.append([images, variance(means), *moments])
 
     def left(self, moments: Moments) -> None:
@@ -199,13 +198,14 @@ class Record:
         whole = [call for calls in self._seen for call in calls if len(call) == 5]
         if not whole:
             return forwards, []
-        empty = [torch.zeros_like(value) for value in whole[0]]
+        empty = [(0, 0), *(torch.zeros_like(value) for value in whole[0][1:])]
         uses = max(map(len, self._seen))
         uses += -uses % self.layer.rows
         padded = [[*calls, *[empty] * (uses - len(calls))] for calls in self._seen]
         each = [call if len(call) == 5 else empty for calls in padded for call in calls]
-        values = (torch.stack(v).cpu().double() for v in zip(*each, strict=True))
-        return forwards, [v.view(forwards, uses, -1) for v in values]
+        images, *rest = zip(*each, strict=True)
+        values = [torch.tensor(images, dtype=torch.float64), *(torch.stack(v).cpu() for v in rest)]
+        return forwards, [v.double().view(forwards, uses, -1) for v in values]
 
     def merge(self, states: Sequence[tuple[int, list[Tensor]]]) -> Record:
         """Sum up the states of all ranks, the same on each."""

@@ -163,10 +163,8 @@ def estimate_population_statistics(
                 raise
     reports = [r for pair in zip(layers, moments, strict=True) for r in _compare(*pair)]
     own = tuple(layer.layer.name for layer in layers if layer.layer.kind == "own")
-    seconds = time.perf_counter() - start
-    report = PopulationReport(
-        tuple(reports), frozen, run.done, world, labelled, seconds, left, from_buffers=own
-    )
+    seconds, rows = time.perf_counter() - start, tuple(reports)
+    report = PopulationReport(rows, frozen, run.done, world, labelled, seconds, left, own)
     if progress and get_rank(group) == 0:
         report.log()
     return report

@@ -26,7 +26,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        _set_modes(modes)
+        set_modes(modes)
 
 
 @contextmanager
@@ -70,13 +70,14 @@ class ModelState:
             _replace(attributes, bound)
         for registry, members in self._registries:
             _replace(registry, members)
-        _set_modes(self._modes)
+        set_modes(self._modes)
         for buffer, value in self._values:
             if not torch.equal(buffer, value):  # NaN counts as unequal
                 buffer.copy_(value)
 
 
-def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+def set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    """Set the modes of modules."""
     for module, training in modes:
         if module.training != training:  # a scripted module keeps its mode elsewhere
             module.training = training

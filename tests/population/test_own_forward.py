@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rethinking_bn.diagnosis import diagnose
 from rethinking_bn.layers import BatchNorm2d
 from rethinking_bn.population import (
     batch_statistics,
@@ -63,11 +64,7 @@ class Foreign(nn.Module):
 
 
 def of_batches(values: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Equal weights for batches: mean of their means, of their variances plus the means' spread.
-
-    Args:
-        values: (C, n) per batch.
-    """
+    """Weigh batches (C, n) alike: mean of their means, of their variances plus means' spread."""
     means = torch.stack([v.double().mean(1) for v in values])
     variances = torch.stack([v.double().var(1) for v in values])
     return means.mean(0), variances.mean(0) + means.var(0, correction=0)
@@ -221,3 +218,5 @@ def test_a_momentum_that_is_not_the_attribute(constant: bool) -> None:
     estimate_population_statistics(layer, batches)
     assert_close(layer, *of_batches([flat(x) for x in batches]))
     assert layer.momentum == 0.1
+    # diagnose reads such a layer likewise
+    assert {f.severity for f in diagnose(layer, batches, output_batches=0).findings} == {"ok"}
