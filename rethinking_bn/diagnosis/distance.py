@@ -168,8 +168,9 @@ def compare_with_stored(layer: DiagnosedLayer, record: Record, *, moving: bool) 
         values = (torch.where(alive, value, 0.0) for value in (size, z, chance, least))
         for row, (size, z, chance, least) in enumerate(zip(*values, strict=True)):
             excess = rms(size) ** 2 - rms(least) ** 2
-            # three times the error of the sample, or the sample may be all of it
-            noise = math.sqrt(excess) if excess > 2 * rms(least) ** 2 else 0.0
+            # five times the error of the sample: statistics that are exact, but of as few other
+            # batches, are twice that far off, and few batches leave the error itself uncertain
+            noise = math.sqrt(excess) if excess > 4 * rms(least) ** 2 else 0.0
             verdict = judge(size, z, chance)._replace(row=row, noise=noise)
             nearest[row] = min(nearest[row], (rms(size), verdict), key=lambda pair: pair[0])
     return [verdict for _, verdict in nearest]
