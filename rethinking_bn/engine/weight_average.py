@@ -107,7 +107,9 @@ class WeightAverage(HookBase):
         keys = cfg.SOLVER.AVERAGE
         if not keys.KIND:
             if keys.LR:
-                raise ValueError(f"SOLVER.AVERAGE.LR is {keys.LR}, but KIND is empty")
+                raise ValueError(
+                    f"SOLVER.AVERAGE.LR is {keys.LR}, but SOLVER.AVERAGE.KIND is empty"
+                )
             return None
         options = {name.lower(): value for name, value in keys.items() if name != "LR"}
         if keys.STATISTICS == "estimate":
