@@ -9,15 +9,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from rethinking_bn.diagnosis.distance import exact_statistics
 from rethinking_bn.diagnosis.record import Record, Statistics
 from rethinking_bn.diagnosis.result import LIMITS, SEVERITIES, Finding, make, severity_of
-from rethinking_bn.diagnosis.session import Session
 from rethinking_bn.distributed import all_gather_object, get_world_size, raise_together
+
+if TYPE_CHECKING:
+    from rethinking_bn.diagnosis.examine import Session
 
 Output = Callable[[Any], Any]
 Choice = dict[str, Statistics | Literal["batch"]]  # by layer; the others use what they store

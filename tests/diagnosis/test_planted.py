@@ -54,7 +54,7 @@ def test_what_is_refused_while_other_ranks_wait_in_the_forward_is_an_error(
 ) -> None:
     net = healthy()
     net.layer1.bn2.communicates = True  # in training mode, as synchronised layers do
-    monkeypatch.setattr("rethinking_bn.diagnosis.session.get_world_size", lambda group: 2)
+    monkeypatch.setattr("rethinking_bn.diagnosis.examine.get_world_size", lambda group: 2)
     net.layer1.bn2.running_mean += 5
     count = itertools.count()
     forward = refusing(
