@@ -153,14 +153,15 @@ def _under_torchrun() -> bool:
 
 def launch(main: Main, args: argparse.Namespace, on_gpu: bool) -> None:
     """Run the ranks of this machine; where they do not end well, this process ends on the spot."""
-    asked: list[int] = []
+    asked: list[threading.Timer] = []
 
-    def pass_on(number: int, frame: Any) -> None:
+    def pass_on(*_: Any) -> None:
         """Handle SIGTERM: the first is passed on, the second ends all."""
         if asked:
             _say("second SIGTERM: all ranks are ended without a checkpoint")
             _end(PREEMPTED)
-        asked.append(number)
+        # a rank that was being started may not have heard it; the others keep to GRACE themselves
+        asked.append(_after(GRACE + 1, lambda: _end(PREEMPTED)))
         for rank in multiprocessing.active_children():
             rank.terminate()
 
@@ -184,6 +185,8 @@ def launch(main: Main, args: argparse.Namespace, on_gpu: bool) -> None:
     finally:
         os.environ.pop(LAUNCHER, None)
         signal.signal(signal.SIGTERM, before)
+        for timer in asked:
+            timer.cancel()
 
 
 def _run_rank(launcher: int, main: Main, args: argparse.Namespace, on_gpu: bool) -> None:
@@ -251,9 +254,7 @@ class Preemption(HookBase):
         now = time.monotonic()
         if self._asked is None:
             self._asked = now
-            self._timer = threading.Timer(GRACE, _end_unsaved)
-            self._timer.daemon = True
-            self._timer.start()
+            self._timer = _after(GRACE, _end_unsaved)
             return
         # a launcher passes on what the scheduler may also send here
         passes_on = multiprocessing.parent_process() or "TORCHELASTIC_RUN_ID" in os.environ
@@ -264,6 +265,13 @@ class Preemption(HookBase):
 def _end_unsaved() -> None:
     os.write(2, b"SIGTERM: ended without a checkpoint\n")
     os._exit(PREEMPTED)
+
+
+def _after(seconds: float, end: Callable[[], Any]) -> threading.Timer:
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _say(text: str) -> None:

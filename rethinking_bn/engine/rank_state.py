@@ -83,7 +83,7 @@ class MergeStatistics(HookBase):
     def from_config(cls, cfg: Any, model: nn.Module, _: Any) -> "MergeStatistics | None":
         """Return the hook where there are several processes."""
         periods = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
-        return cls(model, *periods) if get_world_size() > 1 else None
+        return cls(model, *periods) if comm.get_world_size() > 1 else None
 
     def after_step(self) -> None:
         """Merge and collect if something is about to read the statistics."""
