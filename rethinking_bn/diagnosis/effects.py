@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from rethinking_bn.diagnosis.distance import exact_statistics
+from rethinking_bn.diagnosis.judge import make, rank, severity_of
 from rethinking_bn.diagnosis.record import Record, Statistics
-from rethinking_bn.diagnosis.result import LIMITS, SEVERITIES, Finding, make, severity_of
+from rethinking_bn.diagnosis.result import LIMITS, SEVERITIES, Finding
 from rethinking_bn.distributed import all_gather_object, get_world_size, raise_together
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def output_effects(
     each = max(1, count // 2)
     # where the stored statistics of all layers give nothing finite, from the exact ones instead
     sound = math.isfinite(to_exact)
-    loud = sorted((f for f in findings if f.severity != "ok" and f.layer), key=lambda f: f.rank)
+    loud = sorted((f for f in findings if f.severity != "ok" and f.layer), key=rank)
     changes: dict[str, dict[str, float]] = {}
     for name in list(dict.fromkeys(f.layer for f in loud))[:_WORST]:
         asked = {_FELT.get(f.kind, "stored_to_exact") for f in loud if f.layer == name}

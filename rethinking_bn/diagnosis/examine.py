@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from rethinking_bn.diagnosis.distance import Scatter, exact_statistics
 from rethinking_bn.diagnosis.effects import Effects, Output, output_effects
-from rethinking_bn.diagnosis.judge import domain_shift, judge_layer, mixed_blocks
+from rethinking_bn.diagnosis.judge import domain_shift, judge_layer, mixed_blocks, rank
 from rethinking_bn.diagnosis.record import DiagnosedLayer, Record, Statistics, find_layers
 from rethinking_bn.diagnosis.result import Diagnosis, Finding
 from rethinking_bn.distributed import all_gather_object, get_rank, get_world_size
@@ -123,7 +123,7 @@ def diagnose(
     ways = _Remedies(model, layers, count // world, forward is not None)
     findings = [ways.given_to(finding) for finding in findings]
     depth = {layer.name: layer.depth for layer in layers}
-    findings.sort(key=lambda f: (*f.rank, depth.get(f.layer, -1)))
+    findings.sort(key=lambda f: (*rank(f), depth.get(f.layer, -1)))
     unreached = tuple(name for name in depth if records[name].uses == 0)
     if unreached:
         logger.warning("diagnosis: layers that no value reached: %s", ", ".join(unreached))

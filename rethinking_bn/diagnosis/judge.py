@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,12 +20,37 @@ from rethinking_bn.diagnosis.distance import (
     to_z,
 )
 from rethinking_bn.diagnosis.record import DiagnosedLayer, Record
-from rethinking_bn.diagnosis.result import LIMITS, SEVERITIES, Finding, make, severity_of
+from rethinking_bn.diagnosis.result import KINDS, LIMITS, SEVERITIES, Finding
 from rethinking_bn.numerics.moments import Moments, merge_moments
 
 _FOLDED = -0.5  # correlation below which an affine holds the statistics
 _LARGEST_BLOCK = 8  # norm layers
 _USUAL = 0.1  # momentum of nn.BatchNorm2d
+
+
+def make(
+    kind: str, layer: str, effect: float, what: str, fine: str = "", *,
+    severity: str | None = None, **evidence: Any,
+) -> Finding:  # fmt: skip
+    """Return a finding, its severity by ``LIMITS`` unless given; of "ok" ones ``fine`` is said."""
+    severity = severity_of(effect, LIMITS[kind]) if severity is None else severity
+    what = fine if fine and severity == "ok" else what
+    return Finding(kind, layer, severity, evidence, "", what, float(effect))
+
+
+def severity_of(effect: float, limits: tuple[float, float, float]) -> str:
+    """Return the severity of an effect by three ascending limits; NaN is severe."""
+    if math.isnan(effect):
+        return "severe"
+    return SEVERITIES[sum(effect >= limit for limit in limits)]
+
+
+def rank(finding: Finding) -> tuple[int, bool, float, int]:
+    """Sort key: the worst first, causes before effects, by the output's change if measured."""
+    size = finding.evidence.get("output_change", finding.effect)
+    size = math.inf if math.isnan(size) else size
+    is_effect = finding.kind == "output-effect"
+    return -SEVERITIES.index(finding.severity), is_effect, -size, KINDS.index(finding.kind)
 
 
 def judge_layer(

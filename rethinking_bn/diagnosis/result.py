@@ -58,31 +58,6 @@ class Finding:
     def __str__(self) -> str:
         return f"{self.what}; do: {self.remedy}" if self.remedy else self.what
 
-    @property
-    def rank(self) -> tuple[int, bool, float, int]:
-        """Sort key: the worst first, causes before effects, by the output's change if measured."""
-        size = self.evidence.get("output_change", self.effect)
-        size = math.inf if math.isnan(size) else size
-        effect = self.kind == "output-effect"
-        return -SEVERITIES.index(self.severity), effect, -size, KINDS.index(self.kind)
-
-
-def make(
-    kind: str, layer: str, effect: float, what: str, fine: str = "", *,
-    severity: str | None = None, **evidence: Any,
-) -> Finding:  # fmt: skip
-    """Return a finding, its severity by ``LIMITS`` unless given; of "ok" ones ``fine`` is said."""
-    severity = severity_of(effect, LIMITS[kind]) if severity is None else severity
-    what = fine if fine and severity == "ok" else what
-    return Finding(kind, layer, severity, evidence, "", what, float(effect))
-
-
-def severity_of(effect: float, limits: tuple[float, float, float]) -> str:
-    """Return the severity of an effect by three ascending limits; NaN is severe."""
-    if math.isnan(effect):
-        return "severe"
-    return SEVERITIES[sum(effect >= limit for limit in limits)]
-
 
 @dataclass(frozen=True)
 class Diagnosis:
