@@ -83,6 +83,8 @@ def main() -> None:
     done = [json.loads(line) for line in args.trials.read_text().splitlines()]
     if args.report:
         text = table(done)
+        if args.report.exists():  # what follows the table stays
+            text += "".join(args.report.read_text(encoding="utf-8").partition("\n\n")[1:])[1:]
         replace(args.report, lambda aside: aside.write_text(text, encoding="utf-8"))
         print(text)
         return

@@ -13,9 +13,10 @@ the CPU), every number from one seed:
 
 ``--config-file`` names the config of the BN head; the default is
 shapes/mask_rcnn_bn_head_1im.yaml, whose MODEL.ROI_HEADS.NORM_IMAGES 1 makes normalisation batches
-of one image however many images a process has. The shuffle head differs in the two
-``MODEL.ROI_{BOX,MASK}_HEAD.NAME`` only. Weights, logs and the table go to OUTPUT_DIR. ``--resume``
-goes on with the heads' last checkpoints there; there is no ``--eval-only``.
+of one image however many images a process has. MODEL.MASK_ON False is for data without masks. The
+shuffle head differs in the two ``MODEL.ROI_{BOX,MASK}_HEAD.NAME`` only. Weights, logs and the table
+go to OUTPUT_DIR. ``--resume`` goes on with the heads' last checkpoints there; there is no
+``--eval-only``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import argparse
 import os
 import sys
 import warnings
+from typing import Any
 
 # detectron2 uses what recent versions of torch deprecate: nothing a user of this tool can change
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch|detectron2|fvcore")
@@ -50,7 +52,7 @@ HEADS = {
 }
 STATISTICS = {"population": "BN", "mini-batch": "BatchStatBN"}
 
-Row = tuple[str, str, float, float]
+Row = tuple[str, str, str, str]
 
 
 def with_keys(cfg: CfgNode, *keys_and_values: object) -> CfgNode:
@@ -59,6 +61,12 @@ def with_keys(cfg: CfgNode, *keys_and_values: object) -> CfgNode:
     cfg.defrost()
     cfg.merge_from_list(list(keys_and_values))
     return cfg
+
+
+def cells(results: dict[str, Any]) -> tuple[str, str]:
+    """Return box and mask AP as text; "" for what the model has no head for."""
+    box, mask = (f"{results[k]['AP']:.1f}" if k in results else "" for k in ("bbox", "segm"))
+    return box, mask
 
 
 def train_and_evaluate(cfg: CfgNode, head: str, resume: bool) -> tuple[int, list[Row]]:
@@ -79,7 +87,7 @@ def train_and_evaluate(cfg: CfgNode, head: str, resume: bool) -> tuple[int, list
         model.load_state_dict(trained)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
-            rows.append((head, statistics, results["bbox"]["AP"], results["segm"]["AP"]))
+            rows.append((head, statistics, *cells(results)))
     return trainer.run_seed, rows
 
 
@@ -90,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
     lines = ["| head norm | statistics at inference | seed | box AP | mask AP |", "|---" * 5 + "|"]
     for head in HEADS:
         seed, rows = train_and_evaluate(cfg, head, args.resume)
-        lines += [f"| {h} | {s} | {seed} | {box:.1f} | {mask:.1f} |" for h, s, box, mask in rows]
+        lines += [f"| {h} | {s} | {seed} | {box} | {mask} |" for h, s, box, mask in rows]
     lines += [
         "",
         f"{cfg.SOLVER.MAX_ITER} iterations of {images} images on {ranks} process(es), "

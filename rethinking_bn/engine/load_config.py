@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import linecache
 import os
 import sys
 import textwrap
@@ -121,8 +122,12 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
         raise FileNotFoundError(said) from error
     except yaml.constructor.ConstructorError as error:
         mark = error.problem_mark
+        where = config_file
+        if mark is not None:
+            line = one_line(linecache.getline(mark.name, mark.line + 1))
+            where = f"{mark.name}, line {mark.line + 1}, {line!r}"
         raise ValueError(
-            f"{f'{mark.name}, line {mark.line + 1}' if mark else config_file}: {error.problem}; "
+            f"{where}: {error.problem}; "
             "YAML tags are not loaded because they can execute code: write the value itself"
         ) from error
     except RecursionError as error:

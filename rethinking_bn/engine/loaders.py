@@ -72,6 +72,8 @@ class ResumableTrainLoader(Iterable[list[Sample]]):
         self._sampler, self._batch_size = sampler, batch_size
         self._seed, self._num_workers, self._start = seed, num_workers, 0
         grouping = aspect_ratio_grouping and all("width" in d and "height" in d for d in dataset)
+        if aspect_ratio_grouping and not grouping:
+            logger.info("images are not grouped by aspect ratio: some have no width or height")
         self._groups = [int(grouping and d["width"] <= d["height"]) for d in dataset]
 
     def start_at(self, iteration: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -120,13 +121,17 @@ def test_a_mapper_that_refuses_everything_is_an_error(cfg: CfgNode) -> None:
         take(build_train_loader(cfg, mapper), 0, 1)
 
 
-def test_without_sizes_nothing_is_grouped(cfg: CfgNode) -> None:
+def test_without_sizes_nothing_is_grouped(
+    cfg: CfgNode, caplog: pytest.LogCaptureFixture
+) -> None:
     (trained,) = cfg.DATASETS.TRAIN
     bare = register_copy(trained, "no sizes", lambda d: without("width")(without("height")(d)))
     ungrouped = tiny_config(trained, cfg.OUTPUT_DIR, DATALOADER__ASPECT_RATIO_GROUPING=False)
     cfg.DATASETS.TRAIN = (bare,)
     expected = ids(take(build_train_loader(ungrouped), 0, 4))
-    assert ids(take(build_train_loader(cfg), 0, 4)) == expected
+    with caplog.at_level(logging.INFO, "rethinking_bn"):
+        assert ids(take(build_train_loader(cfg), 0, 4)) == expected
+    assert "not grouped by aspect ratio" in caplog.text
 
 
 def test_a_torch_dataset_gets_detectron2s_loader_and_a_warning(

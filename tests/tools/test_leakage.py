@@ -54,6 +54,12 @@ def test_it_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [path.stat().st_mtime_ns for path in tmp_path.glob("out/*/model_final.pth")] == times
 
 
+def test_a_model_without_masks_has_box_ap_alone() -> None:
+    cells = runpy.run_path(str(TOOL), run_name="leakage")["cells"]
+    assert cells({"bbox": {"AP": 12.34}}) == ("12.3", "")
+    assert cells({"bbox": {"AP": 12.34}, "segm": {"AP": 0.0}}) == ("12.3", "0.0")
+
+
 def test_eval_only_is_refused() -> None:
     with (
         mock.patch("sys.argv", ["leakage.py", "--eval-only"]),
