@@ -121,9 +121,7 @@ def test_a_mapper_that_refuses_everything_is_an_error(cfg: CfgNode) -> None:
         take(build_train_loader(cfg, mapper), 0, 1)
 
 
-def test_without_sizes_nothing_is_grouped(
-    cfg: CfgNode, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_sizes_nothing_is_grouped(cfg: CfgNode, caplog: pytest.LogCaptureFixture) -> None:
     (trained,) = cfg.DATASETS.TRAIN
     bare = register_copy(trained, "no sizes", lambda d: without("width")(without("height")(d)))
     ungrouped = tiny_config(trained, cfg.OUTPUT_DIR, DATALOADER__ASPECT_RATIO_GROUPING=False)
