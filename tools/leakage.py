@@ -13,10 +13,10 @@ the CPU), every number from one seed:
 
 ``--config-file`` names the config of the BN head; the default is
 shapes/mask_rcnn_bn_head_1im.yaml, whose MODEL.ROI_HEADS.NORM_IMAGES 1 makes normalisation batches
-of one image however many images a process has. MODEL.MASK_ON False is for data without masks. The
-shuffle head differs in the two ``MODEL.ROI_{BOX,MASK}_HEAD.NAME`` only. Weights, logs and the table
-go to OUTPUT_DIR. ``--resume`` goes on with the heads' last checkpoints there; there is no
-``--eval-only``.
+of one image however many images a process has; bccd/faster_rcnn_bn_head_1im.yaml is that on blood
+cells, without masks. The shuffle head differs in the two ``MODEL.ROI_{BOX,MASK}_HEAD.NAME`` only.
+Weights, logs and the table go to OUTPUT_DIR. ``--resume`` goes on with the heads' last checkpoints
+there; there is no ``--eval-only``.
 """
 
 from __future__ import annotations
