@@ -104,8 +104,11 @@ def test_runs_end_and_go_on_bit_for_bit(tmp_path: Path) -> None:
             fault(run)
             survivors[fault.__name__] = len(run.wait_until_gone(LONG))
             assert run.status() == status, run.log()
-            # a rank that loses another says so in its own words
-            assert said in run.log() and ("Traceback" not in run.log() or fault is rank_killed)
+            # a rank that loses another says so in its own words, as does a data worker's thread
+            # (of multiprocessing) that dies a moment after the rank which it serves
+            tracebacks = run.log().split("Traceback (most recent call last)")[1:]
+            ours = [text for text in tracebacks if "resource_sharer.py" not in text]
+            assert said in run.log() and (not ours or fault is rank_killed), run.log()
     print(f"survivors: {survivors}")
     assert set(survivors.values()) == {0}
     with in_a_terminal(tmp_path, *TWO, str(whole), ignored=[SIGHUP]) as run:
