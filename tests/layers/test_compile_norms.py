@@ -105,6 +105,11 @@ def model_of_twelve_widths() -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def said(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Return what was logged but for the compiler's trace, which pytest captures from 9.2 on."""
+    return [record for record in caplog.records if record.name != "torch.__trace"]
+
+
 def test_every_norm_of_many_widths_runs_compiled(caplog: pytest.LogCaptureFixture) -> None:
     compiled, plain = twins(model_of_twelve_widths().double())
     before = graphs()
@@ -113,7 +118,7 @@ def test_every_norm_of_many_widths_runs_compiled(caplog: pytest.LogCaptureFixtur
         assert_same(step(compiled, [x]), step(plain, [x]))
     assert graphs() - before == 12
     assert compiled.state_dict().keys() == plain.state_dict().keys()
-    assert not caplog.records
+    assert not said(caplog)
 
 
 def test_what_falls_back_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -126,7 +131,7 @@ def test_what_falls_back_is_named(caplog: pytest.LogCaptureFixture) -> None:
     want = copy.deepcopy(model)(x)
     for _ in range(2):
         torch.testing.assert_close(model(x), want)
-    (record,) = caplog.records
+    (record,) = said(caplog)
     assert "1 is not compiled" in record.getMessage()
 
 
@@ -136,7 +141,7 @@ def test_a_wrong_input_is_refused_as_before(caplog: pytest.LogCaptureFixture) ->
     with pytest.raises(ValueError, match=r"expected \(N, 4, H, W\)"):
         model(torch.zeros(2, C + 1, 3, 3))
     model(torch.zeros(2, C, 3, 3))
-    assert not caplog.records
+    assert not said(caplog)
 
 
 def test_layers_of_other_kinds() -> None:
