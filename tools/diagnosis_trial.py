@@ -84,7 +84,8 @@ def main() -> None:
     if args.report:
         text = table(done)
         if args.report.exists():  # what follows the table stays
-            text += "".join(args.report.read_text(encoding="utf-8").partition("\n\n")[1:])[1:]
+            _, gap, rest = args.report.read_text(encoding="utf-8").partition("\n\n")
+            text += f"\n{rest}" if gap else ""
         replace(args.report, lambda aside: aside.write_text(text, encoding="utf-8"))
         print(text)
         return

@@ -124,6 +124,7 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
         mark = error.problem_mark
         where = config_file
         if mark is not None:
+            linecache.checkcache(mark.name)  # the file may have been edited since
             line = one_line(linecache.getline(mark.name, mark.line + 1))
             where = f"{mark.name}, line {mark.line + 1}, {line!r}"
         raise ValueError(

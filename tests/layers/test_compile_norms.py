@@ -106,8 +106,8 @@ def model_of_twelve_widths() -> nn.Module:
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
-    """Return what we logged; from 9.2 on, pytest captures the compiler's own loggers, too."""
-    return [record for record in caplog.records if record.name.startswith("rethinking_bn")]
+    """Return what was logged; pytest from 9.2 on reads torch's loggers, which do not propagate."""
+    return [record for record in caplog.records if record.name.partition(".")[0] != "torch"]
 
 
 def test_every_norm_of_many_widths_runs_compiled(caplog: pytest.LogCaptureFixture) -> None:
